@@ -1,0 +1,103 @@
+"""From a flag such as `--data world` to batches: where the files are, what is held out, padding and bucketing."""
+import os
+import random
+
+import torch
+
+from data import annotators, records, tokenizer, world
+
+WORLD = "out/world"
+DEMONSTRATIONS, PREFERENCES = 36000, 8000       # training records of the world; of each held-out part a twentieth
+READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
+           "prompts": records.read_prompts}
+
+
+def make_world(folder=WORLD, seed=0):
+    """Write the embedded world's demonstrations, preferences and prompts, each with a held-out part, and its
+    tokenizer, into a folder. The same seed writes the same bytes."""
+    rng = random.Random(seed)
+    os.makedirs(folder, exist_ok=True)
+    for suffix, held_out, share in (("", False, 1.0), ("_heldout", True, 0.05)):
+        pool = [item for item in world.items() if item.held_out == held_out]
+        demonstrations = [demonstration(i, rng) for i in world.choose(pool, rng, round(DEMONSTRATIONS * share))]
+        preferences = [preference(i, rng, panel=1 if held_out else 5) for i in world.choose(pool, rng, round(PREFERENCES * 2 * share if held_out else PREFERENCES))]
+        records.write(f"{folder}/preferences{suffix}.jsonl", preferences)
+        records.write(f"{folder}/prompts{suffix}.jsonl", [{"prompt": item.prompt} for item in pool])
+        records.write(f"{folder}/demonstrations{suffix}.jsonl", demonstrations)
+        if not held_out:
+            texts = [m["role"] + "\n" + m["content"] for d in demonstrations for m in d["messages"]]
+            tokenizer.learn(texts, vocab_size=1024).save(folder)
+
+
+def demonstration(item, rng):
+    messages = [{"role": role, "content": text} for role, text in item.messages]
+    return {"messages": messages + [{"role": "assistant", "content": world.crowd_answer(item, rng)}]}
+
+
+def preference(item, rng, panel):
+    """Four answers to one prompt, ranked by one annotator: two people's manners, each with a right and a wrong matter,
+    so that what is said and how it is said can be told apart."""
+    manners = [world.manner(rng, careful=rng.random() < 0.5)]
+    while len(manners) < 2:
+        other = world.manner(rng, careful=rng.random() < 0.5)
+        if other != manners[0]:
+            manners.append(other)
+    said = [world.matter(item, rng, right) for right in (True, False)]
+    answers = [world.compose(matter, manner) for manner in manners for matter in said]
+    rng.shuffle(answers)
+    return {"prompt": item.prompt, "responses": answers, "ranks": annotators.rank(item.prompt, answers, rng, panel)}
+
+
+def load(kind, data, held_out=""):
+    """(training records, held-out records) of a kind: "demonstrations", "preferences" or "prompts".
+
+    data is "world" (made now if it is not there yet) or a file; held_out a second file. A file that stands alone
+    holds out every tenth of its records, the same ones for every stage.
+    """
+    read = READERS[kind]
+    if data == "world":
+        if not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):         # the last file that is written
+            print(f"Making the embedded world in {WORLD}/ ...", flush=True)
+            make_world()
+        return read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
+    train = read(data)
+    if held_out:
+        return train, read(held_out)
+    return [r for i, r in enumerate(train) if i % 10 != 9], [r for i, r in enumerate(train) if i % 10 == 9]
+
+
+def load_tokenizer(name, data):
+    """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own: the world's
+    for the world, gpt2 for the rest."""
+    return tokenizer.Tokenizer.load(name or (WORLD if data == "world" else "gpt2"))
+
+
+def pad(rows, fill=0):
+    """Lists of different lengths to one right-padded (B, T) tensor: int64, or bool for lists of bools."""
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.bool if isinstance(rows[0][0], bool) else torch.long)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.tensor(row)
+    return out
+
+
+def fit(examples, length, block_size, what):
+    """The examples whose length(example) is at most block_size; says how many are left out. ValueError if none fits."""
+    kept = [e for e in examples if length(e) <= block_size]
+    if not kept:
+        raise ValueError(f"none of the {len(examples)} {what} fits into {block_size} tokens (block_size)")
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} {what} are longer than {block_size} tokens (block_size): left out")
+    return kept
+
+
+def by_length(lengths, size, rng):
+    """Indices in batches of `size` neighbours in length, so that little is padding, in random order. rng: random.Random.
+    Examples are sorted inside random pools of 32 batches: neighbours change from epoch to epoch."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches = []
+    for i in range(0, len(order), 32 * size):
+        pool = sorted(order[i:i + 32 * size], key=lambda j: lengths[j])
+        batches += [pool[j:j + size] for j in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,191 @@
+"""The record formats: one JSON object a line (.jsonl, .jsonl.gz), or a list of them (.json).
+
+    demonstrations   {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, or {"instruction", "input", "output"}
+    preferences      {"prompt", "chosen", "rejected"} with an optional "margin"; {"prompt", "responses", "ranks"};
+                     {"instruction", "input", "chosen", "rejected"}; or Anthropic HH's {"chosen", "rejected"} transcripts
+    prompts          {"prompt"}
+
+A prompt is text or a list of messages whose last is the user's. Each reader returns all records of a file or raises
+RecordError naming file, line and field: a bad record stops a run before it trains on anything.
+"""
+import gzip
+import json
+import re
+import zlib
+from dataclasses import dataclass
+
+from data.tokenizer import ROLES
+
+
+class RecordError(ValueError):
+    """One line: file, line (or number in the list), field, and what is wrong."""
+
+
+@dataclass
+class Preference:
+    prompt: list        # messages, a user's last
+    responses: list     # K ≥ 2 texts
+    ranks: list         # K whole numbers, 1 for the best; equal numbers are ties
+    margin: float = 0.0     # how much the chosen one should win by (pairs only)
+
+
+def read_demonstrations(path):
+    """Conversations to imitate: a list of message lists, each with something the assistant says."""
+    return _read(path, _demonstration)
+
+
+def read_preferences(path):
+    """Comparisons: a list of Preference."""
+    return _read(path, _preference)
+
+
+def read_prompts(path):
+    """Questions alone: a list of message lists. Records with more than a prompt serve too."""
+    return _read(path, _prompt)
+
+
+def write(path, records):
+    """Write records (dicts), one a line."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def _read(path, parse):
+    out = []
+    for where, record in _objects(path):
+        try:
+            if not isinstance(record, dict):
+                raise RecordError(f"expected an object, found {_kind(record)}")
+            out.append(parse(record))
+        except RecordError as e:
+            raise RecordError(f"{path}, {where}: {e}") from None
+    if not out:
+        raise RecordError(f"{path}: no records")
+    return out
+
+
+def _objects(path):
+    """(where, parsed JSON) of each record in a file."""
+    try:
+        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as f:
+            content = f.read().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise RecordError(f"{path}: not UTF-8 (byte {e.start})") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise RecordError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if str(path).endswith((".json", ".json.gz")):
+        try:
+            records = json.loads(content)
+        except (ValueError, RecursionError) as e:
+            raise RecordError(f"{path}: not JSON: {e}") from None
+        if not isinstance(records, list):
+            raise RecordError(f"{path}: expected a list of records, found {_kind(records)}")
+        yield from ((f"record {i}", r) for i, r in enumerate(records, 1))
+        return
+    for i, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {i}", json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise RecordError(f"{path}, line {i}: not JSON: {e}") from None
+
+
+def _kind(value):
+    return {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number",
+            type(None): "null"}[type(value)]
+
+
+def _text(record, field, where="", empty=False):
+    """A field that must be text, and not blank unless empty is allowed."""
+    name = f"{where}{field}"
+    if field not in record:
+        raise RecordError(f'field "{name}" is missing')
+    value = record[field]
+    if not isinstance(value, str):
+        raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
+    if not value.strip() and not empty:
+        raise RecordError(f'field "{name}" is empty')
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise RecordError(f'field "{name}": holds half of a surrogate pair, which is no character')
+    return value
+
+
+def _messages(value, name):
+    if not isinstance(value, list) or not value:
+        raise RecordError(f'field "{name}": expected a list of messages' + (", found none" if value == [] else
+                          f", found {_kind(value)}"))
+    out = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RecordError(f'field "{name}[{i}]": expected an object, found {_kind(message)}')
+        role = _text(message, "role", f"{name}[{i}].")
+        if role not in ROLES:
+            raise RecordError(f'field "{name}[{i}].role": "{role[:40]}" is none of {", ".join(ROLES)}')
+        out.append({"role": role, "content": _text(message, "content", f"{name}[{i}].")})
+    return out
+
+
+def _prompt(record):
+    if "prompt" not in record and "instruction" in record:
+        text, more = _text(record, "instruction"), record.get("input")
+        more = _text(record, "input", empty=True) if more is not None else ""
+        return [{"role": "user", "content": text + ("\n\n" + more if more.strip() else "")}]
+    if isinstance(record.get("prompt"), list):
+        messages = _messages(record["prompt"], "prompt")
+        if messages[-1]["role"] != "user":
+            raise RecordError(f'field "prompt": the last message must be the user\'s, not the {messages[-1]["role"]}\'s')
+        return messages
+    return [{"role": "user", "content": _text(record, "prompt")}]
+
+
+def _demonstration(record):
+    if "messages" in record:
+        messages = _messages(record["messages"], "messages")
+        if not any(m["role"] == "assistant" for m in messages):
+            raise RecordError('field "messages": the assistant says nothing')
+        return messages
+    field = "output" if "instruction" in record and "prompt" not in record else "response"
+    return _prompt(record) + [{"role": "assistant", "content": _text(record, field)}]
+
+
+def _preference(record):
+    if "responses" in record:
+        prompt, responses, ranks = _prompt(record), record["responses"], record.get("ranks")
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise RecordError('field "responses": expected a list of at least two')
+        responses = [_text({f"responses[{i}]": r}, f"responses[{i}]") for i, r in enumerate(responses)]
+        if not isinstance(ranks, list) or len(ranks) != len(responses):
+            raise RecordError('field "ranks": expected a list as long as "responses"')
+        if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
+            raise RecordError(f'field "ranks": expected whole numbers from 1 (best) to {len(ranks)}')
+        if len(set(ranks)) == 1:
+            raise RecordError('field "ranks": all are tied, which says nothing')
+        return Preference(prompt, responses, ranks)
+    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
+    if "prompt" in record or "instruction" in record:
+        prompt = _prompt(record)
+    else:
+        prompt, chosen, rejected = _hh(chosen, rejected)
+    margin = record.get("margin", 0.0)
+    if type(margin) not in (int, float) or not 0 <= margin < float("inf"):
+        raise RecordError('field "margin": expected a number of at least 0')
+    if chosen == rejected:
+        raise RecordError('fields "chosen" and "rejected" are the same')
+    return Preference(prompt, [chosen, rejected], [1, 2], float(margin))
+
+
+def _hh(chosen, rejected):
+    """Anthropic HH: two transcripts of "Human:" and "Assistant:" turns that differ in the last answer."""
+    def turns(text, field):
+        pieces = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text.strip())
+        roles, contents = pieces[1::2], [c.strip() for c in pieces[2::2]]
+        if pieces[0] or not roles or roles[-1] != "Assistant":
+            raise RecordError(f'field "{field}": with no "prompt", expected a transcript of Human: and Assistant: turns '
+                              "that ends with the assistant's")
+        if not all(contents):
+            raise RecordError(f'field "{field}": a turn is empty')
+        return [{"role": "user" if r == "Human" else "assistant", "content": c} for r, c in zip(roles, contents)]
+    a, b = turns(chosen, "chosen"), turns(rejected, "rejected")
+    if a[:-1] != b[:-1] or len(a) < 2 or a[-2]["role"] != "user":
+        raise RecordError('fields "chosen" and "rejected": the transcripts must share all but the last answer')
+    return a[:-1], a[-1]["content"], b[-1]["content"]

@@ -1,0 +1,121 @@
+"""Text to tokens and back, and conversations as ChatML.
+
+A tokenizer is a byte-level BPE run by tiktoken: "gpt2", or one learnt from any text by `learn`. Both get three
+control tokens behind their vocabulary. Text is data: a message that spells "<|im_end|>" is encoded as those ten
+characters and controls nothing.
+"""
+import base64
+import json
+import os
+import re
+from collections import Counter
+
+import tiktoken
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+# How a learnt tokenizer cuts text before merging: a word or a number with the space before it, or what is left.
+# Written in the part of the syntax that Python's re and tiktoken's engine share.
+PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+
+
+class Tokenizer:
+    """ranks: {bytes: rank} of a byte-level BPE, special: {text: id} with the three control tokens."""
+
+    def __init__(self, name, pattern, ranks, special):
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
+        self.end = special[IM_END]
+        self.newline = self.encoding.encode_ordinary("\n")
+        self.headers = {role: [special[IM_START], *self.encoding.encode_ordinary(role), *self.newline] for role in ROLES}
+
+    @property
+    def vocab_size(self):
+        """Number of ids in use, control tokens included."""
+        return self.encoding.n_vocab
+
+    def encode(self, text):
+        """Text to a list of ids, none of them a control token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Ids to text, control tokens left out; bytes that are no UTF-8 become the replacement character."""
+        control, known = set(self.special.values()), self.vocab_size
+        return self.encoding.decode([i for i in ids if i not in control and i < known])
+
+    def chat(self, messages):
+        """A conversation to (ids, learn): learn[t] is true on what the assistant says, its <|im_end|> included."""
+        ids, learn = [], []
+        for i, message in enumerate(messages):
+            header, content = self.headers[message["role"]], self.encode(message["content"]) + [self.end]
+            gap = self.newline if i + 1 < len(messages) else []
+            ids += header + content + gap
+            learn += [False] * len(header) + [message["role"] == "assistant"] * len(content) + [False] * len(gap)
+        return ids, learn
+
+    def prompt(self, messages):
+        """A conversation as ids up to the point where the assistant starts to speak."""
+        return self.chat(messages)[0] + self.newline + self.headers["assistant"]
+
+    def response(self, text):
+        """An answer as ids: what follows a prompt, with the <|im_end|> that closes it."""
+        return self.encode(text) + [self.end]
+
+    # ------------------------------------------------------------------------------------ files
+
+    def save(self, folder):
+        """Write tokenizer.tiktoken (tiktoken's own format: base64 of the bytes, rank) and tokenizer.json."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "tokenizer.tiktoken"), "w", encoding="ascii") as f:
+            for token, rank in sorted(self.ranks.items(), key=lambda entry: entry[1]):
+                f.write(f"{base64.b64encode(token).decode()} {rank}\n")
+        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as f:
+            json.dump({"name": self.name, "pattern": self.pattern, "special": self.special}, f, indent=1)
+
+    @classmethod
+    def load(cls, source):
+        """"gpt2", or a folder that save() wrote. Raises ValueError naming what cannot be read."""
+        try:
+            if source == "gpt2":
+                gpt2 = tiktoken.get_encoding("gpt2")
+                special = {END_OF_TEXT: 50256, IM_START: 50257, IM_END: 50258}
+                return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special)
+            with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as f:
+                about = json.load(f)
+            with open(os.path.join(source, "tokenizer.tiktoken"), encoding="ascii") as f:
+                ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
+            return cls(about["name"], about["pattern"], ranks, about["special"])
+        except FileNotFoundError as e:
+            raise ValueError(f"{source}: no tokenizer here ({os.path.basename(e.filename)} is missing)") from None
+        except Exception as e:                      # tiktoken raises its own kinds: a download that failed, a bad file
+            raise ValueError(f"{source}: not a readable tokenizer: {e}") from None
+
+
+def learn(texts, vocab_size, name="world"):
+    """Learn a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) from an iterable of texts.
+
+    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the different words
+    with their counts, so that the work does not grow with the corpus.
+    """
+    counts = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
+    ranks = {bytes([b]): b for b in range(256)}
+    words = {word: [bytes([b]) for b in word] for word in counts}
+    while len(ranks) < vocab_size - 3:
+        seen = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                seen[pair] += counts[word]
+        if not seen:
+            break
+        a, b = max(seen, key=lambda pair: (seen[pair], pair))           # the pair breaks ties, not the order of a dict
+        ranks[a + b] = len(ranks)
+        for word, parts in words.items():
+            if a in parts:
+                merged, i = [], 0
+                while i < len(parts):
+                    step = 2 if parts[i:i + 2] == [a, b] else 1
+                    merged.append(b"".join(parts[i:i + step]))
+                    i += step
+                words[word] = merged
+    special = {text: len(ranks) + i for i, text in enumerate((END_OF_TEXT, IM_START, IM_END))}
+    return Tokenizer(name, PATTERN, ranks, special)

@@ -1,0 +1,168 @@
+"""Direct preference optimisation: stages 2 and 3 in one loss.
+
+    python dpo.py                                             from out/sft, on the embedded world's rankings
+    python dpo.py --loss ipo --beta 0.2
+
+The policy that maximises E[r] − β·KL(π ‖ π_ref) is π* ∝ π_ref·exp(r/β). Turned around, every policy is the optimum of
+some reward, r = β·log(π/π_ref) + a constant of the prompt; put into Bradley-Terry's loss, the constant cancels and the
+reward model is the policy itself (Rafailov et al. 2023). No samples, no critic, no reward network: one classification
+loss on the preference data. The price: it learns only from answers that were compared, never from its own.
+
+The reference's log-probabilities are computed once, up front, so that the reference need not stay in memory. Rankings
+of K answers count as all their pairs, each answer read once.
+"""
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+from data import loading
+from data.tokenizer import Tokenizer
+from model import GPT
+from runtime import flag
+
+
+@dataclass
+class Config(runtime.Settings):
+    out: str = flag("out/dpo", "folder that the run writes")
+    init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
+    data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
+    held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
+    loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=("sigmoid", "ipo", "hinge"))
+    beta: float = flag(0.1, "β: how dear it is to leave the reference", 1e-6)
+    label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
+    length_normalize: bool = flag(False, "compare mean log-probabilities a token, not sums")
+    epochs: int = flag(1, "passes over the preferences", 1)
+    batch: int = flag(16, "prompts an optimiser step, each with all its answers", 1)
+    micro_batch: int = flag(16, "prompts a forward pass; the gradient is the same", 1)
+    lr: float = flag(3e-4, "peak learning rate", 0)
+    warmup: int = flag(10, "steps of linear warm-up", 0)
+    decay: str = flag("linear", "of the learning rate, to a tenth", choices=("constant", "linear", "cosine"))
+    max_norm: float = flag(1.0, "gradient norm to clip at", 0)
+
+
+# ---------------------------------------------------------------------------------------- the loss
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
+    """The loss of B pairs from the log-probabilities of whole answers, all (B,), in nats.
+
+    With h = (log π − log π_ref)(y⁺) − (log π − log π_ref)(y⁻), the margin by which the policy prefers y⁺ more than
+    the reference does, and ε = label_smoothing:
+
+        sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)     Rafailov et al. 2023, eq. 7; with ε, cDPO (Mitchell 2023)
+        ipo       (h − 1/(2β))²                         Azar et al. 2023, eq. 17: a margin to hit, not to exceed
+        hinge     max(0, 1 − βh)                        SLiC (Zhao et al. 2023)
+
+    Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each (B,).
+    """
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    h = chosen - rejected
+    losses = {"sigmoid": lambda: -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h),
+              "ipo": lambda: (h - 1 / (2 * beta)) ** 2,
+              "hinge": lambda: torch.relu(1 - beta * h)}[loss]()
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+# ---------------------------------------------------------------------------------------- the data
+
+@dataclass
+class Example:
+    """One prompt with its K answers."""
+    rows: list              # K lists of ids, prompt and answer
+    start: int              # where the answers begin
+    pairs: list             # (chosen, rejected) as indices into rows
+    ref: list = None        # the reference's log-probability of each answer
+
+
+def encode(tokenizer, preferences):
+    out = []
+    for p in preferences:
+        prompt = tokenizer.prompt(p.prompt)
+        pairs = [(i, j) for i, j in permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
+        out.append(Example([prompt + tokenizer.response(r) for r in p.responses], len(prompt), pairs))
+    return out
+
+
+def answer_logprobs(model, run, group):
+    """log p of each answer of a list of Examples, one after another: (rows,), sums or means over the answer's tokens."""
+    rows = [row for e in group for row in e.rows]
+    starts = torch.tensor([e.start for e in group for _ in e.rows])[:, None]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    tokens = loading.pad(rows)
+    column = torch.arange(tokens.shape[1])
+    mask = ((column >= starts) & (column < ends)).to(run.device)
+    with run.autocast():
+        total = model.logprobs(tokens.to(run.device), mask).sum(1)
+    return total / mask.sum(1) if run.cfg.length_normalize else total
+
+
+@torch.no_grad()
+def add_reference(model, run, examples):
+    """Fill in Example.ref, a mini-batch of neighbours in length at a time."""
+    order = sorted(examples, key=lambda e: max(map(len, e.rows)))
+    for i in range(0, len(order), run.cfg.micro_batch):
+        group = order[i:i + run.cfg.micro_batch]
+        values = iter(answer_logprobs(model, run, group).tolist())
+        for e in group:
+            e.ref = [next(values) for _ in e.rows]
+
+
+def batch_loss(model, run, group):
+    """Losses over all pairs of a list of Examples: (pairs,), and {name: (pairs,)} of what a person watches."""
+    logprobs = answer_logprobs(model, run, group)
+    ref = torch.tensor([x for e in group for x in e.ref], device=run.device)
+    first, pairs = 0, []
+    for e in group:
+        pairs += [(first + i, first + j) for i, j in e.pairs]
+        first += len(e.rows)
+    w, l = torch.tensor(pairs, device=run.device).T
+    losses, chosen, rejected = dpo_loss(logprobs[w], logprobs[l], ref[w], ref[l], run.cfg.beta, run.cfg.loss,
+                                        run.cfg.label_smoothing)
+    return losses, {"loss": losses.detach(), "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
+                    "reward_chosen": chosen, "reward_rejected": rejected,
+                    "logp_chosen": logprobs[w].detach(), "logp_rejected": logprobs[l].detach()}
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+@torch.no_grad()
+def evaluate(model, run, examples):
+    """Means over all pairs of held-out examples: {name: number}."""
+    watched = [batch_loss(model, run, examples[i:i + run.cfg.micro_batch])[1]
+               for i in range(0, len(examples), run.cfg.micro_batch)]
+    return {k: torch.cat([w[k] for w in watched]).mean().item() for k in watched[0]}
+
+
+def train(cfg):
+    runtime.require(cfg.init, "sft")
+    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
+    tokenizer = Tokenizer.load(cfg.init)
+    model = GPT.load(cfg.init, device=runtime.pick_device(cfg.device))
+    size, length = model.config.block_size, lambda e: max(map(len, e.rows))
+    examples = loading.fit(encode(tokenizer, preferences), length, size, "preferences")
+    held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
+
+    steps = cfg.epochs * -(-len(examples) // cfg.batch)
+    run = runtime.Run(cfg, steps)
+    add_reference(model, run, examples + held_out)      # the policy is still the reference
+    optimizer = runtime.make_optimizer(model, cfg.lr)
+    for epoch in range(cfg.epochs):
+        for batch in loading.by_length([length(e) for e in examples], cfg.batch, run.rng):
+            total = sum(len(examples[i].pairs) for i in batch)
+            sums = {}
+            for j in range(0, len(batch), cfg.micro_batch):
+                losses, watched = batch_loss(model, run, [examples[i] for i in batch[j:j + cfg.micro_batch]])
+                (losses.sum() / total).backward()
+                sums = {k: sums.get(k, 0) + v.sum().item() / total for k, v in watched.items()}
+            lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
+            norm = runtime.optimizer_step(optimizer, lr, cfg.max_norm)
+            run.log(sums | {"grad_norm": norm, "lr": lr})
+    found = evaluate(model, run, held_out)
+    print("held out:  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    run.finish(model, tokenizer, held_out=found)
+
+
+if __name__ == "__main__":
+    runtime.main(Config, train, __doc__)
