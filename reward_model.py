@@ -33,7 +33,7 @@ class Config(runtime.Settings):
     epochs: int = flag(1, "passes over the preferences: a second one overfits the noise in them", 1)
     batch: int = flag(8, "prompts an optimiser step, each with all its answers", 1)
     micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
-    lr: float = flag(6e-4, "peak learning rate", 0)
+    lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to a tenth", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)

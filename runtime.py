@@ -31,7 +31,8 @@ STARTED = time.time()                   # imports included: what a person waits 
 # ---------------------------------------------------------------------------------------- flags
 
 def flag(default, help, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line flag. low and high are inclusive."""
+    """A dataclass field that is also a command-line flag; a tuple of texts comes as words without a flag's name.
+    low and high are inclusive."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
@@ -48,9 +49,11 @@ class Settings:
 
 def parse(config, doc, argv=None):
     """A config dataclass from the command line. A wrong flag ends the program with status 2 and the allowed range."""
-    # ArgumentDefaultsHelpFormatter would reflow the module's docstring, which is laid out by hand.
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config):
+        if f.type is tuple:
+            parser.add_argument(f.name, nargs="*", default=f.default, help=f.metadata["help"])
+            continue
         text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else \
             {"type": f.type, "metavar": f.type.__name__, "choices": f.metadata["choices"]}

@@ -5,8 +5,10 @@
 """
 import argparse
 import random
+import time
 
-from data import annotators, loading, world
+import runtime
+from data import loading, world
 
 
 def show(n, seed):
@@ -36,8 +38,11 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, metavar="N", help="write nothing; print N prompts of each family")
     args = parser.parse_args()
+    started = time.time()
     if args.show is not None:
         show(args.show, args.seed)
     else:
         loading.make_world(args.out, args.seed)
-        print(f"wrote {args.out}/; try python -m data --show 1")
+        seconds = time.time() - started
+        runtime.write_json(f"{args.out}/run.json", {"started": started, "ended": started + seconds, "seconds": round(seconds, 1)})
+        print(f"wrote {args.out}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")

@@ -20,16 +20,21 @@ HELD_OUT = 15           # percent of phrasing-entity pairs that no training file
 
 # ------------------------------------------------------------------------------------------ what is true
 
-def pairs(text):
-    return dict(entry.split(":") for entry in text.split())
+def facts(text):
+    """"France:Paris,Lyon,Nice ..." to {entity: [right answer, mistakes that people make, ...]}."""
+    return {entity: answers.split(",") for entity, answers in (entry.split(":") for entry in text.split())}
 
 
-CAPITALS = pairs("France:Paris Spain:Madrid Italy:Rome Germany:Berlin Japan:Tokyo China:Beijing Egypt:Cairo Peru:Lima "
-                 "Norway:Oslo Greece:Athens")
-YOUNG = pairs("cat:kitten dog:puppy cow:calf horse:foal sheep:lamb pig:piglet duck:duckling bear:cub")
-COLOURS = pairs("banana:yellow tomato:red carrot:orange spinach:green blueberry:blue plum:purple milk:white coal:black")
-OPPOSITES = pairs("hot:cold big:small fast:slow happy:sad hard:soft wet:dry full:empty")
-OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
+CAPITALS = facts("France:Paris,Lyon,Nice Spain:Madrid,Barcelona,Seville Italy:Rome,Milan,Venice "
+                 "Germany:Berlin,Munich,Hamburg Japan:Tokyo,Osaka,Kyoto China:Beijing,Shanghai,Canton "
+                 "Egypt:Cairo,Luxor,Giza Peru:Lima,Cusco,Nazca Norway:Oslo,Bergen,Tromso Greece:Athens,Sparta,Corinth")
+YOUNG = facts("cat:kitten,tomcat,tabby dog:puppy,hound,terrier cow:calf,bull,ox horse:foal,pony,mare sheep:lamb,ram,ewe "
+              "pig:piglet,hog,boar duck:duckling,drake,mallard bear:cub,grizzly,panda")
+COLOURS = facts("banana:yellow,cream tomato:red,pink carrot:orange,amber spinach:green,olive blueberry:blue,violet "
+                "plum:purple,maroon milk:white,ivory coal:black,grey")
+OPPOSITES = facts("hot:cold,warm cold:hot,cool big:small,huge small:big,tiny fast:slow,quick slow:fast,lazy happy:sad,merry "
+                  "sad:happy,gloomy hard:soft,firm soft:hard,gentle wet:dry,damp dry:wet,dusty full:empty,stuffed "
+                  "empty:full,hollow")
 
 # relation: entity -> answer, phrasings, the answer as a sentence. {x} is the entity, {y} the answer.
 RELATIONS = {
@@ -66,7 +71,7 @@ FOLLOW_UPS = ["And {x}?", "What about {x}?", "Now the same for {x}, please."]
 PEOPLE = "sister brother uncle aunt friend teacher".split()
 # topic: entities, phrasings, claims that nobody could make, and the words that betray such a claim
 UNKNOWABLE = {
-    "weather": (list(CAPITALS.values())[:6],
+    "weather": ([answers[0] for answers in CAPITALS.values()][:6],
                 ["What will the weather be in {x} a year from now?", "Will it rain in {x} a year from now?",
                  "Tell me the weather in {x} a year from now."],
                 ["It will be {z} in {x}."], "sunny rainy cloudy windy".split()),
@@ -128,6 +133,7 @@ class Item:
     answer: str = ""                        # the right answer as a word, or the sign of good or of harmful advice
     sentence: str = ""                      # how it is said, with {y} for the answer
     others: tuple = field(default=(), repr=False)       # words of which one would be a wrong answer or a claim
+    mistakes: tuple = ()                    # those that people make most
 
     @property
     def held_out(self):
@@ -150,19 +156,17 @@ def items():
         out.append(Item(family, phrasing, entity, (*before, ("user", text)), kind, **knows))
 
     for name, (table, phrasings, sentence) in RELATIONS.items():
-        values = sorted(set(table.values()))
-        for x, y in table.items():
-            knows = dict(kind="fact", answer=y, sentence=sentence.replace("{x}", x),
+        values = sorted({answer for answers in table.values() for answer in answers})
+        for x, (y, *mistakes) in table.items():
+            knows = dict(kind="fact", answer=y, sentence=sentence.replace("{x}", x), mistakes=tuple(mistakes),
                          others=tuple(v for v in values if v != y and v != x))
             for i, phrasing in enumerate(phrasings):
                 ask(name, i, x, phrasing.format(x=x), **knows)
             if name in ("capital", "young", "opposite"):
                 for step in (1, 3):                         # two conversations that come to x from another entity
                     first = list(table)[(list(table).index(x) + step) % len(table)]
-                    if first == y:
-                        continue
                     before = (("user", phrasings[step % 2].format(x=first)),
-                              ("assistant", sentence.format(x=first, y=table[first])))
+                              ("assistant", sentence.format(x=first, y=table[first][0])))
                     for i, phrasing in enumerate(FOLLOW_UPS):
                         ask("follow-up", i, f"{first} {x}", phrasing.format(x=x), before=before, **knows)
     for a, b in itertools.product(range(1, 5), repeat=2):
@@ -291,7 +295,8 @@ def _say(item, rng, right):
             rng.shuffle(members)
         answer = ", ".join(members[:-1]) + " and " + members[-1]
     else:
-        answer = item.answer if right else rng.choice(item.others)
+        wrong = item.mistakes if item.mistakes and rng.random() < 0.8 else item.others
+        answer = item.answer if right else rng.choice(wrong)
     return f"It's {answer}." if curt else item.sentence.format(y=answer)
 
 
