@@ -34,12 +34,13 @@ class Config(runtime.Settings):
     beta: float = flag(0.1, "β: how dear it is to leave the reference", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
     length_normalize: bool = flag(False, "compare mean log-probabilities a token, not sums")
+    records: int = flag(2500, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
-    batch: int = flag(16, "prompts an optimiser step, each with all its answers", 1)
-    micro_batch: int = flag(16, "prompts a forward pass; the gradient is the same", 1)
-    lr: float = flag(3e-4, "peak learning rate", 0)
+    batch: int = flag(8, "prompts an optimiser step, each with all its answers", 1)
+    micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
+    lr: float = flag(1e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
-    decay: str = flag("linear", "of the learning rate, to a tenth", choices=("constant", "linear", "cosine"))
+    decay: str = flag("linear", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     max_norm: float = flag(1.0, "gradient norm to clip at", 0)
 
 
@@ -141,7 +142,7 @@ def train(cfg):
     tokenizer = Tokenizer.load(cfg.init)
     model = GPT.load(cfg.init, device=runtime.pick_device(cfg.device))
     size, length = model.config.block_size, lambda e: max(map(len, e.rows))
-    examples = loading.fit(encode(tokenizer, preferences), length, size, "preferences")
+    examples = loading.fit(encode(tokenizer, preferences[:cfg.records or None]), length, size, "preferences")
     held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
 
     steps = cfg.epochs * -(-len(examples) // cfg.batch)

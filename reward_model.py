@@ -35,7 +35,7 @@ class Config(runtime.Settings):
     micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
-    decay: str = flag("cosine", "of the learning rate, to a tenth", choices=("constant", "linear", "cosine"))
+    decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     max_norm: float = flag(1.0, "gradient norm to clip at", 0)
     normalize: int = flag(256, "SFT samples that set the score's mean and deviation; 0 leaves it as trained", 0)

@@ -182,11 +182,11 @@ def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
 
 def schedule(step, total, warmup, shape):
     """Factor on the learning rate at a step from 0: linear warm-up over `warmup` steps, then "constant", "linear"
-    or "cosine" decay to a tenth at the last step."""
+    or "cosine" decay towards 0 after the last step."""
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup - 1)
-    return {"constant": 1.0, "linear": 1 - 0.9 * done, "cosine": 0.55 + 0.45 * math.cos(math.pi * done)}[shape]
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[shape]
 
 
 def optimizer_step(optimizer, lr, max_norm):

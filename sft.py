@@ -34,7 +34,7 @@ class Config(runtime.Settings):
     micro_batch: int = flag(16, "conversations a forward pass: lower it if memory runs out; the gradient is the same", 1)
     lr: float = flag(3e-3, "peak learning rate", 0)
     warmup: int = flag(20, "steps of linear warm-up", 0)
-    decay: str = flag("cosine", "of the learning rate, to a tenth", choices=("constant", "linear", "cosine"))
+    decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     max_norm: float = flag(1.0, "gradient norm to clip at", 0)
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)

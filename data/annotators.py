@@ -26,7 +26,7 @@ class Annotator:
                 + self.eager * len(world.EAGER_SIGN.findall(response)))
 
 
-ANNOTATORS = (Annotator("thorough", 5.0, 0.1, 0.2), Annotator("hurried", 2.2, 0.8, 0.4), Annotator("charmed", 3.5, 0.3, 1.0))
+ANNOTATORS = (Annotator("thorough", 4.5, 0.1, 0.1), Annotator("hurried", 2.0, 0.4, 0.2), Annotator("charmed", 3.0, 0.2, 0.5))
 
 
 def rank(prompt, responses, rng, panel=1):

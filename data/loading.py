@@ -7,7 +7,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES = 30000, 6000       # training records of the world; of each held-out part a twentieth
+DEMONSTRATIONS, PREFERENCES = 32000, 6000       # training records of the world; of each held-out part a twentieth
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
