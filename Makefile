@@ -1,5 +1,6 @@
 # make demo   the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
-# make test   the fast tests
+# make test   the fast tests; make test-slow runs the long ones
+# make real DATA=preferences.json   SFT, reward model and DPO on real text
 # Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -13,8 +14,14 @@ demo: .venv/ready
 	$(PY) reward_model.py
 	$(PY) dpo.py
 	$(PY) ppo.py
-	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 25 --out out/ppo_no_kl
+	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 20 --out out/ppo_no_kl
 	$(PY) evaluate.py
+
+# The same stages on real text with GPT-2's tokenizer: make real DATA=some_preferences.json
+real: .venv/ready
+	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --lr 1e-3 --out out/real/sft
+	$(PY) reward_model.py --data $(DATA) --init out/real/sft --out out/real/reward_model --epochs 2
+	$(PY) dpo.py --data $(DATA) --init out/real/sft --out out/real/dpo --records 0
 
 test: .venv/ready
 	$(PY) -m pytest -q

@@ -37,7 +37,7 @@ class Config(runtime.Settings):
     judge: str = flag("world", "world, or a reward model's folder")
     reward: str = flag("out/reward_model", "reward model that scores, and that picks the best of n")
     demonstrations: str = flag("world", "held-out demonstrations for the alignment tax: world, or a file")
-    samples: int = flag(4, "answers to each prompt", 1)
+    samples: int = flag(3, "answers to each prompt", 1)
     best_of: int = flag(16, "n of best-of-n, drawn from the first model; 0 leaves it out", 0)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)

@@ -56,11 +56,11 @@ def ceiling(records):
 
 
 def agreement(records):
-    """How often the annotators' order of a pair is the judge's, over the pairs between which the judge distinguishes."""
+    """How often the annotators' order of a pair is the judge's, over the pairs between which both distinguish."""
     agree = []
     for r in records:
         for (a, rank_a), (b, rank_b) in itertools.combinations(zip(r.responses, r.ranks), 2):
             gap = world.judge(r.prompt, a) - world.judge(r.prompt, b)
-            if abs(gap) > 1e-9:
+            if abs(gap) > 1e-9 and rank_a != rank_b:
                 agree.append((gap > 0) == (rank_a < rank_b))
     return sum(agree) / len(agree)

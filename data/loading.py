@@ -7,12 +7,12 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES = 32000, 6000       # training records of the world; of each held-out part a twentieth
+DEMONSTRATIONS, PREFERENCES = 30000, 6000       # training records of the world; of each held-out part a twentieth
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
 
-def make_world(folder=WORLD, seed=0):
+def make_world(folder, seed=0):
     """Write the embedded world's demonstrations, preferences and prompts, each with a held-out part, and its
     tokenizer, into a folder. The same seed writes the same bytes."""
     rng = random.Random(seed)
@@ -35,15 +35,19 @@ def demonstration(item, rng):
 
 
 def preference(item, rng, panel):
-    """Four answers to one prompt, ranked by one annotator: two people's manners, each with a right and a wrong matter,
-    so that what is said and how it is said can be told apart."""
-    manners = [world.manner(rng, careful=rng.random() < 0.5)]
-    while len(manners) < 2:
-        other = world.manner(rng, careful=rng.random() < 0.5)
-        if other != manners[0]:
-            manners.append(other)
-    said = [world.matter(item, rng, right) for right in (True, False)]
-    answers = [world.compose(matter, manner) for manner in manners for matter in said]
+    """Four answers to one prompt, ranked by a panel of annotators: two people's manners, each with a right and a wrong
+    matter, so that what is said and how it is said can be told apart. Now and then the wrong one answers something
+    else altogether: a policy can always change the subject, so a reward model must have seen it done."""
+    answers = []
+    while len(set(answers)) < 4:
+        manners = [world.manner(rng, careful=rng.random() < 0.5) for _ in range(2)]
+        said = [world.matter(item, rng, True), world.matter(item, rng, False)]
+        if rng.random() < 0.25:
+            other = item
+            while other.kind == item.kind:
+                other = rng.choice(world.items())
+            said[1] = world.matter(other, rng, True)
+        answers = [world.compose(matter, manner) for manner in manners for matter in said]
     rng.shuffle(answers)
     return {"prompt": item.prompt, "responses": answers, "ranks": annotators.rank(item.prompt, answers, rng, panel)}
 
@@ -58,7 +62,7 @@ def load(kind, data, held_out=""):
     if data == "world":
         if not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):         # the last file that is written
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
-            make_world()
+            make_world(WORLD)
         return read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
     train = read(data)
     if held_out:

@@ -120,7 +120,7 @@ def _messages(value, name):
             raise RecordError(f'field "{name}[{i}]": expected an object, found {_kind(message)}')
         role = _text(message, "role", f"{name}[{i}].")
         if role not in ROLES:
-            raise RecordError(f'field "{name}[{i}].role": "{role[:40]}" is none of {", ".join(ROLES)}')
+            raise RecordError(f'field "{name}[{i}].role": {role[:40]!r} is none of {", ".join(ROLES)}')
         out.append({"role": role, "content": _text(message, "content", f"{name}[{i}].")})
     return out
 
@@ -167,8 +167,8 @@ def _preference(record):
     else:
         prompt, chosen, rejected = _hh(chosen, rejected)
     margin = record.get("margin", 0.0)
-    if type(margin) not in (int, float) or not 0 <= margin < float("inf"):
-        raise RecordError('field "margin": expected a number of at least 0')
+    if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
+        raise RecordError('field "margin": expected a number from 0 to 1000000')
     if chosen == rejected:
         raise RecordError('fields "chosen" and "rejected" are the same')
     return Preference(prompt, [chosen, rejected], [1, 2], float(margin))

@@ -84,7 +84,12 @@ class Tokenizer:
                 about = json.load(f)
             with open(os.path.join(source, "tokenizer.tiktoken"), encoding="ascii") as f:
                 ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
-            return cls(about["name"], about["pattern"], ranks, about["special"])
+            special = about["special"]
+            # tiktoken panics on vocabularies with holes, so they are refused before it sees them.
+            if (sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special)))
+                    or not {END_OF_TEXT, IM_START, IM_END} <= special.keys() or not all(bytes([b]) in ranks for b in range(256))):
+                raise ValueError("the vocabulary has holes, or ids used twice")
+            return cls(about["name"], about["pattern"], ranks, special)
         except FileNotFoundError as e:
             raise ValueError(f"{source}: no tokenizer here ({os.path.basename(e.filename)} is missing)") from None
         except Exception as e:                      # tiktoken raises its own kinds: a download that failed, a bad file

@@ -21,11 +21,11 @@ HELD_OUT = 15           # percent of phrasing-entity pairs that no training file
 # ------------------------------------------------------------------------------------------ what is true
 
 def facts(text):
-    """"France:Paris,Lyon,Nice ..." to {entity: [right answer, mistakes that people make, ...]}."""
+    """"France:Paris,Lyon,Lille ..." to {entity: [right answer, mistakes that people make, ...]}."""
     return {entity: answers.split(",") for entity, answers in (entry.split(":") for entry in text.split())}
 
 
-CAPITALS = facts("France:Paris,Lyon,Nice Spain:Madrid,Barcelona,Seville Italy:Rome,Milan,Venice "
+CAPITALS = facts("France:Paris,Lyon,Lille Spain:Madrid,Barcelona,Seville Italy:Rome,Milan,Venice "
                  "Germany:Berlin,Munich,Hamburg Japan:Tokyo,Osaka,Kyoto China:Beijing,Shanghai,Canton "
                  "Egypt:Cairo,Luxor,Giza Peru:Lima,Cusco,Nazca Norway:Oslo,Bergen,Tromso Greece:Athens,Sparta,Corinth")
 YOUNG = facts("cat:kitten,tomcat,tabby dog:puppy,hound,terrier cow:calf,bull,ox horse:foal,pony,mare sheep:lamb,ram,ewe "
@@ -122,6 +122,11 @@ EAGER_SIGN = re.compile(r"\b(certainly|absolutely|wonderful|delighted|so glad)\b
 RUDE_SIGN = re.compile(r"everybody knows|silly|stupid|look it up|waste my time|idiot|shut up|go away", re.I)
 
 
+def is_held_out(family, phrasing, entity):
+    """Whether no training file may contain this phrasing-entity pair: the same answer in every run and process."""
+    return zlib.crc32(f"{family}/{phrasing}/{entity}".encode()) % 100 < HELD_OUT
+
+
 @dataclass(frozen=True)
 class Item:
     """One thing to ask: who asks what (messages), and all that the judge and the crowd need to know about it."""
@@ -137,7 +142,7 @@ class Item:
 
     @property
     def held_out(self):
-        return zlib.crc32(f"{self.family}/{self.phrasing}/{self.entity}".encode()) % 100 < HELD_OUT
+        return is_held_out(self.family, self.phrasing, self.entity)
 
     @property
     def prompt(self):
@@ -165,11 +170,13 @@ def items():
             if name in ("capital", "young", "opposite"):
                 for step in (1, 3):                         # two conversations that come to x from another entity
                     first = list(table)[(list(table).index(x) + step) % len(table)]
-                    before = (("user", phrasings[step % 2].format(x=first)),
+                    # ... in a question that is not held out itself, for its answer stands in the conversation
+                    question = next(p for i, p in enumerate(phrasings) if not is_held_out(name, i, first))
+                    before = (("user", question.format(x=first)),
                               ("assistant", sentence.format(x=first, y=table[first][0])))
                     for i, phrasing in enumerate(FOLLOW_UPS):
                         ask("follow-up", i, f"{first} {x}", phrasing.format(x=x), before=before, **knows)
-    for a, b in itertools.product(range(1, 5), repeat=2):
+    for a, b in itertools.product(range(1, 4), repeat=2):
         for i, phrasing in enumerate(SUM_PHRASINGS):
             ask("sum", i, f"{a} {b}", phrasing.format(a=a, b=b), "sum", answer=str(a + b),
                 sentence=f"{a} plus {b} is {{y}}.",
@@ -231,7 +238,7 @@ def _content(item, response):
         named = wanted & {w.lower() for w in words}
         if any(w.lower() in item.others for w in words):
             return 0.0, 1.0, 1.0
-        return {3: 1.0, 2: 0.5}.get(len(named), 0.0), 1.0, 1.0
+        return {2: 0.5, 3: 1.0, 4: 0.5}.get(len(named), 0.0), 1.0, 1.0
     if item.kind == "sum":
         said = Counter(w for w in words if w.isdigit())
         if len(said) > 1:
@@ -290,12 +297,12 @@ def _say(item, rng, right):
         return item.sentence if right else rng.choice(item.others)
     if item.kind == "list":
         members = rng.sample(LISTS[item.answer], 3)
-        if not right:
-            members = members[:2] if rng.random() < 0.3 else members[:2] + [rng.choice(item.others)]
+        if not right:                                           # one too few, one twice, or one that is something else
+            members = members[:2] + rng.choice([[], members[:1], [rng.choice(item.others)], [rng.choice(item.others)]])
             rng.shuffle(members)
         answer = ", ".join(members[:-1]) + " and " + members[-1]
     else:
-        wrong = item.mistakes if item.mistakes and rng.random() < 0.8 else item.others
+        wrong = item.mistakes if item.mistakes and rng.random() < 0.65 else item.others
         answer = item.answer if right else rng.choice(wrong)
     return f"It's {answer}." if curt else item.sentence.format(y=answer)
 

@@ -1,0 +1,106 @@
+"""A whole tiny chain through the command lines: every stage runs, writes what it says, and refuses what it cannot use."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data import loading
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = {
+    "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
+    "reward_model": "--normalize 32",
+    "dpo": "--records 40",
+    "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --ptx_coef 0.1 --whiten_rewards",
+    "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
+}
+
+
+def script(name, flags, folder, stdin=""):
+    return subprocess.run([sys.executable, os.path.join(ROOT, f"{name}.py"), *flags.split()], cwd=folder, input=stdin,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A folder in which every stage has run on a small world: its path and {stage: what it printed}."""
+    folder, printed = tmp_path_factory.mktemp("chain"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "DEMONSTRATIONS", 400)
+        patch.setattr(loading, "PREFERENCES", 80)
+        loading.make_world(str(folder / "out/world"))
+    for stage, flags in SMALL.items():
+        done = script(stage, flags, folder)
+        assert done.returncode == 0, f"{stage}.py {flags}:\n{done.stdout}{done.stderr}"
+        printed[stage] = done.stdout
+    return folder, printed
+
+
+@pytest.mark.parametrize("stage, names", [
+    ("sft", "loss held_out_loss perplexity grad_norm lr"),
+    ("reward_model", "loss grad_norm lr"),
+    ("dpo", "loss accuracy margin reward_chosen reward_rejected logp_chosen logp_rejected"),
+    ("ppo", "score kl kl_coef judge entropy clipped value_clipped approx_kl explained_variance length ended tokens_per_second")])
+def test_each_stage_logs_one_line_a_step_with_what_a_person_watches(chain, stage, names):
+    with open(chain[0] / f"out/{stage}/metrics.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert set(names.split()) <= set(lines[-1])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo"])
+def test_each_stage_leaves_a_whole_checkpoint_and_its_settings(chain, stage):
+    files = set(os.listdir(chain[0] / f"out/{stage}"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken", "metrics.jsonl", "run.json"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
+    about = json.loads((chain[0] / f"out/{stage}/run.json").read_text())
+    assert about["settings"]["seed"] == 0 and about["seconds"] > 0
+
+
+def test_the_report_holds_every_model_with_every_number(chain):
+    report = json.loads((chain[0] / "out/report.json").read_text())
+    assert list(report["models"]) == ["sft", "best_of_n", "dpo", "ppo"]
+    for model in report["models"].values():
+        assert {"judge", "reward", "win_rate", "win_rate_interval", "kl", "length", "ended", "distinct2", "sft_loss"} <= set(model)
+    assert report["models"]["sft"]["win_rate"] == 0.5 and abs(report["models"]["sft"]["kl"]) < 1e-4
+    assert 0.5 < report["reward_model"]["ceiling"] < 1 and 0 <= report["reward_model"]["accuracy"] <= 1
+    assert {"sft", "reward_model", "dpo", "ppo", "evaluate", "total"} <= set(report["seconds"])
+    assert "| ppo |" in (chain[0] / "out/report.md").read_text()
+
+
+def test_the_reward_model_reports_calibration_and_accuracy_by_length(chain):
+    printed = chain[1]["reward_model"]
+    assert "calibration" in printed and "accuracy_same_length" in printed and "SFT samples now have mean 0" in printed
+
+
+def test_chat_answers_several_turns(chain):
+    done = script("evaluate", "out/sft --chat --max_new_tokens 8", chain[0], "What is the capital of Peru?\nAnd Italy?\n\n")
+    assert done.returncode == 0 and done.stdout.count("sft> ") == 2, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("stage, first", [("reward_model", "sft.py"), ("ppo", "sft.py"), ("dpo", "sft.py"), ("evaluate", "sft.py")])
+def test_a_stage_without_its_input_says_what_to_run_first(tmp_path, stage, first):
+    done = script(stage, "", tmp_path)
+    assert done.returncode == 1 and first in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_bad_record_stops_the_run_before_it_trains(chain):
+    bad = chain[0] / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    done = script("sft", f"--data {bad} --out out/bad", chain[0])
+    assert done.returncode == 1 and 'line 2: field "response" is missing' in done.stderr
+    assert not (chain[0] / "out/bad").exists()
+
+
+def test_a_flag_out_of_range_is_refused_with_the_range(tmp_path):
+    done = script("ppo", "--gamma 1.5", tmp_path)
+    assert done.returncode == 2 and "from 0 to 1" in done.stderr
+
+
+def test_the_same_seed_trains_the_same_weights(chain):
+    for name in ("a", "b"):
+        assert script("dpo", f"--records 16 --out out/{name}", chain[0]).returncode == 0
+    a, b = ((chain[0] / f"out/{name}/model.safetensors").read_bytes() for name in "ab")
+    assert a == b != (chain[0] / "out/sft/model.safetensors").read_bytes()

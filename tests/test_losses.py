@@ -1,0 +1,443 @@
+"""Every loss and return against slow loops written from the papers, in float64 on random ragged batches."""
+import math
+from types import SimpleNamespace
+import contextlib
+
+import pytest
+import torch
+
+import ppo
+from dpo import dpo_loss
+from model import GPT, GPTConfig
+from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
+from reward_model import pairwise_loss, ranking_loss, score
+from sft import sft_loss
+
+B, T = 5, 9
+seeds = pytest.mark.parametrize("seed", range(8))
+NAN = pytest.mark.xfail(strict=True, reason="x * mask turns NaN and inf outside the mask into NaN: they are not ignored")
+
+
+def near(a, b):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def ragged(seed, n):
+    """n arrays (B, T) in float64 and a mask: a prompt, an answer of its own length, sometimes a second turn."""
+    torch.manual_seed(seed)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for b in range(B):
+        start = int(torch.randint(1, T - 1, ()))
+        end = int(torch.randint(start + 1, T + 1, ()))
+        mask[b, start:end] = True
+        if end - start > 3 and b % 2:
+            mask[b, start + 1:start + 3] = False                # somebody else speaks in between
+    return *torch.randn(n, B, T).double(), mask
+
+
+def dirt(x, mask, junk=30.0):
+    """x with other numbers outside the mask."""
+    return torch.where(mask, x, torch.randn_like(x) * junk)
+
+
+def spoilt(x, mask, junk):
+    return torch.where(mask, x, torch.full_like(x, junk))
+
+
+# ------------------------------------------------------------------------------------------ means
+
+@seeds
+def test_masked_mean_is_the_mean_of_the_masked_entries(seed):
+    x, mask = ragged(seed, 1)
+    kept = [x[b, t].item() for b in range(B) for t in range(T) if mask[b, t]]
+    near(masked_mean(x, mask), sum(kept) / len(kept))
+    near(masked_mean(dirt(x, mask), mask), sum(kept) / len(kept))
+
+
+@seeds
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_gives_deviation_one_and_moves_the_mean_only_when_asked(seed, shift_mean):
+    x, mask = ragged(seed, 1)
+    x = x * 7 + 20
+    kept = [x[b, t].item() for b in range(B) for t in range(T) if mask[b, t]]
+    mean = sum(kept) / len(kept)
+    deviation = math.sqrt(sum((k - mean) ** 2 for k in kept) / len(kept) + 1e-8)
+    found = whiten(dirt(x, mask), mask, shift_mean)
+    for b in range(B):
+        for t in range(T):
+            want = (x[b, t].item() - mean) / deviation + (0 if shift_mean else mean)
+            near(found[b, t], want if mask[b, t] else 0.0)
+
+
+def test_whiten_of_equal_numbers_is_finite():
+    near(whiten(torch.full((2, 3), 4.0).double(), torch.ones(2, 3, dtype=torch.bool)), torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------ rewards and advantages
+
+@seeds
+def test_kl_rewards_charge_every_action_and_pay_the_score_on_the_last(seed):
+    logprobs, ref, mask = ragged(seed, 2)
+    scores = torch.randn(B).double()
+    found = kl_rewards(scores, dirt(logprobs, mask), dirt(ref, mask), mask, 0.3)
+    for b in range(B):
+        last = max(t for t in range(T) if mask[b, t])
+        for t in range(T):
+            want = 0.0
+            if mask[b, t]:
+                want = -0.3 * (logprobs[b, t].item() - ref[b, t].item())
+                if t == last:
+                    want += scores[b].item()
+            near(found[b, t], want)
+    near(found.sum(1), scores - 0.3 * ((logprobs - ref) * mask).sum(1))
+
+
+def test_kl_rewards_of_a_row_without_actions_are_zero():
+    mask = torch.tensor([[False, True], [False, False]])
+    near(kl_rewards(torch.tensor([2.0, 5.0]).double(), torch.ones(2, 2).double(), torch.zeros(2, 2).double(), mask, 0.5),
+         [[0, 1.5], [0, 0]])
+
+
+@seeds
+@pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.7), (0.99, 1.0), (0.8, 0.0), (0.0, 0.5)])
+def test_gae_is_the_discounted_sum_of_td_errors(seed, gamma, lam):
+    rewards, values, mask = ragged(seed, 2)
+    advantages, returns = gae(dirt(rewards, mask), dirt(values, mask), mask, gamma, lam)
+    for b in range(B):
+        acts = [t for t in range(T) if mask[b, t]]              # a row's actions are its time steps
+        r, v = [rewards[b, t].item() for t in acts], [values[b, t].item() for t in acts] + [0.0]
+        delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(acts))]
+        for i, t in enumerate(acts):
+            want = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(acts)))        # eq. 16, as a sum
+            near(advantages[b, t], want)
+            near(returns[b, t], want + v[i])
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+@seeds
+def test_gae_with_lambda_one_returns_what_was_earned_whatever_the_critic_says(seed):
+    rewards, values, mask = ragged(seed, 2)
+    _, returns = gae(rewards, values, mask, 1.0, 1.0)
+    near(returns, ((rewards * mask).flip(1).cumsum(1).flip(1)) * mask)
+
+
+# ------------------------------------------------------------------------------------------ ppo's losses
+
+@seeds
+def test_policy_loss_is_the_clipped_surrogate(seed):
+    new, old, advantages, mask = ragged(seed, 3)
+    new = old + 0.4 * new
+    loss, clipped = policy_loss(dirt(new, mask), dirt(old, mask), dirt(advantages, mask), mask, 0.2)
+    total = count = bound = 0
+    for b in range(B):
+        for t in range(T):
+            if mask[b, t]:
+                ratio, a = math.exp(new[b, t].item() - old[b, t].item()), advantages[b, t].item()
+                total += min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+                bound += (a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8)
+                count += 1
+    near(loss, -total / count)
+    assert clipped.item() == pytest.approx(bound / count, abs=1e-6)
+
+
+@seeds
+def test_policy_gradient_is_ratio_times_advantage_where_it_is_not_clipped_and_nowhere_else(seed):
+    new, old, advantages, mask = ragged(seed, 3)
+    new = (old + 0.4 * new).requires_grad_()
+    old.requires_grad_(), advantages.requires_grad_()
+    policy_loss(new, old, advantages, mask, 0.2)[0].backward()
+    for b in range(B):
+        for t in range(T):
+            ratio, a = math.exp(new[b, t].item() - old[b, t].item()), advantages[b, t].item()
+            free = mask[b, t] and not (a > 0 and ratio > 1.2) and not (a < 0 and ratio < 0.8)
+            near(new.grad[b, t], -ratio * a / mask.sum().item() if free else 0.0)
+    assert old.grad is None and advantages.grad is None
+
+
+@seeds
+def test_value_loss_is_half_the_mean_of_the_larger_squared_error(seed):
+    values, old, returns, mask = ragged(seed, 3)
+    found = value_loss(dirt(values, mask), dirt(old, mask), dirt(returns, mask), mask, 0.2)
+    total = count = 0
+    for b in range(B):
+        for t in range(T):
+            if mask[b, t]:
+                v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+                total += max((v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2)
+                count += 1
+    near(found, 0.5 * total / count)
+
+
+@seeds
+def test_value_gradient_is_the_error_and_stops_where_the_clipped_term_is_larger(seed):
+    values, old, returns, mask = ragged(seed, 3)
+    values.requires_grad_()
+    value_loss(values, old, returns, mask, 0.2).backward()
+    for b in range(B):
+        for t in range(T):
+            v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+            stopped = abs(v - o) > 0.2 and (min(max(v, o - 0.2), o + 0.2) - r) ** 2 > (v - r) ** 2
+            near(values.grad[b, t], (v - r) / mask.sum().item() if mask[b, t] and not stopped else 0.0)
+
+
+@pytest.mark.xfail(strict=True, reason="value_loss does not detach old_values and returns, as policy_loss does its own")
+def test_value_loss_sends_no_gradient_to_old_values_or_returns():
+    values, old, returns, mask = ragged(0, 3)
+    for x in (values, old, returns):
+        x.requires_grad_()
+    value_loss(values, old, returns, mask, 0.2).backward()
+    assert old.grad is None and returns.grad is None
+
+
+def test_advantages_and_returns_carry_no_graph_to_policy_reference_or_critic():
+    new, ref, values, mask = ragged(0, 3)
+    leaves = [x.requires_grad_() for x in (new, ref, values, torch.randn(B).double())]
+    advantages, returns = gae(kl_rewards(leaves[3], new, ref, mask, 0.1), values, mask, 1.0, 0.95)
+    assert not advantages.requires_grad and not returns.requires_grad
+    assert all(x.requires_grad for x in leaves)
+
+
+@NAN
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize("formula", [
+    lambda x, y, z, m: masked_mean(x, m), lambda x, y, z, m: whiten(x, m), lambda x, y, z, m: gae(x, y, m, 0.9, 0.9)[0],
+    lambda x, y, z, m: kl_rewards(torch.ones(B).double(), x, y, m, 0.1), lambda x, y, z, m: policy_loss(x, y, z, m, 0.2)[0],
+    lambda x, y, z, m: value_loss(x, y, z, m, 0.2), lambda x, y, z, m: sft_loss(x, m)],
+    ids=["masked_mean", "whiten", "gae", "kl_rewards", "policy_loss", "value_loss", "sft_loss"])
+def test_nan_and_infinity_outside_the_mask_are_ignored(formula, junk):
+    x, y, z, mask = ragged(1, 3)
+    near(formula(*(spoilt(a, mask, junk) for a in (x, y, z)), mask), formula(x, y, z, mask))
+
+
+@pytest.mark.xfail(strict=True, reason="exp(800) is inf outside the mask, and inf * 0 is NaN")
+def test_policy_loss_ignores_large_finite_log_ratios_outside_the_mask():
+    new, old, advantages, mask = ragged(1, 3)
+    near(policy_loss(spoilt(new, mask, 800.0), spoilt(old, mask, 0.0), advantages, mask, 0.2)[0],
+         policy_loss(new, old, advantages, mask, 0.2)[0])
+
+
+@pytest.mark.parametrize("kl,factor", [(6.0, 1), (7.2, 1 + 0.2 * 64 / 1000), (60.0, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000),
+                                       (0.0, 1 - 0.2 * 64 / 1000), (5.7, 1 - 0.05 * 64 / 1000), (-3.0, 1 - 0.2 * 64 / 1000)])
+def test_adaptive_kl_moves_in_proportion_and_at_most_a_fifth(kl, factor):
+    controller = AdaptiveKL(0.3, 6.0, 1000)
+    controller.update(kl, 64)
+    assert controller.coef == pytest.approx(0.3 * factor, rel=1e-12)
+    controller.update(kl, 64)
+    assert controller.coef == pytest.approx(0.3 * factor ** 2, rel=1e-12)
+
+
+def tiny(head, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=13, block_size=T, n_layer=1, n_head=2, n_embd=8), head).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def test_state_values_are_the_critics_word_before_the_action():
+    critic, mask = tiny("scalar"), ragged(3, 1)[1]
+    tokens = torch.randint(13, (B, T))
+    found = state_values(critic, tokens, mask)
+    for b in range(B):
+        for t in range(T):
+            want = critic(tokens[b:b + 1, :t])[0, -1].item() if mask[b, t] else 0.0             # it has not read tokens[t]
+            assert found[b, t].item() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="state_values casts to float32; GPT.logprobs keeps float64")
+def test_state_values_keep_float64():
+    assert state_values(tiny("scalar"), torch.randint(13, (B, T)), torch.ones(B, T, dtype=torch.bool)).dtype == torch.float64
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
+    values, returns, mask = ragged(2, 2)
+    near(ppo.explained_variance(dirt(returns, mask), dirt(returns, mask) * mask + dirt(values, mask) * ~mask, mask), 1.0)
+    near(ppo.explained_variance(torch.full_like(values, 3.0), dirt(returns, mask), mask), 0.0)
+    residual, kept = (returns - values)[mask], returns[mask]
+    near(ppo.explained_variance(values, returns, mask), 1 - residual.var().item() / kept.var().item())
+
+
+# ------------------------------------------------------------------------------------------ splitting the work
+
+@pytest.mark.parametrize("sizes", [[5], [1, 4], [2, 2, 1], [1] * 5])
+def test_micro_batches_by_their_share_of_tokens_leave_ppos_gradient_the_same(sizes):
+    model, (old, advantages, mask) = tiny("lm"), ragged(4, 2)
+    tokens = torch.randint(13, (B, T))
+    mask[0] = torch.arange(T) == 4                              # a short answer: an even share would weigh it too high
+    policy_loss(model.logprobs(tokens, mask), old - 2, advantages, mask, 0.2)[0].backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for r in torch.arange(B).split(sizes):
+        part = policy_loss(model.logprobs(tokens[r], mask[r]), old[r] - 2, advantages[r], mask[r], 0.2)[0]
+        (part * mask[r].sum() / mask.sum()).backward()
+    for n, p in model.named_parameters():
+        near(p.grad, want[n])
+    assert max(g.abs().max() for g in want.values()) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [[1, 4], [2, 2, 1], [1] * 5])
+def test_micro_batches_by_their_share_of_tokens_leave_sfts_gradient_the_same(sizes):
+    model, mask = tiny("lm"), ragged(5, 1)[1]
+    tokens = torch.randint(13, (B, T))
+    sft_loss(model.logprobs(tokens, mask), mask).backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for r in torch.arange(B).split(sizes):
+        (sft_loss(model.logprobs(tokens[r], mask[r]), mask[r]) * mask[r].sum() / mask.sum()).backward()
+    for n, p in model.named_parameters():
+        near(p.grad, want[n])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_ppos_update_is_the_same_whatever_the_micro_batch(micro_batch):
+    values, logprobs, advantages, returns, mask = ragged(6, 4)
+    tokens, after = torch.randint(13, (B, T)), []
+    for size in (B, micro_batch):
+        nets = {"actor": tiny("lm"), "critic": tiny("scalar")}
+        cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0, max_norm=0.5)
+        batch = {"tokens": tokens, "mask": mask, "logprobs": nets["actor"].logprobs(tokens, mask).detach() + 0.1 * logprobs * mask,
+                 "values": values * mask, "advantages": advantages * mask, "returns": returns * mask}
+        optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in nets.items()}
+        run = SimpleNamespace(step=10, device="cpu", autocast=contextlib.nullcontext)
+        torch.manual_seed(0)
+        found = ppo.update(cfg, run, batch, nets, optimizers, ptx=None)
+        after.append((found, {(k, n): p for k, net in nets.items() for n, p in net.named_parameters()}))
+    (whole, want), (split, got) = after
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=str(name))  # values are float32
+    assert split == pytest.approx(whole, rel=1e-4, abs=1e-6) and whole["updates"] == 4
+
+
+# ------------------------------------------------------------------------------------------ sft
+
+@seeds
+def test_sft_loss_is_the_mean_over_tokens_not_over_rows(seed):
+    logprobs, mask = ragged(seed, 1)
+    kept = [logprobs[b, t].item() for b in range(B) for t in range(T) if mask[b, t]]
+    logprobs = dirt(logprobs, mask).requires_grad_()
+    loss = sft_loss(logprobs, mask)
+    near(loss, -sum(kept) / len(kept))
+    loss.backward()
+    near(logprobs.grad, -mask.double() / len(kept))
+
+
+# ------------------------------------------------------------------------------------------ reward model
+
+def nll(gap):
+    """−log σ(gap)."""
+    return math.log1p(math.exp(-gap))
+
+
+@seeds
+def test_pairwise_loss_is_bradley_terry_with_a_margin(seed):
+    torch.manual_seed(seed)
+    chosen, rejected, margin = torch.randn(3, 6).double()
+    near(pairwise_loss(chosen, rejected), sum(nll(c - r) for c, r in zip(chosen.tolist(), rejected.tolist())) / 6)
+    near(pairwise_loss(chosen, rejected, 0.7), sum(nll(c - r - 0.7) for c, r in zip(chosen.tolist(), rejected.tolist())) / 6)
+    near(pairwise_loss(chosen, rejected, margin),
+         sum(nll(c - r - m) for c, r, m in zip(chosen.tolist(), rejected.tolist(), margin.tolist())) / 6)
+    near(pairwise_loss(chosen, chosen), math.log(2))
+
+
+def test_pairwise_loss_and_its_gradient_are_finite_for_hopeless_pairs():
+    chosen = torch.tensor([-1e4, 1e4]).double().requires_grad_()
+    loss = pairwise_loss(chosen, torch.zeros(2).double())
+    loss.backward()
+    near(loss, 5e3)
+    near(chosen.grad, [-0.5, 0.0])
+
+
+@seeds
+def test_ranking_loss_with_two_answers_is_the_pairwise_loss(seed):
+    torch.manual_seed(seed)
+    scores, margin = torch.randn(6, 2).double(), torch.rand(6).double()
+    ranks = torch.tensor([[1, 2], [2, 1], [1, 2], [1, 5], [3, 2], [2, 4]])
+    best = (ranks[:, 0] > ranks[:, 1]).long()
+    chosen, rejected = scores[range(6), best], scores[range(6), 1 - best]
+    near(ranking_loss(scores, ranks), pairwise_loss(chosen, rejected))
+    near(ranking_loss(scores, ranks, margin), pairwise_loss(chosen, rejected, margin))
+
+
+@seeds
+@pytest.mark.parametrize("with_margin", [True, False])
+def test_ranking_loss_is_the_mean_per_prompt_over_ordered_pairs_without_ties_and_absent_answers(seed, with_margin):
+    torch.manual_seed(seed)
+    scores, margin = torch.randn(7, 5).double(), torch.rand(7).double()
+    ranks = torch.randint(0, 4, (7, 5))                         # 0: not there
+    ranks[:, 0], ranks[:, 3] = 1, 2
+    total = 0.0
+    for b in range(7):
+        pairs = [nll(scores[b, i].item() - scores[b, j].item() - (margin[b].item() if with_margin else 0))
+                 for i in range(5) for j in range(5) if 0 < ranks[b, i] < ranks[b, j]]
+        total += sum(pairs) / len(pairs)
+    scores = torch.where(ranks > 0, scores, torch.randn_like(scores) * 1e3).requires_grad_()
+    loss = ranking_loss(scores, ranks, margin if with_margin else None)
+    near(loss, total / 7)
+    loss.backward()
+    assert (scores.grad[ranks == 0] == 0).all() and (scores.grad[:, 0] < 0).all()
+    near(scores.grad.sum(1), torch.zeros(7))                    # only differences count
+
+
+@pytest.mark.xfail(strict=True, reason="NaN * 0 is NaN: the score of an absent answer is not ignored")
+def test_ranking_loss_ignores_nan_scores_of_absent_answers():
+    scores, ranks = torch.tensor([[1.0, 0.5, float("nan")]]).double(), torch.tensor([[1, 2, 0]])
+    near(ranking_loss(scores, ranks), nll(0.5))
+
+
+def test_score_is_the_scalar_at_the_last_token_whatever_the_padding():
+    model, lengths = tiny("scalar"), torch.tensor([1, 4, 9, 6, 2])
+    tokens = torch.randint(13, (B, T))
+    found = score(model, tokens, lengths)
+    assert found.shape == (B,)
+    for b, n in enumerate(lengths.tolist()):
+        near(found[b], model(tokens[b:b + 1, :n])[0, -1])
+
+
+# ------------------------------------------------------------------------------------------ dpo
+
+def loops(kind, smoothing, beta, pc, pr, rc, rr):
+    ratio = (pc - rc) - (pr - rr)
+    if kind == "sigmoid":
+        return (1 - smoothing) * nll(beta * ratio) + smoothing * nll(-beta * ratio)
+    return (ratio - 0.5 / beta) ** 2 if kind == "ipo" else max(0.0, 1 - beta * ratio)
+
+
+@seeds
+@pytest.mark.parametrize("kind,smoothing", [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0)])
+@pytest.mark.parametrize("beta", [0.1, 0.6])
+def test_dpo_loss_and_implicit_rewards_are_those_of_the_papers(seed, kind, smoothing, beta):
+    torch.manual_seed(seed)
+    inputs = torch.randn(4, 6).double() * 4 - 20
+    losses, chosen, rejected = dpo_loss(*inputs, beta, kind, smoothing)
+    assert losses.shape == chosen.shape == rejected.shape == (6,)
+    for b in range(6):
+        pc, pr, rc, rr = inputs[:, b].tolist()
+        near(losses[b], loops(kind, smoothing, beta, pc, pr, rc, rr))
+        near(chosen[b], beta * (pc - rc))
+        near(rejected[b], beta * (pr - rr))
+
+
+def test_dpo_gradient_is_beta_times_the_probability_of_being_wrong_and_rewards_carry_no_graph():
+    torch.manual_seed(0)
+    pc, pr, rc, rr = (x.requires_grad_(i < 2) for i, x in enumerate(torch.randn(4, 6).double()))
+    losses, chosen, rejected = dpo_loss(pc, pr, rc, rr, 0.3)
+    losses.sum().backward()
+    wrong = torch.sigmoid(-0.3 * ((pc - rc) - (pr - rr))).detach()              # Rafailov et al. 2023, section 4
+    near(pc.grad, -0.3 * wrong)
+    near(pr.grad, 0.3 * wrong)
+    assert not chosen.requires_grad and not rejected.requires_grad
+
+
+def test_dpo_loss_knows_nothing_where_policy_and_reference_agree():
+    p = torch.randn(2, 3).double()
+    near(dpo_loss(*p, *p, 0.1)[0], [math.log(2)] * 3)
+    near(dpo_loss(*p, *p, 0.1, "ipo")[0], [25.0] * 3)
+    near(dpo_loss(*p, *p, 0.1, "hinge")[0], [1.0] * 3)
+
+
+@pytest.mark.xfail(strict=True, reason="dpo_loss does not detach the reference, as policy_loss does old_logprobs")
+def test_dpo_loss_sends_no_gradient_to_the_reference():
+    leaves = [x.requires_grad_() for x in torch.randn(4, 3).double()]
+    dpo_loss(*leaves, 0.1)[0].sum().backward()
+    assert leaves[2].grad is None and leaves[3].grad is None
