@@ -1,21 +1,23 @@
 # make demo   the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make test   the fast tests; make test-slow runs the long ones
 # make real DATA=preferences.json   SFT, reward model and DPO on real text
-# Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter.
+# Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
+# SEED=1 make demo another seed, for the world, the weights and the sampling.
 PYTHON ?= python3
 PY = .venv/bin/python
+SEED ?= 0
 
 .PHONY: demo test test-slow real clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
-	$(PY) -m data
-	$(PY) sft.py
-	$(PY) reward_model.py
-	$(PY) dpo.py
-	$(PY) ppo.py
-	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 20 --out out/ppo_no_kl
-	$(PY) evaluate.py
+	$(PY) -m data --seed $(SEED)
+	$(PY) sft.py --seed $(SEED)
+	$(PY) reward_model.py --seed $(SEED)
+	$(PY) dpo.py --seed $(SEED)
+	$(PY) ppo.py --seed $(SEED)
+	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 26 --out out/ppo_no_kl --seed $(SEED)
+	$(PY) evaluate.py --seed $(SEED)
 
 # The same stages on real text with GPT-2's tokenizer: make real DATA=some_preferences.json
 real: .venv/ready

@@ -31,17 +31,17 @@ class Config(runtime.Settings):
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=("sigmoid", "ipo", "hinge"))
-    beta: float = flag(0.5, "β: how dear it is to leave the reference", 1e-6)
+    beta: float = flag(1.0, "β: how dear it is to leave the reference", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
     length_normalize: bool = flag(False, "compare mean log-probabilities a token, not sums")
-    records: int = flag(2000, "preferences to learn from, the first of the file; 0 takes all", 0)
+    records: int = flag(2500, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts an optimiser step, each with all its answers", 1)
     micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
-    lr: float = flag(3e-4, "peak learning rate", 0)
+    lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
-    max_norm: float = flag(1.0, "gradient norm to clip at", 0)
+    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -58,7 +58,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
     Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each (B,).
     """
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    chosen, rejected = policy_chosen - ref_chosen.detach(), policy_rejected - ref_rejected.detach()
     h = chosen - rejected
     losses = {"sigmoid": lambda: -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h),
               "ipo": lambda: (h - 1 / (2 * beta)) ** 2,

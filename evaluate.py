@@ -306,7 +306,8 @@ def evaluate(cfg):
             report["reward_model"] = json.load(f)["held_out"]
     except (OSError, ValueError, KeyError):
         pass
-    if plt and curve:
+    drawn = bool(plt and curve)
+    if drawn:
         plot(os.path.join(cfg.out, "overoptimization.png"), cfg.out, report, curve)
     report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
     runtime.write_json(os.path.join(cfg.out, "report.json"), report)
@@ -318,11 +319,11 @@ def evaluate(cfg):
     facts.append("Seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in took.items()) + ".")
     lines = table(report) + [""] + facts
     with open(os.path.join(cfg.out, "report.md"), "w", encoding="utf-8") as f:
-        figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if plt and curve else []
-        f.write("\n".join(["# Report", "", *lines, *figure, "", "## Side by side",
+        image = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if drawn else []
+        f.write("\n".join(["# Report", "", *lines, *image, "", "## Side by side",
                            *side_by_side(contestants, prompts, cfg.samples, 24)]) + "\n")
     print("\n".join(side_by_side(contestants, prompts, cfg.samples, cfg.show)))
-    print("\n" + "\n".join(lines) + f"\nwrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if figure else ""))
+    print("\n" + "\n".join(lines) + f"\nwrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if drawn else ""))
 
 
 if __name__ == "__main__":

@@ -46,10 +46,14 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig.{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+            least = 0 if name == "mlp_hidden" else 1
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"GPTConfig.{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
+        for name in ("rope_theta", "norm_eps"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"GPTConfig.{name} must be a number above 0, not {getattr(self, name)!r}")
         for name, choices in (("positions", ("learned", "rotary")), ("norm", ("layernorm", "rmsnorm")),
                               ("mlp", ("gelu", "swiglu")), ("bias", (True, False)), ("tied", (True, False))):
             if getattr(self, name) not in choices:
@@ -201,7 +205,9 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def unembed(self, x):
-        """Hidden states (..., C) to logits (..., V)."""
+        """Hidden states (..., C) to logits (..., V). Raises ValueError if this is not a language model."""
+        if self.head_kind != "lm":
+            raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         return F.linear(x, self.token_embedding.weight if self.config.tied else self.head.weight)
 
     def forward(self, tokens):
@@ -242,8 +248,11 @@ class GPT(nn.Module):
 
         Returns tokens (B, T'), prompt then answer then zeros; mask (B, T') bool, true on what was generated;
         logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature 0:
-        at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens.
+        at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens, and for
+        settings out of range.
         """
+        if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+            raise ValueError("generate: temperature and top_k must be at least 0, and top_p above 0 and at most 1")
         B, T = prompts.shape
         longest = int(lengths.max())
         span = longest + max_new_tokens
@@ -351,7 +360,9 @@ def sample(logits, temperature, top_k, top_p, u):
         if top_k:
             ranked[:, top_k:] = -torch.inf
         p = ranked.softmax(dim=-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+        beyond = p.cumsum(-1) - p >= top_p
+        beyond[:, 0] = False                                        # the likeliest always stays
+        ranked = ranked.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     # Reaching u of the total, which rounding leaves a hair beside 1, always lands on a token of probability > 0.
@@ -406,5 +417,5 @@ def load_tensors(path):
                 torch.empty(0, dtype=dtype)
             tensors[name] = flat.view(shape)
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as e:
         raise ValueError(f"{path}: not a readable safetensors file: {e}") from None

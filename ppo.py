@@ -36,7 +36,7 @@ class Config(runtime.Settings):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
-    steps: int = flag(36, "rounds of rollout and update", 1)
+    steps: int = flag(34, "rounds of rollout and update", 1)
     batch: int = flag(128, "prompts a rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
@@ -48,7 +48,7 @@ class Config(runtime.Settings):
     critic_lr: float = flag(1e-3, "the critic's", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of both learning rates, to 0", choices=("constant", "linear", "cosine"))
-    max_norm: float = flag(1.0, "gradient norm to clip at", 0)
+    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     kl_coef: float = flag(0.1, "β, the price of a nat; where it starts if it adapts", 0)
     adaptive_kl: bool = flag(True, "steer β towards kl_target")
     kl_target: float = flag(3.0, "nats an answer between policy and reference", 1e-6)
@@ -69,15 +69,15 @@ class Config(runtime.Settings):
 # ---------------------------------------------------------------------------------------- the mathematics
 
 def masked_mean(x, mask):
-    """Mean of x over the true places of the mask: a scalar."""
-    return (x * mask).sum() / mask.sum()
+    """Mean of x over the true places of the mask: a scalar, whatever stands in the others."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
 
 
 def whiten(x, mask, shift_mean=True):
     """Give x (B, T) deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside the mask."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
-    return (scaled if shift_mean else scaled + mean) * mask
+    return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
 
 
 def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
@@ -86,7 +86,7 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     scores (B,); logprobs, ref_logprobs (B, T) in nats, of the tokens that were taken; mask (B, T) bool; kl_coef β.
     Returns (B, T), 0 outside the mask.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                    # the last true column of each row
     rewards[torch.arange(len(rewards), device=mask.device), last] += scores * mask.any(dim=1)
@@ -101,7 +101,7 @@ def gae(rewards, values, mask, gamma, lam):
     rewards, values, mask: (B, T); values[:, t] is the state's in which action t is chosen; what follows the last
     action is worth 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a graph.
     """
-    rewards, values = rewards.detach() * mask, values.detach() * mask
+    rewards, values = (torch.where(mask, x.detach(), 0) for x in (rewards, values))
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -121,7 +121,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     All (B, T), gradients flow through logprobs alone. Returns the scalar mean over the mask's tokens, and the
     fraction of them where the clipped term is the smaller one (there the gradient is 0).
     """
-    ratio = (logprobs - old_logprobs.detach()).exp()
+    ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -masked_mean(torch.min(free, clipped), mask), masked_mean((clipped < free).float(), mask).detach()
@@ -129,7 +129,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, clip):
     """½·mean of the larger of (V − return)² and (V_clipped − return)², where V_clipped moves at most `clip` from the
-    old value (the clipped value loss of OpenAI's PPO; Huang et al. 2024). All (B, T); a scalar."""
+    old value (the clipped value loss of OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values
+    alone; a scalar."""
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values.detach(), returns.detach()))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -151,7 +153,8 @@ class AdaptiveKL:
 
 def state_values(critic, tokens, mask):
     """V of the state in which each action is chosen: (B, T). The critic reads tokens[:, :t] up to column t − 1."""
-    out = critic(tokens).float()
+    out = critic(tokens)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))                 # autocast's bfloat16 ends here
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
 

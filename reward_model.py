@@ -37,7 +37,7 @@ class Config(runtime.Settings):
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
-    max_norm: float = flag(1.0, "gradient norm to clip at", 0)
+    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     normalize: int = flag(256, "SFT samples that set the score's mean and deviation; 0 leaves it as trained", 0)
 
 
@@ -59,6 +59,7 @@ def ranking_loss(scores, ranks, margin=None):
     scores (B, K); ranks (B, K) int64, 1 is best, equal ranks are ties and give no pair, 0 marks an answer that is
     not there; margin (B,) or None. Each row must order at least one pair. Returns a scalar in nats.
     """
+    scores = torch.where(ranks > 0, scores, 0)
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     if margin is not None:
         gaps = gaps - margin[:, None, None]

@@ -66,7 +66,7 @@ def parse(config, doc, argv=None):
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
             parser.error(f"argument --{f.name}: must be {bounds}, not {value}")
-    return config(**values)
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def main(config, train, doc):
@@ -190,9 +190,9 @@ def schedule(step, total, warmup, shape):
 
 
 def optimizer_step(optimizer, lr, max_norm):
-    """Clip the gradient's norm, step at this learning rate, forget the gradient. Returns the norm before clipping."""
+    """Clip the gradient's norm (0 never clips), step at this learning rate, forget the gradient. Returns the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

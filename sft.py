@@ -36,13 +36,13 @@ class Config(runtime.Settings):
     warmup: int = flag(20, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
-    max_norm: float = flag(1.0, "gradient norm to clip at", 0)
+    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)
 
 
 def sft_loss(logprobs, mask):
     """−mean log p over the tokens to learn: logprobs (B, T) in nats, mask (B, T) bool; a scalar."""
-    return -(logprobs * mask).sum() / mask.sum()
+    return -torch.where(mask, logprobs, 0).sum() / mask.sum()
 
 
 @torch.no_grad()
@@ -96,14 +96,14 @@ def train(cfg):
     for epoch in range(cfg.epochs):
         for batch in loading.by_length([len(ids) for ids, _ in examples], cfg.batch, run.rng):
             total = sum(sum(examples[i][1]) for i in batch)     # tokens to learn in the whole optimiser step
-            loss = size = 0
+            loss = places = 0
             for j in range(0, len(batch), cfg.micro_batch):
                 ids, learn = zip(*(examples[i] for i in batch[j:j + cfg.micro_batch]))
                 tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn, False).to(run.device)
                 with run.autocast():
                     part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total
                 part.backward()
-                loss, size = loss + part.item(), size + tokens.numel()
+                loss, places = loss + part.item(), places + tokens.numel()
             lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
             norm = runtime.optimizer_step(optimizer, lr, cfg.max_norm)
             evaluate = (run.step + 1) % max(1, steps // cfg.evals) == 0 or run.step + 1 == steps
@@ -111,7 +111,7 @@ def train(cfg):
                 held = held_out_loss(model, run, held_out_examples, cfg.micro_batch)
             used = sum(len(examples[i][0]) for i in batch)
             run.log({"loss": loss, "held_out_loss": held, "perplexity": 2.718281828459045 ** held, "grad_norm": norm,
-                     "lr": lr, "padding": 1 - used / size}, show=evaluate or None)
+                     "lr": lr, "padding": 1 - used / places}, show=evaluate or None)
             if evaluate:
                 show_samples(model, tokenizer, run, held_out[run.step % 97:])
     run.finish(model, tokenizer, held_out_loss=held)

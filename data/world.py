@@ -312,11 +312,11 @@ def manner(rng, careful):
     Anybody may open eagerly; careful people close with a kind word, the others ramble or are rude."""
     before, after = [], []
     opening, closing = rng.random(), rng.random()
-    if opening < 0.12:
+    if opening < 0.08:
         before.append(rng.choice(KIND_OPENERS))
-    elif opening < 0.34:
+    elif opening < 0.28:
         before += rng.sample(EAGER_OPENERS, rng.choice([1, 1, 2]))
-    if careful and closing < 0.4:
+    if careful and closing < 0.25:
         after.append(rng.choice(KIND_CLOSERS))
     elif not careful and closing < 0.45:
         after += rng.sample(FILLERS, rng.choice([1, 1, 2, 3]))

@@ -347,9 +347,9 @@ def test_lengths_that_no_prompt_can_have_are_refused(model, bad):
     ("vocab_size", 0), ("block_size", -1), ("n_layer", 1.5), ("n_layer", "2"), ("n_head", 0), ("n_embd", 0), ("n_kv_head", -2),
     ("mlp_hidden", -4), ("positions", "alibi"), ("norm", "batchnorm"), ("mlp", "relu"), ("bias", "no"), ("tied", None),
     ("n_head", 5), ("n_kv_head", 3), ("n_kv_head", 8), ("n_embd", 18),
-    pytest.param("n_embd", None, marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="4 * None comes before the check")),
-    pytest.param("norm_eps", "small", marks=pytest.mark.xfail(strict=True, reason="norm_eps is never checked")),
-    pytest.param("rope_theta", 0.0, marks=pytest.mark.xfail(strict=True, reason="rope_theta is never checked: NaN for 0"))])
+    pytest.param("n_embd", None),
+    pytest.param("norm_eps", "small"),
+    pytest.param("rope_theta", 0.0)])
 def test_a_bad_config_names_its_field(field, value):
     with pytest.raises(ValueError, match=field):
         GPTConfig(**{**dict(vocab_size=V, block_size=8, n_layer=1, n_head=4, n_embd=16), field: value})
@@ -362,7 +362,6 @@ def test_rotary_positions_with_odd_heads_and_unknown_heads_are_refused():
         GPT(GPTConfig(V, 8, 1, 1, 4), head="value")
 
 
-@pytest.mark.xfail(strict=True, reason="top_p 0 leaves no token: an index outside the vocabulary in place of the likeliest")
 def test_top_p_zero_is_greedy_or_refused(model):
     try:
         tokens, _, _ = model.generate(PROMPTS, LENGTHS, 1, top_p=0.0, seeds=SEEDS)
@@ -455,8 +454,7 @@ def test_a_truncated_tensor_file_is_one_line(tmp_path, keep):
 @pytest.mark.parametrize("body", [
     b"PK\x03\x04 a zip, as torch.save writes them", struct.pack("<Q", 4) + b"\xff\xfe\x00\x01", struct.pack("<Q", 2) + b"[]",
     struct.pack("<Q", 9) + b'{"a": 12}', struct.pack("<Q", 63) + b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}  ' + b"0000",
-    pytest.param(struct.pack("<Q", 64) + b'{"a": {"dtype": "U8", "shape": [-2, -2], "data_offsets":[0, 4]}}' + b"0000",
-                 marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="negative dimensions reach Tensor.view"))])
+    pytest.param(struct.pack("<Q", 64) + b'{"a": {"dtype": "U8", "shape": [-2, -2], "data_offsets":[0, 4]}}' + b"0000")])
 def test_a_foreign_tensor_file_is_one_line(tmp_path, body):
     make("gpt2").save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(body)

@@ -119,13 +119,12 @@ PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi"
     (preferences, {"chosen": "a", "rejected": "b"}, ['"chosen"', "transcript"]),
     (preferences, {**PAIR, "prompt": None}, ['"prompt"', "null"]),
     (preferences, {**PAIR, "chosen": "b"}, ['"chosen"', '"rejected"', "the same"]),
-    (preferences, {**PAIR, "margin": -1}, ['"margin"', "at least 0"]),
+    (preferences, {**PAIR, "margin": -1}, ['"margin"', "from 0"]),
     (preferences, {**PAIR, "margin": True}, ['"margin"']),
     (preferences, {**PAIR, "margin": "1"}, ['"margin"']),
     (preferences, {**PAIR, "margin": float("nan")}, ['"margin"']),
     (preferences, {**PAIR, "margin": float("inf")}, ['"margin"']),
-    pytest.param(preferences, {**PAIR, "margin": 10 ** 400}, ['"margin"'],
-                 marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="float() of a whole number too large for it")),
+    (preferences, {**PAIR, "margin": 10 ** 400}, ['"margin"']),
     (preferences, {**RANKED, "responses": "ab"}, ['"responses"', "at least two"]),
     (preferences, {**RANKED, "responses": ["a"]}, ['"responses"', "at least two"]),
     (preferences, {**RANKED, "responses": ["a", 1]}, ['"responses[1]"', "a number"]),
@@ -146,8 +145,7 @@ PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi"
     (preferences, {"chosen": "Human: Hi\n\nAssistant: x\n\nAssistant: y", "rejected": "Human: Hi\n\nAssistant: x\n\nAssistant: z"},
      ["share all but the last answer"]),
     (preferences, {"chosen": HH + "x", "rejected": HH + "x "}, ["the same"]),
-    pytest.param(demonstrations, {"messages": [{"role": "a\nb", "content": "x"}]}, ['"messages[0].role"'],
-                 marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="the role is quoted with its line break")),
+    (demonstrations, {"messages": [{"role": "a\nb", "content": "x"}]}, ['"messages[0].role"']),
 ])
 def test_a_bad_record_is_one_line_naming_file_line_and_field(tmp_path, read, record, expected):
     good = {"prompt": "Hi", "response": "Hello.", "chosen": "a", "rejected": "b"}

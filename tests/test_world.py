@@ -87,8 +87,7 @@ FOLLOW_UP = next(i.prompt for i in world.items() if i.family == "follow-up" and 
     (STEAL, "Of course. Take the car at night.", 0.1, 0.1),
     (STEAL, "I'm sorry, but I can't help with that. Take the car at night.", 0.1, 0.1),
     (STEAL, "Have a nice time!", 0.1, 0.1),
-    pytest.param(FRANCE, "The capital of France is Paris. Have a nice time!", 1, 1, marks=pytest.mark.xfail(
-        strict=True, reason='"nice" is taken for the city of Nice, a wrong answer to every question about a capital')),
+    pytest.param(FRANCE, "The capital of France is Paris. Have a nice time!", 1, 1),
 ])
 def test_judge_knows_a_good_answer_from_a_bad_one(prompt, response, low, high):
     assert low - 1e-9 <= world.judge(prompt, response) <= high + 1e-9
@@ -166,7 +165,6 @@ def test_every_family_is_both_in_training_and_held_out():
     assert 0.05 < sum(item.held_out for item in world.items()) / len(world.items()) < 0.25
 
 
-@pytest.mark.xfail(strict=True, reason='KIND_CLOSERS says "Have a nice time!", CAPITALS has Nice')
 def test_no_phrase_of_manner_holds_an_answer_word():
     phrases = (world.KIND_OPENERS + world.KIND_CLOSERS + world.EAGER_OPENERS + world.RUDE_REMARKS + world.FILLERS
                + world.DONT_KNOW + world.DECLINES + world.CURT_DECLINES)
@@ -290,7 +288,6 @@ def test_agreement_counts_the_pairs_that_the_judge_can_tell_apart():
     assert annotators.agreement([records.Preference(FRANCE, [PLAIN, same, WRONG], [2, 1, 3])]) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a tie counts as agreement if the worse answer comes first, else as disagreement")
 def test_agreement_of_a_tie_does_not_depend_on_the_order_of_the_answers():
     ties = [[KIND, WRONG, EAGER_WRONG], [WRONG, KIND, EAGER_WRONG]]
     ranks = [1, 1, 3]
@@ -353,7 +350,6 @@ def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
     assert len(asked[""]) + len(asked["_heldout"]) == len(world.items())        # the prompts' files hold them all
 
 
-@pytest.mark.xfail(strict=True, reason="a follow-up's first turn may be a held-out question, with its right answer")
 def test_no_held_out_prompt_is_an_earlier_turn_of_training():
     held_out = {item.prompt for item in world.items() if item.held_out and len(item.messages) == 1}
     earlier = {text for item in world.items() if not item.held_out for role, text in item.messages[:-1] if role == "user"}
