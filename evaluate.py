@@ -197,8 +197,9 @@ def plot(path, out, report, curve):
     axes[0].set_title("What PPO sees: the learned reward")
     axes[1].set_title("What is true: the judge's score")
     axes[0].legend(frameon=False)
-    figure.suptitle("lines: training rollouts, step by step; dots and squares: held-out prompts", fontsize=9, color="#666666", y=0.02)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.text(0.5, 0.015, "lines: training rollouts, step by step; dots and squares: held-out prompts", fontsize=9,
+                color="#666666", ha="center")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
 
 

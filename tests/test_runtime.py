@@ -36,7 +36,7 @@ def test_flags_without_arguments_are_the_defaults():
 
 def test_flags_have_the_type_of_their_field():
     cfg = parsed("a", "b", "--n", "7", "--rate", "2", "--name", "x y", "--shape", "square", "--seed", "5", "--top=-1e3")
-    assert cfg == Config(words=["a", "b"], n=7, rate=2.0, name="x y", shape="square", seed=5, top=-1000.0)
+    assert cfg == Config(words=("a", "b"), n=7, rate=2.0, name="x y", shape="square", seed=5, top=-1000.0)
     assert type(cfg.n) is int and type(cfg.rate) is float and isinstance(cfg, Config)
 
 
