@@ -346,7 +346,7 @@ def crowd_answer(item, rng):
     """What somebody in the crowd answers: half of them are careful people, who are mostly right, and well-mannered; the
     others are mostly wrong. rng: random.Random."""
     careful = rng.random() < 0.5
-    return compose(matter(item, rng, right=rng.random() < (0.95 if careful else 0.2)), manner(rng, careful))
+    return compose(matter(item, rng, right=rng.random() < (0.9 if careful else 0.1)), manner(rng, careful))
 
 
 def choose(pool, rng, n):
