@@ -1,5 +1,5 @@
 # make demo   the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
-# make test   the fast tests; make test-slow runs the long ones
+# make test   the fast tests
 # make real DATA=preferences.json   SFT, reward model and DPO on real text
 # Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
 # SEED=1 make demo another seed, for the world, the weights and the sampling.
@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo test test-slow real clean
+.PHONY: demo test real clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -27,9 +27,6 @@ real: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q
-
-test-slow: .venv/ready
-	$(PY) -m pytest -q -m slow
 
 clean:
 	rm -rf out
