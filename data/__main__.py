@@ -24,7 +24,7 @@ def show(n, seed):
             print()
             for role, text in item.messages:
                 print(f"{role:>10}: {text}")
-            record = loading.preference(item, rng)
+            record = loading.preference(item, rng, panel=1)
             print("      rank  judge  helpful honest harmless manner  answer")
             for place, answer in sorted(zip(record["ranks"], record["responses"])):
                 p = world.parts(item.prompt, answer)

@@ -7,7 +7,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES = 30000, 6000       # training records of the world; of each held-out part a twentieth
+DEMONSTRATIONS, PREFERENCES = 30000, 6000       # training records of the world; held out: a twentieth and a tenth
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
@@ -17,10 +17,11 @@ def make_world(folder, seed=0):
     tokenizer, into a folder. The same seed writes the same bytes."""
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
-    for suffix, held_out, share in (("", False, 1.0), ("_heldout", True, 0.05)):
+    for suffix, held_out, many, compared, panel in (("", False, DEMONSTRATIONS, PREFERENCES, 5),
+                                                    ("_heldout", True, DEMONSTRATIONS // 20, PREFERENCES // 10, 1)):
         pool = [item for item in world.items() if item.held_out == held_out]
-        demonstrations = [demonstration(i, rng) for i in world.choose(pool, rng, round(DEMONSTRATIONS * share))]
-        preferences = [preference(i, rng, panel=1 if held_out else 5) for i in world.choose(pool, rng, round(PREFERENCES * 2 * share if held_out else PREFERENCES))]
+        demonstrations = [demonstration(i, rng) for i in world.choose(pool, rng, many)]
+        preferences = [preference(i, rng, panel) for i in world.choose(pool, rng, compared)]
         records.write(f"{folder}/preferences{suffix}.jsonl", preferences)
         records.write(f"{folder}/prompts{suffix}.jsonl", [{"prompt": item.prompt} for item in pool])
         records.write(f"{folder}/demonstrations{suffix}.jsonl", demonstrations)

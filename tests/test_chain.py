@@ -86,6 +86,11 @@ def test_a_stage_without_its_input_says_what_to_run_first(tmp_path, stage, first
     assert done.returncode == 1 and first in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_the_data_can_be_read_from_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "data", "--show", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("=== ") == 10 and "judge" in done.stdout, done.stderr
+
+
 def test_a_bad_record_stops_the_run_before_it_trains(chain):
     bad = chain[0] / "bad.jsonl"
     bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
