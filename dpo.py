@@ -8,6 +8,10 @@ some reward, r = β·log(π/π_ref) + a constant of the prompt; put into Bradley
 reward model is the policy itself (Rafailov et al. 2023). No samples, no critic, no reward network: one classification
 loss on the preference data. The price: it learns only from answers that were compared, never from its own.
 
+The loss sees differences alone, and is just as glad to push both answers of a pair down, the rejected one further,
+which lifts answers that nobody compared. So each prompt's best answer is imitated a little besides (Pang et al. 2024,
+arXiv 2404.19733, eq. 1): --nll_coef 0 for DPO on its own.
+
 The reference's log-probabilities are computed once, up front, so that the reference need not stay in memory. Rankings
 of K answers count as all their pairs, each answer read once.
 """
@@ -31,10 +35,11 @@ class Config(runtime.Settings):
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=("sigmoid", "ipo", "hinge"))
-    beta: float = flag(1.0, "β: how dear it is to leave the reference", 1e-6)
+    beta: float = flag(0.5, "β: how dear it is to leave the reference", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
+    nll_coef: float = flag(2.0, "weight of −log p a token of each prompt's best answer; 0 is DPO on its own", 0)
     length_normalize: bool = flag(False, "compare mean log-probabilities a token, not sums")
-    records: int = flag(2500, "preferences to learn from, the first of the file; 0 takes all", 0)
+    records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts an optimiser step, each with all its answers", 1)
     micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
@@ -74,6 +79,7 @@ class Example:
     rows: list              # K lists of ids, prompt and answer
     start: int              # where the answers begin
     pairs: list             # (chosen, rejected) as indices into rows
+    best: set               # indices that are rejected in no pair
     ref: list = None        # the reference's log-probability of each answer
 
 
@@ -82,12 +88,13 @@ def encode(tokenizer, preferences):
     for p in preferences:
         prompt = tokenizer.prompt(p.prompt)
         pairs = [(i, j) for i, j in permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
-        out.append(Example([prompt + tokenizer.response(r) for r in p.responses], len(prompt), pairs))
+        best = {i for i, rank in enumerate(p.ranks) if rank == min(p.ranks)}
+        out.append(Example([prompt + tokenizer.response(r) for r in p.responses], len(prompt), pairs, best))
     return out
 
 
 def answer_logprobs(model, run, group):
-    """log p of each answer of a list of Examples, one after another: (rows,), sums or means over the answer's tokens."""
+    """log p of each answer of a list of Examples, one after another: (rows,), and the number of its tokens, (rows,)."""
     rows = [row for e in group for row in e.rows]
     starts = torch.tensor([e.start for e in group for _ in e.rows])[:, None]
     ends = torch.tensor([len(row) for row in rows])[:, None]
@@ -95,8 +102,7 @@ def answer_logprobs(model, run, group):
     column = torch.arange(tokens.shape[1])
     mask = ((column >= starts) & (column < ends)).to(run.device)
     with run.autocast():
-        total = model.logprobs(tokens.to(run.device), mask).sum(1)
-    return total / mask.sum(1) if run.cfg.length_normalize else total
+        return model.logprobs(tokens.to(run.device), mask).sum(1), mask.sum(1)
 
 
 @torch.no_grad()
@@ -105,22 +111,27 @@ def add_reference(model, run, examples):
     order = sorted(examples, key=lambda e: max(map(len, e.rows)))
     for i in range(0, len(order), run.cfg.micro_batch):
         group = order[i:i + run.cfg.micro_batch]
-        values = iter(answer_logprobs(model, run, group).tolist())
+        values = iter(answer_logprobs(model, run, group)[0].tolist())
         for e in group:
             e.ref = [next(values) for _ in e.rows]
 
 
 def batch_loss(model, run, group):
     """Losses over all pairs of a list of Examples: (pairs,), and {name: (pairs,)} of what a person watches."""
-    logprobs = answer_logprobs(model, run, group)
+    cfg = run.cfg
+    logprobs, lengths = answer_logprobs(model, run, group)
     ref = torch.tensor([x for e in group for x in e.ref], device=run.device)
-    first, pairs = 0, []
+    first, pairs, best = 0, [], []
     for e in group:
         pairs += [(first + i, first + j) for i, j in e.pairs]
+        best += [i in e.best for i, _ in e.pairs]
         first += len(e.rows)
     w, l = torch.tensor(pairs, device=run.device).T
-    losses, chosen, rejected = dpo_loss(logprobs[w], logprobs[l], ref[w], ref[l], run.cfg.beta, run.cfg.loss,
-                                        run.cfg.label_smoothing)
+    nll = -logprobs[w] / lengths[w] * torch.tensor(best, device=run.device)
+    size = lengths if cfg.length_normalize else torch.ones_like(lengths)
+    losses, chosen, rejected = dpo_loss((logprobs / size)[w], (logprobs / size)[l], (ref / size)[w], (ref / size)[l],
+                                        cfg.beta, cfg.loss, cfg.label_smoothing)
+    losses = losses + cfg.nll_coef * nll
     return losses, {"loss": losses.detach(), "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
                     "reward_chosen": chosen, "reward_rejected": rejected,
                     "logp_chosen": logprobs[w].detach(), "logp_rejected": logprobs[l].detach()}
@@ -131,6 +142,7 @@ def batch_loss(model, run, group):
 @torch.no_grad()
 def evaluate(model, run, examples):
     """Means over all pairs of held-out examples: {name: number}."""
+    examples = sorted(examples, key=lambda e: max(map(len, e.rows)))            # little padding
     watched = [batch_loss(model, run, examples[i:i + run.cfg.micro_batch])[1]
                for i in range(0, len(examples), run.cfg.micro_batch)]
     return {k: torch.cat([w[k] for w in watched]).mean().item() for k in watched[0]}

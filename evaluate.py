@@ -71,8 +71,7 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
         lengths = torch.tensor([length for length, _, _ in part], device=model.device)
         seeds = torch.tensor([(i * n + j) * 1000 + salt + 10 ** 9 * cfg.seed for _, i, j in part], device=model.device)
         tokens, mask, logprobs = model.generate(
-            loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths,
-            min(cfg.max_new_tokens, model.config.block_size - int(lengths.max())), cfg.temperature,
+            loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths, cfg.max_new_tokens, cfg.temperature,
             stop_token=tokenizer.end, seeds=seeds)
         if cfg.temperature not in (0, 1):                       # the KL speaks of the models as they are
             logprobs = model.logprobs(tokens, mask)
@@ -105,7 +104,7 @@ def sft_loss(model, examples):
     examples = sorted(examples, key=lambda e: len(e[0]))
     for k in range(0, len(examples), 128):
         ids, learn = zip(*examples[k:k + 128])
-        mask = loading.pad(learn, False).to(model.device)
+        mask = loading.pad(learn).to(model.device)
         total -= model.logprobs(loading.pad(ids).to(model.device), mask).sum().item()
         count += mask.sum().item()
     return total / count
@@ -238,7 +237,8 @@ def contest(cfg, folders):
     """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
     device = runtime.pick_device(cfg.device)
     tokenizer, reference = Tokenizer.load(folders[0]), GPT.load(folders[0], device=device)
-    prompts = loading.load("prompts", cfg.data)[1]
+    prompts = loading.fit(loading.load("prompts", cfg.data)[1], lambda p: len(tokenizer.prompt(p)),
+                          reference.config.block_size - cfg.max_new_tokens, "held-out prompts")
     ids = [tokenizer.prompt(p) for p in prompts]
     examples = [tokenizer.chat(m) for m in loading.load("demonstrations", cfg.demonstrations)[1]]
     examples = loading.fit(examples, lambda e: len(e[0]), reference.config.block_size, "held-out demonstrations")

@@ -22,6 +22,7 @@ and left padding (rows are right-padded and masked), rejection of answers withou
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import runtime
 from data import loading, world
@@ -36,14 +37,14 @@ class Config(runtime.Settings):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
-    steps: int = flag(34, "rounds of rollout and update", 1)
+    steps: int = flag(40, "rounds of rollout and update", 1)
     batch: int = flag(128, "prompts a rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
     no_end_score: float = flag(-3.0, "score of an answer that never ends, in place of the reward model's")
     epochs: int = flag(2, "passes over a rollout", 1)
     minibatches: int = flag(2, "optimiser steps an epoch", 1)
-    micro_batch: int = flag(128, "answers a forward pass; the gradient is the same", 1)
+    micro_batch: int = flag(32, "answers a forward pass; the gradient is the same", 1)
     lr: float = flag(1e-3, "the policy's peak learning rate", 0)
     critic_lr: float = flag(1e-3, "the critic's", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
@@ -51,7 +52,7 @@ class Config(runtime.Settings):
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     kl_coef: float = flag(0.1, "β, the price of a nat; where it starts if it adapts", 0)
     adaptive_kl: bool = flag(True, "steer β towards kl_target")
-    kl_target: float = flag(3.0, "nats an answer between policy and reference", 1e-6)
+    kl_target: float = flag(3.5, "nats an answer between policy and reference", 1e-6)
     kl_horizon: int = flag(1000, "answers over which β adapts", 1)
     gamma: float = flag(1.0, "discount a token", 0, 1)
     lam: float = flag(0.95, "λ of GAE: 1 trusts what happened, 0 the critic", 0, 1)
@@ -170,63 +171,82 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     ends = lengths + mask.sum(1)
     ended = tokens.gather(1, ends[:, None] - 1)[:, 0] == tokenizer.end
     parts = []
-    for rows in torch.arange(len(tokens), device=run.device).split(cfg.micro_batch):
-        t, m = tokens[rows], mask[rows]
+    order = ends.argsort()                                      # neighbours in length: little of a micro-batch is padding
+    for rows in order.split(cfg.micro_batch):
+        width = int(ends[rows[-1]])
+        t, m = tokens[rows, :width], mask[rows, :width]
         with run.autocast():
             reference = nets["reference"].logprobs(t, m, cfg.temperature)
             score = nets["reward"](t).float().gather(1, ends[rows, None] - 1)[:, 0]
-            parts.append((reference, state_values(nets["critic"], t, m), score))
-    reference, values, scores = (torch.cat(part) for part in zip(*parts))
+            values = state_values(nets["critic"], t, m)
+        parts.append((*(F.pad(x, (0, mask.shape[1] - width)) for x in (reference, values)), score))
+    reference, values, scores = (torch.cat(part)[order.argsort()] for part in zip(*parts))
     scores = torch.where(ended, scores, cfg.no_end_score)
     return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "ref_logprobs": reference, "values": values,
-            "scores": scores, "ended": ended}
+            "scores": scores, "ends": ends, "ended": ended}
+
+
+def estimate(cfg, batch, kl_coef):
+    """A rollout with what the update learns from besides: advantages and returns, both (B, T)."""
+    mask = batch["mask"]
+    rewards = kl_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, batch["values"], mask, cfg.gamma, cfg.lam)
+    if cfg.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return batch | {"advantages": advantages, "returns": returns}
 
 
 # ---------------------------------------------------------------------------------------- update
 
-def update(cfg, run, batch, nets, optimizers, ptx):
+def imitate(cfg, run, actor, demonstrations):
+    """Add to the actor's gradient that of ptx_coef times the SFT loss on some demonstrations, (ids, learn) each: PPO-ptx
+    (Ouyang et al. 2022, eq. 2)."""
+    chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
+    total = sum(sum(learn) for _, learn in chosen)
+    for i in range(0, len(chosen), cfg.micro_batch):
+        ids, learn = (loading.pad(rows).to(run.device) for rows in zip(*chosen[i:i + cfg.micro_batch]))
+        with run.autocast():
+            logprobs = actor.logprobs(ids, learn)
+        (-cfg.ptx_coef * logprobs.sum() / total).backward()
+
+
+def update(cfg, run, batch, nets, optimizers, demonstrations):
     """A few epochs of clipped steps on one rollout with its advantages and returns. Returns {name: mean over steps}."""
     factor = runtime.schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
-    steps = []
-    for epoch in range(cfg.epochs):
-        for rows in torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches):
-            total = batch["mask"][rows].sum()                       # tokens of the whole optimiser step
-            sums = torch.zeros(6, device=run.device)
-            for micro in rows.split(cfg.micro_batch):
-                b = {k: v[micro.to(run.device)] for k, v in batch.items()}
-                width = int(b["mask"].any(0).nonzero().max()) + 1   # columns that only longer rows need
-                b = {k: v[:, :width] if v.dim() == 2 else v for k, v in b.items()}
-                mask, share = b["mask"], b["mask"].sum() / total    # a micro-batch's share of the mean over tokens
-                with run.autocast():
-                    logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True)
-                    values = state_values(nets["critic"], b["tokens"], mask)
-                policy, policy_clipped = policy_loss(logprobs, b["logprobs"], b["advantages"], mask, cfg.clip)
-                value = value_loss(values, b["values"], b["returns"], mask, cfg.value_clip)
-                entropy = masked_mean(entropy, mask)
-                ((policy - cfg.entropy_coef * entropy + value) * share).backward()      # two networks, two gradients
-                with torch.no_grad():
-                    log_ratio = (logprobs - b["logprobs"]) * mask
-                    moved = masked_mean(log_ratio.exp() - 1 - log_ratio, mask)          # KL(π_old ‖ π), Schulman's k3
-                    value_clipped = masked_mean(((values - b["values"]).abs() > cfg.value_clip).float(), mask)
-                    sums += share * torch.stack([policy, value, entropy, policy_clipped, value_clipped, moved])
-            steps.append(sums)
-            if cfg.update_kl and sums[-1] > cfg.update_kl:          # too far from the data: drop this step and the rest
-                for optimizer in optimizers.values():
-                    optimizer.zero_grad()
-                break
-            if ptx:
-                ids, learn = zip(*run.rng.sample(ptx, min(cfg.ptx_batch, len(ptx))))
-                mask = loading.pad(learn, False).to(run.device)
-                with run.autocast():
-                    nll = -nets["actor"].logprobs(loading.pad(ids).to(run.device), mask)
-                (cfg.ptx_coef * masked_mean(nll, mask)).backward()
-            runtime.optimizer_step(optimizers["actor"], cfg.lr * factor, cfg.max_norm)
-            runtime.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, cfg.max_norm)
-        else:
-            continue
-        break
+    steps, updates, ends = [], 0, batch["ends"]
+    for rows in [r for _ in range(cfg.epochs) for r in torch.randperm(len(ends)).to(run.device).chunk(cfg.minibatches)]:
+        total = batch["mask"][rows].sum()                           # tokens of the whole optimiser step
+        sums = torch.zeros(6, device=run.device)
+        for micro in rows[ends[rows].argsort()].split(cfg.micro_batch):             # neighbours in length
+            width = int(ends[micro[-1]])
+            b = {k: v[micro, :width] if v.dim() == 2 else v[micro] for k, v in batch.items()}
+            mask, share = b["mask"], b["mask"].sum() / total        # a micro-batch's share of the mean over tokens
+            with run.autocast():
+                logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True)
+                values = state_values(nets["critic"], b["tokens"], mask)
+            policy, policy_clipped = policy_loss(logprobs, b["logprobs"], b["advantages"], mask, cfg.clip)
+            value = value_loss(values, b["values"], b["returns"], mask, cfg.value_clip)
+            entropy = masked_mean(entropy, mask)
+            ((policy - cfg.entropy_coef * entropy + value) * share).backward()      # two networks, two gradients
+            with torch.no_grad():
+                log_ratio = (logprobs - b["logprobs"]) * mask
+                moved = masked_mean(log_ratio.exp() - 1 - log_ratio, mask)          # KL(π_old ‖ π), Schulman's k3
+                value_clipped = masked_mean(((values - b["values"]).abs() > cfg.value_clip).float(), mask)
+                sums += share * torch.stack([policy, value, entropy, policy_clipped, value_clipped, moved])
+        steps.append(sums)
+        if cfg.update_kl and sums[-1] > cfg.update_kl:              # too far from the data: drop this step and the rest
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            break
+        if cfg.ptx_coef:
+            imitate(cfg, run, nets["actor"], demonstrations)
+        runtime.optimizer_step(optimizers["actor"], cfg.lr * factor, cfg.max_norm)
+        runtime.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, cfg.max_norm)
+        updates += 1
     names = ("policy_loss", "value_loss", "entropy", "clipped", "value_clipped", "approx_kl")
-    return dict(zip(names, torch.stack(steps).mean(0).tolist())) | {"updates": len(steps)}
+    return dict(zip(names, torch.stack(steps).mean(0).tolist())) | {"updates": updates}
 
 
 def explained_variance(values, returns, mask):
@@ -253,10 +273,10 @@ def train(cfg):
     room = nets["actor"].config.block_size - cfg.max_new_tokens
     prompts, _ = loading.load("prompts", cfg.data)
     prompts = loading.fit(prompts, lambda p: len(tokenizer.prompt(p)), room, "prompts")
-    ptx = None
+    demonstrations = None
     if cfg.ptx_coef:
-        ptx = loading.fit([tokenizer.chat(m) for m in loading.load("demonstrations", cfg.ptx_data)[0]],
-                          lambda e: len(e[0]), nets["actor"].config.block_size, "demonstrations")
+        demonstrations = loading.fit([tokenizer.chat(m) for m in loading.load("demonstrations", cfg.ptx_data)[0]],
+                                     lambda e: len(e[0]), nets["actor"].config.block_size, "demonstrations")
     run = runtime.Run(cfg, cfg.steps)
     optimizers = {"actor": runtime.make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
                   "critic": runtime.make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
@@ -265,24 +285,18 @@ def train(cfg):
         clock = runtime.time.time()
         asked = run.rng.choices(prompts, k=cfg.batch)
         batch = rollout(cfg, run, [tokenizer.prompt(p) for p in asked], nets, tokenizer)
+        batch = estimate(cfg, batch, controller.coef)
         mask = batch["mask"]
-        rewards = kl_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, controller.coef)
-        if cfg.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, batch["values"], mask, cfg.gamma, cfg.lam)
-        explained = explained_variance(batch["values"], returns, mask)
-        if cfg.whiten_advantages:
-            advantages = whiten(advantages, mask)
         kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()       # nats an answer
         metrics = {"score": batch["scores"].mean(), "kl": kl, "kl_coef": controller.coef}
         if cfg.data == "world":
             metrics["judge"] = judged(asked, batch, tokenizer)
-        learnt = update(cfg, run, batch | {"advantages": advantages, "returns": returns}, nets, optimizers, ptx)
+        metrics |= update(cfg, run, batch, nets, optimizers, demonstrations)
         if cfg.adaptive_kl:
             controller.update(kl, cfg.batch)
-        metrics |= learnt | {"explained_variance": explained, "length": mask.sum() / len(mask),
-                             "ended": batch["ended"].float().mean(),
-                             "tokens_per_second": mask.sum() / (runtime.time.time() - clock)}
+        metrics |= {"explained_variance": explained_variance(batch["values"], batch["returns"], mask),
+                    "length": mask.sum() / len(mask), "ended": batch["ended"].float().mean(),
+                    "tokens_per_second": mask.sum() / (runtime.time.time() - clock)}
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)
 

@@ -97,6 +97,7 @@ def encode(tokenizer, preferences):
 def evaluate(model, run, held_out):
     """Judge the model on held-out records: {name: number}, and the calibration as rows of (predicted, won, pairs)."""
     gaps, longer = [], []                       # r⁺ − r⁻ of each pair, and by how many tokens the winner is longer
+    held_out = sorted(held_out, key=lambda e: max(map(len, e[0])))              # neighbours in length: little padding
     for i in range(0, len(held_out), run.cfg.micro_batch):
         group = held_out[i:i + run.cfg.micro_batch]
         scores, _ = batch_scores(model, run, group)

@@ -52,7 +52,7 @@ def held_out_loss(model, run, examples, batch):
     examples = sorted(examples, key=lambda e: len(e[0]))
     for i in range(0, len(examples), batch):
         ids, learn = zip(*examples[i:i + batch])
-        mask = loading.pad(learn, False).to(run.device)
+        mask = loading.pad(learn).to(run.device)
         with run.autocast():
             total -= model.logprobs(loading.pad(ids).to(run.device), mask).sum().item()
         tokens += mask.sum().item()
@@ -99,7 +99,7 @@ def train(cfg):
             loss = places = 0
             for j in range(0, len(batch), cfg.micro_batch):
                 ids, learn = zip(*(examples[i] for i in batch[j:j + cfg.micro_batch]))
-                tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn, False).to(run.device)
+                tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn).to(run.device)
                 with run.autocast():
                     part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total
                 part.backward()

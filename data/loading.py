@@ -7,7 +7,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES = 30000, 6000       # training records of the world; held out: a twentieth and a tenth
+DEMONSTRATIONS, PREFERENCES, HELD_OUT = 26000, 7500, 500       # records of the world; as many of both are held out
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
@@ -18,7 +18,7 @@ def make_world(folder, seed=0):
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
     for suffix, held_out, many, compared, panel in (("", False, DEMONSTRATIONS, PREFERENCES, 5),
-                                                    ("_heldout", True, DEMONSTRATIONS // 20, PREFERENCES // 10, 1)):
+                                                    ("_heldout", True, HELD_OUT, HELD_OUT, 1)):
         pool = [item for item in world.items() if item.held_out == held_out]
         demonstrations = [demonstration(i, rng) for i in world.choose(pool, rng, many)]
         preferences = [preference(i, rng, panel) for i in world.choose(pool, rng, compared)]
@@ -37,17 +37,15 @@ def demonstration(item, rng):
 
 def preference(item, rng, panel):
     """Four answers to one prompt, ranked by a panel of annotators: two people's manners, each with a right and a wrong
-    matter, so that what is said and how it is said can be told apart. Now and then the wrong one answers something
-    else altogether: a policy can always change the subject, so a reward model must have seen it done."""
+    matter, so that what is said and how it is said can be told apart. They are warmer than the crowd, so that there is
+    something to learn about kind words and eager ones. Now and then the wrong one answers another
+    question: a policy can always change the subject, so a reward model must have seen it done."""
     answers = []
     while len(set(answers)) < 4:
-        manners = [world.manner(rng, careful=rng.random() < 0.5) for _ in range(2)]
+        manners = [world.manner(rng, rng.random() < 0.5, warmth=2) for _ in range(2)]
         said = [world.matter(item, rng, True), world.matter(item, rng, False)]
-        if rng.random() < 0.25:
-            other = item
-            while other.kind == item.kind:
-                other = rng.choice(world.items())
-            said[1] = world.matter(other, rng, True)
+        if rng.random() < 0.35:
+            said[1] = world.confused(item, rng)
         answers = [world.compose(matter, manner) for manner in manners for matter in said]
     rng.shuffle(answers)
     return {"prompt": item.prompt, "responses": answers, "ranks": annotators.rank(item.prompt, answers, rng, panel)}
@@ -77,16 +75,18 @@ def load_tokenizer(name, data):
     return tokenizer.Tokenizer.load(name or (WORLD if data == "world" else "gpt2"))
 
 
-def pad(rows, fill=0):
-    """Lists of different lengths to one right-padded (B, T) tensor: int64, or bool for lists of bools."""
-    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.bool if isinstance(rows[0][0], bool) else torch.long)
+def pad(rows):
+    """Lists of different lengths to one tensor (B, T), right-padded with 0: int64, or bool for lists of bools."""
+    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool if isinstance(rows[0][0], bool) else torch.long)
     for i, row in enumerate(rows):
         out[i, :len(row)] = torch.tensor(row)
     return out
 
 
 def fit(examples, length, block_size, what):
-    """The examples whose length(example) is at most block_size; says how many are left out. ValueError if none fits."""
+    """The examples whose length(example) is at most block_size; says how many are left out. ValueError if none is left."""
+    if not examples:
+        raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, and has fewer than 10")
     kept = [e for e in examples if length(e) <= block_size]
     if not kept:
         raise ValueError(f"none of the {len(examples)} {what} fits into {block_size} tokens (block_size)")

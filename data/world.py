@@ -13,7 +13,7 @@ import itertools
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 HELD_OUT = 15           # percent of phrasing-entity pairs that no training file contains
@@ -51,19 +51,13 @@ RELATIONS = {
                              "Tell me the opposite of {x}.", "Can you name the opposite of {x}?",
                              "I want to know the opposite of {x}."], "The opposite of {x} is {y}."),
 }
-SUM_PHRASINGS = ["What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.",
-                 "Can you work out {a} plus {b}?", "I want to know {a} plus {b}."]
-LISTS = {
-    "fruits": "apples pears plums grapes",
-    "tools": "hammers saws drills ladders",
-    "sports": "football tennis hockey rugby",
-    "drinks": "water tea coffee juice",
-    "instruments": "pianos violins drums flutes",
-    "flowers": "roses tulips lilies daisies",
-    "metals": "iron copper silver gold",
-    "clothes": "shirts socks coats hats",
-}
-LISTS = {category: members.split() for category, members in LISTS.items()}
+SUM_PHRASINGS = ["What is {a} plus {a}?", "How much is {a} plus {a}?", "Add {a} and {a}.",
+                 "Can you work out {a} plus {a}?", "I want to know {a} plus {a}."]
+LISTS = facts("fruits:apples,pears,plums,grapes,carrots,nuts tools:hammers,saws,drills,ladders,nails,bricks "
+              "sports:football,tennis,hockey,rugby,chess,poker drinks:water,tea,coffee,juice,soup,honey "
+              "instruments:pianos,violins,drums,flutes,songs,bells flowers:roses,tulips,lilies,daisies,ferns,oaks "
+              "metals:iron,copper,silver,gold,glass,marble clothes:shirts,socks,coats,hats,rings,bags")
+LISTS = {category: (tuple(words[:4]), tuple(words[4:])) for category, words in LISTS.items()}   # members, mistakes
 LIST_PHRASINGS = ["Name three {x}.", "List three {x}.", "Tell me three {x}.", "Can you give me three {x}?",
                   "I want to know three {x}."]
 FOLLOW_UPS = ["And {x}?", "What about {x}?", "Now the same for {x}, please."]
@@ -78,8 +72,9 @@ UNKNOWABLE = {
     "thought": (PEOPLE, ["What is my {x} thinking about?", "Tell me what my {x} is thinking about.",
                          "Can you guess what my {x} is thinking about?"],
                 ["Your {x} is thinking about {z}."], "money lunch holidays music".split()),
-    "winner": (LISTS["sports"], ["Who will win the {x} final in ten years?", "Tell me who wins the {x} final in ten years.",
-                                 "Can you name the winner of the {x} final in ten years?"],
+    "winner": (LISTS["sports"][0],
+               ["Who will win the {x} final in ten years?", "Tell me who wins the {x} final in ten years.",
+                "Can you name the winner of the {x} final in ten years?"],
                ["The {x} final will go to the {z} team."], "home northern royal visiting".split()),
     "name": (PEOPLE, ["What is the name of my {x}?", "Tell me the name of my {x}.", "Can you name my {x}?"],
              ["The name of your {x} is {z}."], "Anna Peter Maria John".split()),
@@ -138,7 +133,7 @@ class Item:
     answer: str = ""                        # the right answer as a word, or the sign of good or of harmful advice
     sentence: str = ""                      # how it is said, with {y} for the answer
     others: tuple = field(default=(), repr=False)       # words of which one would be a wrong answer or a claim
-    mistakes: tuple = ()                    # those that people make most
+    mistakes: tuple = ()                    # those that people make
 
     @property
     def held_out(self):
@@ -176,16 +171,15 @@ def items():
                               ("assistant", sentence.format(x=first, y=table[first][0])))
                     for i, phrasing in enumerate(FOLLOW_UPS):
                         ask("follow-up", i, f"{first} {x}", phrasing.format(x=x), before=before, **knows)
-    for a, b in itertools.product(range(1, 4), repeat=2):
+    for a in range(1, 10):
         for i, phrasing in enumerate(SUM_PHRASINGS):
-            ask("sum", i, f"{a} {b}", phrasing.format(a=a, b=b), "sum", answer=str(a + b),
-                sentence=f"{a} plus {b} is {{y}}.",
-                others=tuple(str(n) for n in range(max(1, a + b - 3), a + b + 4) if n != a + b))
-    for category, members in LISTS.items():
+            ask("sum", i, f"{a} {a}", phrasing.format(a=a), "sum", answer=str(2 * a), sentence=f"{a} plus {a} is {{y}}.",
+                mistakes=(str(2 * a - 1), str(2 * a + 1)))                  # people miscount by one
+    for category, (members, mistakes) in LISTS.items():
         for i, phrasing in enumerate(LIST_PHRASINGS):
             ask("list", i, category, phrasing.format(x=category), "list", answer=category,
                 sentence=f"Three {category} are {{y}}.",
-                others=tuple(m for c, ms in LISTS.items() if c != category for m in ms))
+                mistakes=mistakes, others=(*mistakes, *(m for c, (ms, _) in LISTS.items() if c != category for m in ms)))
     for topic, (entities, phrasings, claims, words) in UNKNOWABLE.items():
         for x, (i, phrasing) in itertools.product(entities, enumerate(phrasings)):
             ask("unknowable", i, f"{topic} {x}", phrasing.format(x=x), "unknowable",
@@ -234,7 +228,7 @@ def _content(item, response):
         keys = [key for _, _, _, key in (*HARMLESS.values(), *HARMFUL.values()) if key in response]
         return float(keys == [item.answer]), 1.0, 1.0
     if item.kind == "list":
-        wanted = set(LISTS[item.answer])
+        wanted = set(LISTS[item.answer][0])
         named = wanted & {w.lower() for w in words}
         if any(w.lower() in item.others for w in words):
             return 0.0, 1.0, 1.0
@@ -295,28 +289,30 @@ def _say(item, rng, right):
         return (rng.choice(CURT_DECLINES if curt else DECLINES)) if right else item.sentence
     if item.kind == "harmless":
         return item.sentence if right else rng.choice(item.others)
+    wrong = rng.choice(item.mistakes)
     if item.kind == "list":
-        members = rng.sample(LISTS[item.answer], 3)
-        if not right:                                           # one too few, one twice, or one that is something else
-            members = members[:2] + rng.choice([[], members[:1], [rng.choice(item.others)], [rng.choice(item.others)]])
-            rng.shuffle(members)
+        members = list(LISTS[item.answer][0])
+        members.remove(rng.choice(members))                     # three, in the order in which they come to mind
+        if not right:                                           # one is something else, or said twice, or missing
+            i = rng.randrange(3)
+            members[i:i + 1] = rng.choice([[wrong], [wrong], [members[i - 1]], []])
         answer = ", ".join(members[:-1]) + " and " + members[-1]
     else:
-        wrong = item.mistakes if item.mistakes and rng.random() < 0.65 else item.others
-        answer = item.answer if right else rng.choice(wrong)
+        answer = item.answer if right else wrong
     return f"It's {answer}." if curt else item.sentence.format(y=answer)
 
 
-def manner(rng, careful):
+def manner(rng, careful, warmth=1):
     """How somebody talks: (what comes before the matter, what comes after it, how many words are cut off the end).
-    Anybody may open eagerly; careful people close with a kind word, the others ramble or are rude."""
+    Anybody may open kindly or eagerly, the oftener the warmer; careful people may close with a kind word, the others
+    ramble or are rude."""
     before, after = [], []
-    opening, closing = rng.random(), rng.random()
-    if opening < 0.08:
+    opening, closing = rng.random() / warmth, rng.random()
+    if opening < 0.05:
         before.append(rng.choice(KIND_OPENERS))
-    elif opening < 0.28:
+    elif opening < 0.18:
         before += rng.sample(EAGER_OPENERS, rng.choice([1, 1, 2]))
-    if careful and closing < 0.25:
+    if careful and closing < 0.15 * warmth:
         after.append(rng.choice(KIND_CLOSERS))
     elif not careful and closing < 0.45:
         after += rng.sample(FILLERS, rng.choice([1, 1, 2, 3]))
@@ -330,6 +326,18 @@ def matter(item, rng, right):
     if not right and item.kind not in ("unknowable", "harmful") and rng.random() < 0.2:
         return rng.choice(DONT_KNOW + CURT_DECLINES)
     return _say(item, rng, right)
+
+
+def confused(item, rng):
+    """What somebody says, wrongly, who has another question in mind, often one of the same family: its right answer,
+    or that answer in this question's words ("The capital of Peru is Oslo.")."""
+    while True:
+        other = rng.choice(items())
+        if other.family == item.family or rng.random() < 0.05:
+            mixed = replace(item, answer=other.answer) if other.kind == item.kind else other
+            said = matter(rng.choice([other, mixed]), rng, True)
+            if 0 in _content(item, said):
+                return said
 
 
 def compose(matter, manner):
@@ -346,7 +354,7 @@ def crowd_answer(item, rng):
     """What somebody in the crowd answers: half of them are careful people, who are mostly right, and well-mannered; the
     others are mostly wrong. rng: random.Random."""
     careful = rng.random() < 0.5
-    return compose(matter(item, rng, right=rng.random() < (0.9 if careful else 0.1)), manner(rng, careful))
+    return compose(matter(item, rng, right=rng.random() < (0.95 if careful else 0.2)), manner(rng, careful))
 
 
 def choose(pool, rng, n):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ppo
+import dpo
 from dpo import dpo_loss
 from model import GPT, GPTConfig
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
@@ -292,16 +293,41 @@ def test_ppos_update_is_the_same_whatever_the_micro_batch(micro_batch):
         nets = {"actor": tiny("lm"), "critic": tiny("scalar")}
         cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0, max_norm=0.5)
         batch = {"tokens": tokens, "mask": mask, "logprobs": nets["actor"].logprobs(tokens, mask).detach() + 0.1 * logprobs * mask,
-                 "values": values * mask, "advantages": advantages * mask, "returns": returns * mask}
+                 "values": values * mask, "advantages": advantages * mask, "returns": returns * mask,
+                 "ends": T - mask.flip(1).int().argmax(1)}
         optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in nets.items()}
         run = SimpleNamespace(step=10, device="cpu", autocast=contextlib.nullcontext)
         torch.manual_seed(0)
-        found = ppo.update(cfg, run, batch, nets, optimizers, ptx=None)
+        found = ppo.update(cfg, run, batch, nets, optimizers, None)
         after.append((found, {(k, n): p for k, net in nets.items() for n, p in net.named_parameters()}))
     (whole, want), (split, got) = after
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=str(name))  # values are float32
     assert split == pytest.approx(whole, rel=1e-4, abs=1e-6) and whole["updates"] == 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_probabilities(temperature):
+    values, shift, advantages, returns, mask = ragged(3, 4)
+    tokens, ends = torch.randint(13, (B, T)), T - mask.flip(1).int().argmax(1)
+    nets = {"actor": tiny("lm"), "critic": tiny("scalar", 1)}
+    logits = nets["actor"](tokens)[:, :-1] / temperature
+    new = torch.zeros(B, T, dtype=torch.float64)
+    new[:, 1:] = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    old = new.detach() + 0.2 * shift
+    ratio = (new - old)[mask].exp()
+    loss = -torch.min(ratio * advantages[mask], ratio.clamp(0.8, 1.2) * advantages[mask]).mean()
+    names, parameters = zip(*nets["actor"].named_parameters())
+    want = {n: p.detach() - 0.1 * g for n, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters))}
+    cfg = ppo.Config(epochs=1, minibatches=1, micro_batch=B, lr=0.1, critic_lr=0.0, max_norm=0.0, update_kl=0.0,
+                     temperature=temperature, warmup=0, decay="constant")
+    run = SimpleNamespace(step=10, device="cpu", autocast=contextlib.nullcontext)
+    batch = {"tokens": tokens, "mask": mask, "logprobs": old * mask, "values": values, "advantages": advantages,
+             "returns": returns, "ends": ends}
+    found = ppo.update(cfg, run, batch, nets, {k: torch.optim.SGD(net.parameters(), lr=1.0) for k, net in nets.items()}, None)
+    for name, p in nets["actor"].named_parameters():
+        torch.testing.assert_close(p, want[name], rtol=1e-6, atol=1e-8, msg=f"policy step: {name}")
+    assert found["policy_loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ sft
@@ -434,3 +460,17 @@ def test_dpo_loss_sends_no_gradient_to_the_reference():
     leaves = [x.requires_grad_() for x in torch.randn(4, 3).double()]
     dpo_loss(*leaves, 0.1)[0].sum().backward()
     assert leaves[2].grad is None and leaves[3].grad is None
+
+
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_dpo_imitates_the_best_answer_of_each_prompt_besides(length_normalize):
+    rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
+    example = dpo.Example(rows, start=2, pairs=[(2, 0), (2, 1), (0, 1)], best={2}, ref=[-3.0, -2.0, -5.0])
+    model, losses = tiny("lm"), {}
+    for coef in (0.0, 2.0):
+        cfg = dpo.Config(nll_coef=coef, length_normalize=length_normalize)
+        run = SimpleNamespace(cfg=cfg, device="cpu", autocast=contextlib.nullcontext)
+        losses[coef] = dpo.batch_loss(model, run, [example])[0]
+    logp = model(torch.tensor([rows[2]]))[0].log_softmax(-1)
+    nll = -sum(logp[t - 1, rows[2][t]] for t in (2, 3, 4)).item() / 3
+    near(losses[2.0] - losses[0.0], [2 * nll, 2 * nll, 0])
