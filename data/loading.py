@@ -7,7 +7,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES, HELD_OUT = 26000, 7500, 500       # records of the world; as many of both are held out
+DEMONSTRATIONS, PREFERENCES, HELD_OUT = 26000, 6500, 500       # records of the world; as many of both are held out
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
