@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -154,6 +155,14 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 4
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert shown[0] == "1/40" and shown[-1] == "40/40" and len(shown) == 21
+
+
+def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkeypatch):
+    board = mock.Mock()
+    monkeypatch.setattr(runtime, "SummaryWriter", mock.Mock(return_value=board))
+    run = runtime.Run(Config(out=str(tmp_path / "run"), device="cpu"), 2)
+    run.log({"loss": 0.5, "kl": 3.0})
+    assert board.add_scalar.call_args_list == [mock.call("loss", 0.5, 1), mock.call("kl", 3.0, 1)]
 
 
 def test_a_device_that_is_not_there_is_refused():
