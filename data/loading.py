@@ -62,11 +62,21 @@ def load(kind, data, held_out=""):
         if not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):         # the last file that is written
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
             make_world(WORLD)
-        return read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
-    train = read(data)
-    if held_out:
-        return train, read(held_out)
-    return [r for i, r in enumerate(train) if i % 10 != 9], [r for i, r in enumerate(train) if i % 10 == 9]
+        parts = read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
+    elif held_out:
+        parts = read(data), read(held_out)
+    else:
+        both = read(data)
+        parts = [r for i, r in enumerate(both) if i % 10 != 9], both[9::10]
+    return tuple(map(untied, parts)) if kind == "preferences" else parts
+
+
+def untied(preferences):
+    """The comparisons that say something; says how many do not. Only now, so that every stage holds out the same records."""
+    kept = [p for p in preferences if len(set(p.ranks)) > 1]
+    if len(kept) < len(preferences):
+        print(f"{len(preferences) - len(kept)} of {len(preferences)} comparisons are ties: left out")
+    return kept
 
 
 def load_tokenizer(name, data):

@@ -158,8 +158,6 @@ def _preference(record):
             raise RecordError('field "ranks": expected a list as long as "responses"')
         if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
             raise RecordError(f'field "ranks": expected whole numbers from 1 (best) to {len(ranks)}')
-        if len(set(ranks)) == 1:
-            raise RecordError('field "ranks": all are tied, which says nothing')
         return Preference(prompt, responses, ranks)
     chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
     if "prompt" in record or "instruction" in record:
@@ -169,9 +167,7 @@ def _preference(record):
     margin = record.get("margin", 0.0)
     if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
         raise RecordError('field "margin": expected a number from 0 to 1000000')
-    if chosen == rejected:
-        raise RecordError('fields "chosen" and "rejected" are the same')
-    return Preference(prompt, [chosen, rejected], [1, 2], float(margin))
+    return Preference(prompt, [chosen, rejected], [1, 1 + (chosen != rejected)], float(margin))     # the same: a tie
 
 
 def _hh(chosen, rejected):

@@ -385,6 +385,14 @@ def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch
     assert loading.load_tokenizer("", "world").name == "world"
 
 
+def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
+    path = str(tmp_path / "pairs.jsonl")
+    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"} for i in range(20)])
+    train, held_out = loading.load("preferences", path)
+    assert len(train) == 17 and [p.prompt[-1]["content"] for p in held_out] == ["9"]
+    assert "1 of 18 comparisons are ties" in capsys.readouterr().out
+
+
 def test_a_file_alone_holds_out_every_tenth_record(tmp_path):
     records.write(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(1, 26)])
     train, held_out = loading.load("prompts", str(tmp_path / "a.jsonl"))
