@@ -411,8 +411,8 @@ def test_a_second_file_is_what_is_held_out(made, tmp_path):
 
 
 def test_pad_fills_on_the_right():
-    out = loading.pad([[1, 2, 3], [4]], fill=9)
-    assert out.dtype == torch.int64 and out.tolist() == [[1, 2, 3], [4, 9, 9]]
+    out = loading.pad([[1, 2, 3], [4]])
+    assert out.dtype == torch.int64 and out.tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
 def test_pad_keeps_masks_bool():
