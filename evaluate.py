@@ -288,6 +288,7 @@ def evaluate(cfg):
         runtime.require(folder, os.path.basename(folder))
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows the world's prompts alone: name a reward model with --judge")
+    os.makedirs(cfg.out, exist_ok=True)                         # before the work, so that none is lost
     contestants, prompts, curve = contest(cfg, folders)
 
     def mean(values):

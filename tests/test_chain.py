@@ -75,6 +75,11 @@ def test_the_reward_model_reports_calibration_and_accuracy_by_length(chain):
     assert "calibration" in printed and "accuracy_same_length" in printed and "SFT samples now have mean 0" in printed
 
 
+def test_a_report_goes_to_a_folder_that_is_not_there_yet(chain):
+    done = script("evaluate", "out/sft --samples 1 --best_of 0 --max_new_tokens 4 --show 0 --out out/new/place", chain[0])
+    assert done.returncode == 0 and (chain[0] / "out/new/place/report.json").exists(), done.stderr
+
+
 def test_chat_answers_several_turns(chain):
     done = script("evaluate", "out/sft --chat --max_new_tokens 8", chain[0], "What is the capital of Peru?\nAnd Italy?\n\n")
     assert done.returncode == 0 and done.stdout.count("sft> ") == 2, done.stdout + done.stderr
