@@ -79,7 +79,6 @@ class Example:
     rows: list              # K lists of ids, prompt and answer
     start: int              # where the answers begin
     pairs: list             # (chosen, rejected) as indices into rows
-    best: set               # indices that are rejected in no pair
     ref: list = None        # the reference's log-probability of each answer
 
 
@@ -88,8 +87,7 @@ def encode(tokenizer, preferences):
     for p in preferences:
         prompt = tokenizer.prompt(p.prompt)
         pairs = [(i, j) for i, j in permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
-        best = {i for i, rank in enumerate(p.ranks) if rank == min(p.ranks)}
-        out.append(Example([prompt + tokenizer.response(r) for r in p.responses], len(prompt), pairs, best))
+        out.append(Example([prompt + tokenizer.response(r) for r in p.responses], len(prompt), pairs))
     return out
 
 
@@ -117,14 +115,16 @@ def add_reference(model, run, examples):
 
 
 def batch_loss(model, run, group):
-    """Losses over all pairs of a list of Examples: (pairs,), and {name: (pairs,)} of what a person watches."""
+    """Losses over all pairs of a list of Examples: (pairs,), and {name: (pairs,)} of what a person watches. A pair whose
+    chosen answer is its prompt's best also pays nll_coef times −log p a token of that answer."""
     cfg = run.cfg
     logprobs, lengths = answer_logprobs(model, run, group)
     ref = torch.tensor([x for e in group for x in e.ref], device=run.device)
     first, pairs, best = 0, [], []
     for e in group:
         pairs += [(first + i, first + j) for i, j in e.pairs]
-        best += [i in e.best for i, _ in e.pairs]
+        rejected = {j for _, j in e.pairs}
+        best += [i not in rejected for i, _ in e.pairs]
         first += len(e.rows)
     w, l = torch.tensor(pairs, device=run.device).T
     nll = -logprobs[w] / lengths[w] * torch.tensor(best, device=run.device)

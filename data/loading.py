@@ -7,7 +7,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES, HELD_OUT = 26000, 6500, 500       # records of the world; as many of both are held out
+DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 6500, 500       # of the world; as many of both held out
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
@@ -18,7 +18,7 @@ def make_world(folder, seed=0):
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
     for suffix, held_out, many, compared, panel in (("", False, DEMONSTRATIONS, PREFERENCES, 5),
-                                                    ("_heldout", True, HELD_OUT, HELD_OUT, 1)):
+                                                    ("_heldout", True, HELD_OUT_RECORDS, HELD_OUT_RECORDS, 1)):
         pool = [item for item in world.items() if item.held_out == held_out]
         demonstrations = [demonstration(i, rng) for i in world.choose(pool, rng, many)]
         preferences = [preference(i, rng, panel) for i in world.choose(pool, rng, compared)]
@@ -66,8 +66,8 @@ def load(kind, data, held_out=""):
     elif held_out:
         parts = read(data), read(held_out)
     else:
-        both = read(data)
-        parts = [r for i, r in enumerate(both) if i % 10 != 9], both[9::10]
+        whole = read(data)
+        parts = [r for i, r in enumerate(whole) if i % 10 != 9], whole[9::10]
     return tuple(map(untied, parts)) if kind == "preferences" else parts
 
 

@@ -30,6 +30,7 @@ def chain(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "DEMONSTRATIONS", 400)
         patch.setattr(loading, "PREFERENCES", 80)
+        patch.setattr(loading, "HELD_OUT_RECORDS", 40)
         loading.make_world(str(folder / "out/world"))
     for stage, flags in SMALL.items():
         done = script(stage, flags, folder)

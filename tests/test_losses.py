@@ -465,7 +465,7 @@ def test_dpo_loss_sends_no_gradient_to_the_reference():
 @pytest.mark.parametrize("length_normalize", [False, True])
 def test_dpo_imitates_the_best_answer_of_each_prompt_besides(length_normalize):
     rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
-    example = dpo.Example(rows, start=2, pairs=[(2, 0), (2, 1), (0, 1)], best={2}, ref=[-3.0, -2.0, -5.0])
+    example = dpo.Example(rows, start=2, pairs=[(2, 0), (2, 1), (0, 1)], ref=[-3.0, -2.0, -5.0])
     model, losses = tiny("lm"), {}
     for coef in (0.0, 2.0):
         cfg = dpo.Config(nll_coef=coef, length_normalize=length_normalize)

@@ -316,6 +316,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "DEMONSTRATIONS", 400)
         patch.setattr(loading, "PREFERENCES", 200)
+        patch.setattr(loading, "HELD_OUT_RECORDS", 40)
         loading.make_world(str(folder), seed=0)
     return folder
 
@@ -324,6 +325,7 @@ def made(tmp_path_factory):
 def small(monkeypatch):
     monkeypatch.setattr(loading, "DEMONSTRATIONS", 400)
     monkeypatch.setattr(loading, "PREFERENCES", 200)
+    monkeypatch.setattr(loading, "HELD_OUT_RECORDS", 40)
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(made, small, tmp_path):
