@@ -161,17 +161,17 @@ def train(cfg):
     run = runtime.Run(cfg, steps)
     add_reference(model, run, examples + held_out)      # the policy is still the reference
     optimizer = runtime.make_optimizer(model, cfg.lr)
-    for epoch in range(cfg.epochs):
-        for batch in loading.by_length([length(e) for e in examples], cfg.batch, run.rng):
-            total = sum(len(examples[i].pairs) for i in batch)
-            sums = {}
-            for j in range(0, len(batch), cfg.micro_batch):
-                losses, watched = batch_loss(model, run, [examples[i] for i in batch[j:j + cfg.micro_batch]])
-                (losses.sum() / total).backward()
-                sums = {k: sums.get(k, 0) + v.sum().item() / total for k, v in watched.items()}
-            lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
-            norm = runtime.optimizer_step(optimizer, lr, cfg.max_norm)
-            run.log(sums | {"grad_norm": norm, "lr": lr})
+    run.resume(model=model, optimizer=optimizer)
+    for batch in loading.batches([length(e) for e in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
+        total = sum(len(examples[i].pairs) for i in batch)
+        sums = {}
+        for j in range(0, len(batch), cfg.micro_batch):
+            losses, watched = batch_loss(model, run, [examples[i] for i in batch[j:j + cfg.micro_batch]])
+            (losses.sum() / total).backward()
+            sums = {k: sums.get(k, 0) + v.sum().item() / total for k, v in watched.items()}
+        lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
+        norm = run.descend(optimizer, lr, cfg.max_norm, sums["loss"], f"preferences {batch}")
+        run.log(sums | {"grad_norm": norm, "lr": lr})
     found = evaluate(model, run, held_out)
     print("held out:  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     run.finish(model, tokenizer, held_out=found)

@@ -177,15 +177,14 @@ class GPT(nn.Module):
         for block in self.blocks:       # GPT-2: the residual stream is a sum of 2L terms; keep its size at 1
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
-        if head == "scalar":            # Stiennon et al. 2020: a reward starts with deviation 1 over random states
-            nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
 
-    @staticmethod
-    def _init(module):
+    def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if self.head_kind == "scalar" and module is self.head:      # a reward starts with deviation 1 over random
+            nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))       # states: Stiennon et al. 2020
 
     @property
     def device(self):
@@ -316,23 +315,36 @@ class GPT(nn.Module):
         try:
             with open(path, encoding="utf-8") as f:
                 saved = json.load(f)
-            saved_head = saved.pop("head")
+            saved_head = saved.pop("head", "missing")
             unknown = set(saved) - {f.name for f in fields(GPTConfig)}
             if unknown:
                 raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            model = cls(GPTConfig(**saved), head or saved_head)
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
+            config = GPTConfig(**saved)
+            missing = {f.name for f in fields(GPTConfig)} - set(saved)
+            if missing:
+                raise ValueError(f"field {sorted(missing)[0]!r} is missing")
+            if saved_head not in ("lm", "scalar"):
+                raise ValueError(f'field "head" must be lm or scalar, not {saved_head!r}')
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as e:
             raise ValueError(f"{path}: not a model's config: {e}") from None
         tensors = load_tensors(os.path.join(folder, "model.safetensors"))
-        if model.head_kind != saved_head:
-            tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
-            tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-        expected = model.state_dict()
+        if config.n_layer > len(tensors):               # before a network of a billion layers is begun
+            raise ValueError(f"{path}: n_layer is {config.n_layer}, but model.safetensors holds {len(tensors)} tensors")
+        try:
+            with torch.device("meta"):                  # shapes alone: nothing is allocated until they fit
+                model = cls(config, head or saved_head)
+        except RuntimeError:
+            raise ValueError(f"{path}: no machine can hold a network of this shape") from None
+        new_head = model.head_kind != saved_head
+        tensors = {k: v for k, v in tensors.items() if not (new_head and k.startswith("head."))}
+        expected = {k: v for k, v in model.state_dict().items() if not (new_head and k.startswith("head."))}
         for name in sorted(expected.keys() | tensors.keys()):
             have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
             if have != want:
                 raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, config.json asks for {want}")
-        model.load_state_dict(tensors)
+        model.to_empty(device="cpu").load_state_dict(tensors, strict=False)
+        if new_head and hasattr(model, "head"):
+            model.head.apply(model._init)
         return model.to(device)
 
 
@@ -387,13 +399,18 @@ def save_tensors(path, tensors):
         offset += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    with open(path + ".tmp", "wb") as f:
-        f.write(struct.pack("<Q", len(head)) + head)
-        for tensor in tensors.values():
-            f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(struct.pack("<Q", len(head)) + head)
+            for tensor in tensors.values():
+                f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError:                                             # a full disk needs the room back
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
 
 
 def load_tensors(path):
@@ -417,5 +434,6 @@ def load_tensors(path):
                 torch.empty(0, dtype=dtype)
             tensors[name] = flat.view(shape)
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError, MemoryError,
+            struct.error) as e:
         raise ValueError(f"{path}: not a readable safetensors file: {e}") from None

@@ -19,6 +19,7 @@ whitened, both clipped losses, Adam's ε of 1e-5, a decaying learning rate, adap
 and left padding (rows are right-padded and masked), rejection of answers without a given token (the chat format has
 <|im_end|>), and a shared trunk for policy and value (separate networks do better there, and read better).
 """
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +150,12 @@ class AdaptiveKL:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * episodes / self.horizon
 
+    def state_dict(self):
+        return {"coef": torch.tensor(self.coef, dtype=torch.float64)}
+
+    def load_state_dict(self, state):
+        self.coef = state["coef"].item()
+
 
 # ---------------------------------------------------------------------------------------- rollout
 
@@ -242,8 +249,9 @@ def update(cfg, run, batch, nets, optimizers, demonstrations):
             break
         if cfg.ptx_coef:
             imitate(cfg, run, nets["actor"], demonstrations)
-        runtime.optimizer_step(optimizers["actor"], cfg.lr * factor, cfg.max_norm)
-        runtime.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, cfg.max_norm)
+        where = f"minibatch {len(steps)} of its rollout"
+        run.descend(optimizers["actor"], cfg.lr * factor, cfg.max_norm, sums[0].item(), where + " (policy)")
+        run.descend(optimizers["critic"], cfg.critic_lr * factor, cfg.max_norm, sums[1].item(), where + " (critic)")
         updates += 1
     names = ("policy_loss", "value_loss", "entropy", "clipped", "value_clipped", "approx_kl")
     return dict(zip(names, torch.stack(steps).mean(0).tolist())) | {"updates": updates}
@@ -256,6 +264,18 @@ def explained_variance(values, returns, mask):
 
 
 # ---------------------------------------------------------------------------------------- the loop
+
+def warnings(cfg, metrics):
+    """Signs of a collapsing policy in a step's metrics, in words that say what to change: a set of texts."""
+    signs = {
+        "answers leave nothing to chance (entropy near 0): raise --entropy_coef or --kl_coef, or lower --lr":
+            metrics["entropy"] < 0.01,
+        "KL is far beyond its target: lower --lr, or start with a higher --kl_coef":
+            cfg.adaptive_kl and metrics["kl"] > 4 * cfg.kl_target,
+        "hardly an answer ends: raise --max_new_tokens, or lower --no_end_score": metrics["ended"] < 0.1,
+    }
+    return {text for text, seen in signs.items() if seen}
+
 
 def judged(prompts, batch, tokenizer):
     """The world's own verdict on answers to its prompts, for the reader's eyes only: training never sees it."""
@@ -281,7 +301,10 @@ def train(cfg):
     optimizers = {"actor": runtime.make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
                   "critic": runtime.make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    for step in range(cfg.steps):
+    run.resume(actor=nets["actor"], critic=nets["critic"], actor_optimizer=optimizers["actor"],
+               critic_optimizer=optimizers["critic"], controller=controller)
+    warned = set()
+    while run.step < cfg.steps:
         clock = runtime.time.time()
         asked = run.rng.choices(prompts, k=cfg.batch)
         batch = rollout(cfg, run, [tokenizer.prompt(p) for p in asked], nets, tokenizer)
@@ -297,6 +320,10 @@ def train(cfg):
         metrics |= {"explained_variance": explained_variance(batch["values"], batch["returns"], mask),
                     "length": mask.sum() / len(mask), "ended": batch["ended"].float().mean(),
                     "tokens_per_second": mask.sum() / (runtime.time.time() - clock)}
+        found = warnings(cfg, metrics)
+        for text in sorted(found - warned):                     # once, until it passes and comes back
+            print(f"warning, step {run.step + 1}: {text}", file=sys.stderr, flush=True)
+        warned = found
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)
 

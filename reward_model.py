@@ -155,22 +155,22 @@ def train(cfg):
     run = runtime.Run(cfg, steps)
     model.to(run.device)
     optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
-    for epoch in range(cfg.epochs):
-        for batch in loading.by_length([length(e) for e in examples], cfg.batch, run.rng):
-            loss = accuracy = 0.0
-            for j in range(0, len(batch), cfg.micro_batch):
-                group = [examples[i] for i in batch[j:j + cfg.micro_batch]]
-                share = len(group) / len(batch)                 # of the step: the loss is a mean over prompts
-                scores, ranks = batch_scores(model, run, group)
-                margin = torch.tensor([m for _, _, m in group], device=run.device)
-                part = ranking_loss(scores, ranks, margin) * share
-                part.backward()
-                loss += part.item()
-                best, worst = scores.gather(1, ranks.masked_fill(ranks == 0, 99).argmin(1, True)), scores.gather(1, ranks.argmax(1, True))
-                accuracy += (best > worst).float().mean().item() * share
-            lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
-            norm = runtime.optimizer_step(optimizer, lr, cfg.max_norm)
-            run.log({"loss": loss, "best_beats_worst": accuracy, "grad_norm": norm, "lr": lr})
+    run.resume(model=model, optimizer=optimizer)
+    for batch in loading.batches([length(e) for e in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
+        loss = accuracy = 0.0
+        for j in range(0, len(batch), cfg.micro_batch):
+            group = [examples[i] for i in batch[j:j + cfg.micro_batch]]
+            share = len(group) / len(batch)                     # of the step: the loss is a mean over prompts
+            scores, ranks = batch_scores(model, run, group)
+            margin = torch.tensor([m for _, _, m in group], device=run.device)
+            part = ranking_loss(scores, ranks, margin) * share
+            part.backward()
+            loss += part.item()
+            best, worst = scores.gather(1, ranks.masked_fill(ranks == 0, 99).argmin(1, True)), scores.gather(1, ranks.argmax(1, True))
+            accuracy += (best > worst).float().mean().item() * share
+        lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
+        norm = run.descend(optimizer, lr, cfg.max_norm, loss, f"preferences {batch}")
+        run.log({"loss": loss, "best_beats_worst": accuracy, "grad_norm": norm, "lr": lr})
 
     found, calibration = evaluate(model, run, held_out)
     if cfg.data == "world":

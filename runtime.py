@@ -6,7 +6,7 @@ A stage declares its flags as a dataclass of `flag(default, help, ...)` fields o
         runtime.main(Config, train, __doc__)
 
 A Run is one stage at work: it owns the output folder, writes metrics.jsonl (one line a step) and, if TensorBoard is
-installed, its event files, and prints one tidy line now and then with the time left.
+installed, its event files, prints one tidy line now and then with the time left, and keeps a checkpoint to go on from.
 """
 import argparse
 import contextlib
@@ -15,10 +15,16 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
+import zlib
+from collections import Counter
 
 import torch
+
+from data.loading import WORLD
+from model import load_tensors, save_tensors
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -26,6 +32,7 @@ except ImportError:
     SummaryWriter = None
 
 STARTED = time.time()                   # imports included: what a person waits for
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -44,6 +51,8 @@ class Settings:
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere",
                           choices=("auto", "float32", "bfloat16"))
+    save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
+    resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     debug: bool = flag(False, "show the traceback of an error")
 
 
@@ -63,25 +72,53 @@ def parse(config, doc, argv=None):
     values = vars(parser.parse_args(argv))
     for f in dataclasses.fields(config):
         low, high, value = f.metadata["low"], f.metadata["high"], values[f.name]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+        if f.type in (int, float) and not (-math.inf if low is None else low) <= value <= (sys.float_info.max if high is None else high):
+            bounds = f"from {low} to {high}" if None not in (low, high) else (
+                (f"at least {low} and " if low is not None else f"at most {high} and " if high is not None else "") + "finite")
             parser.error(f"argument --{f.name}: must be {bounds}, not {value}")
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    try:
+        return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except ValueError as e:                     # flags that do not go together
+        parser.error(str(e))
 
 
 def main(config, train, doc):
     """Run a stage from the command line: one line and status 1 for what a user can put right."""
     cfg = parse(config, doc)
     program = os.path.basename(sys.argv[0])
+    for number in SIGNALS:
+        signal.signal(number, stop)
     try:
         train(cfg)
-    except (ValueError, OSError) as e:
-        if cfg.debug:
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+        if cfg.debug or not (memory or isinstance(e, (ValueError, OSError))):
             raise
-        sys.exit(f"{program}: {e}")             # status 1
+        line = str(e)
+        if memory:
+            line = "out of memory: a lower --micro_batch or --batch may fit"
+        elif isinstance(e, BrokenPipeError):
+            line = "nobody reads the output any more"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would complain again at its end
+        elif isinstance(e, OSError):
+            line = f"{e.filename or cfg.out}: {e.strerror or e}"
+        sys.exit(f"{program}: {line}")          # status 1
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+        kept = os.path.exists(os.path.join(cfg.out, "resume.safetensors"))
+        with contextlib.suppress(OSError):
+            print(f"\n{program}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""), file=sys.stderr)
         sys.exit(130)
+
+
+def stop(number, frame):
+    """Ctrl-C, a closed terminal, a scheduler's SIGTERM: a run at work finishes its step and saves; the second one, or
+    one at any other time, stops at once."""
+    run = Run.at_work
+    if run is None or run.stop:
+        raise KeyboardInterrupt
+    run.stop = True
+    with contextlib.suppress(OSError):
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def require(folder, stage):
@@ -93,64 +130,212 @@ def require(folder, stage):
 # ---------------------------------------------------------------------------------------- a run
 
 class Run:
-    """Device, precision, seed, output folder, metrics and progress of one stage."""
+    """One stage at work: device, precision, randomness, output folder, checkpoints, metrics and progress.
+
+    A run that was killed goes on from its last checkpoint, out/<stage>/resume.safetensors, with the same command, and
+    ends with the weights that it would have had. So all that a step draws at random comes from the seed and the step's
+    number (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`.
+    """
+    at_work = None                      # the run whose training loop goes on, for a signal to find
 
     def __init__(self, cfg, total):
-        """total: steps to come, for the time left."""
+        """total: steps in all."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("several processes are not supported yet: run without torchrun")
-        self.cfg, self.total, self.step = cfg, total, 0
+        self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), False
         self.device = pick_device(cfg.device)
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
-        torch.manual_seed(cfg.seed)
-        self.rng = random.Random(cfg.seed)
-        os.makedirs(cfg.out, exist_ok=True)
-        self.about = {"stage": os.path.basename(sys.argv[0]), "settings": dataclasses.asdict(cfg),
+        self.about = {"stage": os.path.basename(sys.argv[0]), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        self.write_json("run.json", self.about)
-        self.metrics = open(os.path.join(cfg.out, "metrics.jsonl"), "w", encoding="utf-8")
-        self.board = SummaryWriter(cfg.out) if SummaryWriter else None
-        self.clock = time.time()
+        os.makedirs(cfg.out, exist_ok=True)
+        self.checkpoint = os.path.join(cfg.out, "resume.safetensors")
+        if cfg.resume and os.path.exists(self.checkpoint):
+            self.must_be_the_same()
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.checkpoint)                      # first, so that it never meets another run's settings
+            self.write_json("run.json", self.about)
+        self.begin(0)
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(
             f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != ""), flush=True)
+
+    def must_be_the_same(self):
+        """Raise ValueError if the unfinished run in the folder is not this one."""
+        what_now = "go on with its own command, name another --out, or add --no-resume to start anew"
+        try:
+            with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
+                old = json.load(f)
+            kinds = [("setting", dict(old["settings"]), dict(self.about["settings"])), ("file", dict(old["inputs"]), self.about["inputs"])]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): {what_now}") from None
+        for kind, was, now in kinds:
+            for name in was.keys() | now.keys():
+                if name not in ("out", "debug", "resume", "device", "save_seconds") and was.get(name) != now.get(name):
+                    said = f"{kind} {name} was {was.get(name)!r}, not {now.get(name)!r}" if kind == "setting" else f"{name} has changed"
+                    raise ValueError(f"{self.cfg.out} holds an unfinished run of something else ({said}): {what_now}")
+
+    def begin(self, step):
+        """Step's randomness depends on the seed and on its number alone."""
+        self.step = step
+        self.rng = random.Random(f"{self.cfg.seed}/{step}")
+        torch.manual_seed(self.rng.getrandbits(63))
+
+    def resume(self, **parts):
+        """Name what training changes (networks, optimisers, a controller: each with a state_dict of tensors), and go on
+        from the last checkpoint if there is one. Comes right before the training loop."""
+        self.parts = parts
+        metrics, lines = os.path.join(self.cfg.out, "metrics.jsonl"), []
+        if os.path.exists(self.checkpoint):
+            tensors = load_tensors(self.checkpoint)
+            try:
+                for name, part in parts.items():
+                    restore(part, {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")})
+                self.begin(int(tensors["step"]))
+            except (KeyError, ValueError, RuntimeError) as e:
+                raise ValueError(f"{self.checkpoint} does not fit this run ({str(e).splitlines()[0]}): add --no-resume") from None
+            with contextlib.suppress(FileNotFoundError), open(metrics, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            print(f"going on after step {self.step} of {self.total}", flush=True)
+        with open(metrics + ".tmp", "w", encoding="utf-8") as f:        # steps after the checkpoint will come again
+            f.writelines(lines)
+        os.replace(metrics + ".tmp", metrics)
+        self.metrics = open(metrics, "a", encoding="utf-8")
+        self.board = SummaryWriter(self.cfg.out, purge_step=self.step + 1) if SummaryWriter else None
+        self.clock, self.first, self.saved, self.cost = time.time(), self.step, time.time(), 0.0
+        Run.at_work = self
+
+    def save(self):
+        """Write the checkpoint that a resume goes on from, unless weights have run off to infinity."""
+        began = time.time()
+        tensors = {f"{name}/{k}": v for name, part in self.parts.items() for k, v in flatten(part).items()}
+        if any(self.bad.values()) or not finite(tensors):
+            return
+        os.fsync(self.metrics.fileno())
+        save_tensors(self.checkpoint, tensors | {"step": torch.tensor(self.step)})
+        self.saved = time.time()
+        self.cost = self.saved - began
 
     def autocast(self):
         """Matrix products in bfloat16, if so chosen."""
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
+    def descend(self, optimizer, lr, max_norm, loss, batch):
+        """One optimiser step, from gradients that are there: clip their norm (0 never clips), step, forget them.
+        Returns the norm before clipping.
+
+        A loss or a norm that is not finite is named with its step and batch (in words), and no step is taken; after
+        three in a row raises ValueError.
+        """
+        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm or math.inf).item()
+        if math.isfinite(norm) and math.isfinite(loss):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            self.bad[id(optimizer)] = 0
+        else:
+            self.bad[id(optimizer)] += 1
+            what = f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {batch}"
+            if self.bad[id(optimizer)] == 3:
+                kept = "the last good checkpoint is kept" if os.path.exists(self.checkpoint) else "nothing was good enough to keep"
+                raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
+            print(f"{what}: not finite, no update made", file=sys.stderr, flush=True)
+        optimizer.zero_grad()
+        return norm
+
     def log(self, metrics, show=None):
         """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or where
-        show says so. A terminal sees every step pass by on one line."""
-        self.step += 1
-        metrics = {k: float(v) for k, v in metrics.items()}
-        self.metrics.write(json.dumps({"step": self.step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+        show says so; a terminal sees every step pass by on one line. Saves a checkpoint every save_seconds (less often
+        where that would take more than a twentieth of the time)."""
+        shown, step = {k: float(v) for k, v in metrics.items()}, self.step + 1
+        kept = {k: round(v, 6) if math.isfinite(v) else None for k, v in shown.items()}             # JSON knows no nan
+        self.metrics.write(json.dumps({"step": step, **kept}) + "\n")
         self.metrics.flush()
         if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, self.step)
+            for name, value in shown.items():
+                self.board.add_scalar(name, value, step)
+        self.begin(step)
+        if self.stop or time.time() - self.saved >= max(self.cfg.save_seconds, min(1, self.cfg.save_seconds) * 20 * self.cost):
+            self.save()
+        if self.stop:
+            raise KeyboardInterrupt
         if show is None:
-            show = self.step % max(1, self.total // 20) == 0 or self.step in (1, self.total)
-        if show or sys.stdout.isatty():
-            left = (time.time() - self.clock) / self.step * (self.total - self.step)
-            line = f"step {self.step:{len(str(self.total))}}/{self.total}  " + "  ".join(
-                f"{k} {v:.3g}" if abs(v) < 1000 else f"{k} {v:.0f}" for k, v in metrics.items())
+            show = step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        terminal = sys.stdout.isatty()
+        if show or terminal:
+            line = f"step {step:{len(str(self.total))}}/{self.total}  " + "  ".join(
+                f"{k} {v:.3g}" if abs(v) < 1000 else f"{k} {v:.0f}" for k, v in shown.items())
+            left = (time.time() - self.clock) / (step - self.first) * (self.total - step)
             line += f"  {int(left) // 60}:{int(left) % 60:02} left"
-            terminal = sys.stdout.isatty()
             print(("\r\033[K" if terminal else "") + line, end="\n" if show or not terminal else "", flush=True)
 
     def finish(self, model, tokenizer, **facts):
-        """Save the model with its tokenizer, and what the run found out, with the seconds that it took."""
-        model.save(self.cfg.out)
-        tokenizer.save(self.cfg.out)
+        """Save the model with its tokenizer, and what the run found out, with the seconds that it took. All files are
+        written aside first: what stood in the folder before stays until they are whole."""
+        Run.at_work = None
+        if not finite(model.state_dict()):
+            raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
+        aside = os.path.join(self.cfg.out, "new")
+        model.save(aside)
+        tokenizer.save(aside)
+        for name in sorted(os.listdir(aside)):
+            os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
+        os.rmdir(aside)
         self.metrics.close()
         if self.board:
             self.board.close()
         ended = time.time()
         self.write_json("run.json", {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.checkpoint)                          # last: killed before, the run goes on and ends the same
         print(f"wrote {self.cfg.out}/ after {ended - STARTED:.0f} s", flush=True)
 
     def write_json(self, name, value):
         write_json(os.path.join(self.cfg.out, name), value)
+
+
+def finite(tensors):
+    return all(bool(v.isfinite().all()) for v in tensors.values())
+
+
+def flatten(part):
+    """What a part of training remembers, as {name: tensor}: a network's weights, an optimiser's moments ("7.exp_avg")."""
+    state = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        return {f"{i}.{key}": value for i, moments in state["state"].items() for key, value in moments.items()}
+    return state
+
+
+def restore(part, tensors):
+    """The reverse of flatten."""
+    if isinstance(part, torch.optim.Optimizer):
+        state = {}
+        for name, value in tensors.items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value.clone()
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+    else:
+        part.load_state_dict(tensors)
+
+
+def fingerprints(cfg):
+    """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a checkpoint folder.
+    A run goes on only over the same ones."""
+    found = {}
+    for name, value in vars(cfg).items():
+        value = WORLD if value == "world" else value
+        if name == "out" or not isinstance(value, str) or not os.path.exists(value):
+            continue
+        paths = [value]
+        if os.path.isdir(value):
+            paths = [os.path.join(value, n) for n in sorted(os.listdir(value)) if n.endswith((".safetensors", ".tiktoken"))
+                     or (value == WORLD and n.endswith(".jsonl"))]
+        for path in paths:
+            checksum = 0
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 20):
+                    checksum = zlib.crc32(chunk, checksum)
+            found[path] = checksum
+    return found
 
 
 def write_json(path, value):
@@ -187,14 +372,3 @@ def schedule(step, total, warmup, shape):
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[shape]
-
-
-def optimizer_step(optimizer, lr, max_norm):
-    """Clip the gradient's norm (0 never clips), step at this learning rate, forget the gradient. Returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm.item()

@@ -7,6 +7,7 @@ The loss is that of any language model, −log p(next token), on what the assist
 assistant turn of a conversation with the <|im_end|> that closes it, never the user's words (which the model reads
 but need not learn to say). What comes out answers fluently, and as well as the average demonstration: no better.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ class Config(runtime.Settings):
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)
+
+    def __post_init__(self):
+        GPTConfig(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)         # heads that do not divide the width
 
 
 def sft_loss(logprobs, mask):
@@ -92,28 +96,31 @@ def train(cfg):
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples)} demonstrations, "
           f"{sum(sum(learn) for _, learn in examples):,} tokens to learn of {sum(map(length, examples)):,}")
     optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
-    held = float("nan")
-    for epoch in range(cfg.epochs):
-        for batch in loading.by_length([len(ids) for ids, _ in examples], cfg.batch, run.rng):
-            total = sum(sum(examples[i][1]) for i in batch)     # tokens to learn in the whole optimiser step
-            loss = places = 0
-            for j in range(0, len(batch), cfg.micro_batch):
-                ids, learn = zip(*(examples[i] for i in batch[j:j + cfg.micro_batch]))
-                tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn).to(run.device)
-                with run.autocast():
-                    part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total
-                part.backward()
-                loss, places = loss + part.item(), places + tokens.numel()
-            lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
-            norm = runtime.optimizer_step(optimizer, lr, cfg.max_norm)
-            evaluate = (run.step + 1) % max(1, steps // cfg.evals) == 0 or run.step + 1 == steps
-            if evaluate:
-                held = held_out_loss(model, run, held_out_examples, cfg.micro_batch)
-            used = sum(len(examples[i][0]) for i in batch)
-            run.log({"loss": loss, "held_out_loss": held, "perplexity": 2.718281828459045 ** held, "grad_norm": norm,
-                     "lr": lr, "padding": 1 - used / places}, show=evaluate or None)
-            if evaluate:
-                show_samples(model, tokenizer, run, held_out[run.step % 97:])
+    run.resume(model=model, optimizer=optimizer)
+    for batch in loading.batches([len(ids) for ids, _ in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
+        total = sum(sum(examples[i][1]) for i in batch)         # tokens to learn in the whole optimiser step
+        loss = places = 0
+        for j in range(0, len(batch), cfg.micro_batch):
+            ids, learn = zip(*(examples[i] for i in batch[j:j + cfg.micro_batch]))
+            tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn).to(run.device)
+            with run.autocast():
+                part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total
+            part.backward()
+            loss, places = loss + part.item(), places + tokens.numel()
+        lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
+        norm = run.descend(optimizer, lr, cfg.max_norm, loss, f"demonstrations {batch}")
+        used = sum(len(examples[i][0]) for i in batch)
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "padding": 1 - used / places}
+        evaluate = (run.step + 1) % max(1, steps // cfg.evals) == 0 and steps - run.step > steps // cfg.evals
+        if evaluate:
+            held = held_out_loss(model, run, held_out_examples, cfg.micro_batch)
+            metrics |= {"held_out_loss": held, "perplexity": math.exp(held)}
+        run.log(metrics, show=evaluate or None)
+        if evaluate:
+            show_samples(model, tokenizer, run, held_out[run.step % 97:])
+    held = held_out_loss(model, run, held_out_examples, cfg.micro_batch)
+    print(f"held out:  loss {held:.3f}  perplexity {math.exp(held):.2f}")
+    show_samples(model, tokenizer, run, held_out)
     run.finish(model, tokenizer, held_out_loss=held)
 
 

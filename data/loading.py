@@ -1,4 +1,5 @@
 """From a flag such as `--data world` to batches: where the files are, what is held out, padding and bucketing."""
+import itertools
 import os
 import random
 
@@ -103,6 +104,13 @@ def fit(examples, length, block_size, what):
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} {what} are longer than {block_size} tokens (block_size): left out")
     return kept
+
+
+def batches(lengths, size, epochs, seed, start=0):
+    """by_length's batches of every epoch in turn, from the start-th on: the order depends on the seed and the epoch alone,
+    so that a run can go on where it stopped."""
+    whole = (batch for epoch in range(epochs) for batch in by_length(lengths, size, random.Random(f"{seed}/{epoch}")))
+    return itertools.islice(whole, start, None)
 
 
 def by_length(lengths, size, rng):

@@ -4,7 +4,6 @@ Four tokens, of which 3 ends an answer, and at most three tokens an answer: 40 a
 different length. With a reward r and a price β, the best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) (Rafailov et
 al. 2023, eq. 4), and what PPO and DPO end up with is held against it.
 """
-import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -69,11 +68,11 @@ class Judge:
         return torch.tensor([[self.r.get(tuple(row[:t + 1]), 0.0) for t in range(len(row))] for row in tokens.tolist()])
 
 
-def small_ppo(**settings):
+def small_ppo(folder, **settings):
     """Config, run, networks and tokenizer for PPO on this world."""
     cfg = ppo.Config(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False, micro_batch=10 ** 6, update_kl=0.0,
-                     **settings)
-    run = SimpleNamespace(step=0, device="cpu", autocast=contextlib.nullcontext)
+                     out=str(folder), device="cpu", **settings)
+    run = runtime.Run(cfg, cfg.steps)
     nets = {"actor": network("lm", 1), "reference": network("lm", 1).requires_grad_(False), "critic": network("scalar", 2),
             "reward": Judge(true_reward())}
     return cfg, run, nets, SimpleNamespace(end=END)
@@ -86,12 +85,12 @@ def test_every_answer_is_listed_once():
     assert total_variation(start, optimum(network("lm", 1), true_reward())) > 0.4, "a problem that starts solved shows nothing"
 
 
-def test_ppo_reaches_the_best_policy_that_the_price_of_kl_allows():
+def test_ppo_reaches_the_best_policy_that_the_price_of_kl_allows(tmp_path):
     """Within a total variation distance of 0.05 (0.5 at the start), by rollouts, estimates and updates alone."""
-    cfg, run, nets, tokenizer = small_ppo(steps=150, batch=512, lr=3e-3, critic_lr=1e-2, epochs=2, minibatches=2)
+    cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=150, batch=512, lr=3e-3, critic_lr=1e-2, epochs=2, minibatches=2)
     optimizers = {k: runtime.make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
-    torch.manual_seed(3)
-    for run.step in range(cfg.steps):
+    for step in range(cfg.steps):
+        run.begin(step)
         batch = ppo.rollout(cfg, run, PROMPTS * (cfg.batch // 2), nets, tokenizer)
         ppo.update(cfg, run, ppo.estimate(cfg, batch, cfg.kl_coef), nets, optimizers, None)
     distance = total_variation(answer_logprobs(nets["actor"]).exp(), optimum(nets["reference"], true_reward()))
@@ -139,10 +138,10 @@ def test_the_reward_model_recovers_the_true_differences():
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.5])
-def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(lam):
+def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
     """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With exact values
     in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
-    cfg, run, nets, tokenizer = small_ppo(batch=2, whiten_advantages=False, lam=lam)
+    cfg, run, nets, tokenizer = small_ppo(tmp_path, batch=2, whiten_advantages=False, lam=lam)
     for net in ("actor", "reference"):
         nets[net] = nets[net].double()
     with torch.no_grad():                                           # the actor has moved already, so that the KL counts

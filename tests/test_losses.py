@@ -8,6 +8,7 @@ import torch
 
 import ppo
 import dpo
+import runtime
 from dpo import dpo_loss
 from model import GPT, GPTConfig
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
@@ -286,18 +287,19 @@ def test_micro_batches_by_their_share_of_tokens_leave_sfts_gradient_the_same(siz
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_ppos_update_is_the_same_whatever_the_micro_batch(micro_batch):
+def test_ppos_update_is_the_same_whatever_the_micro_batch(tmp_path, micro_batch):
     values, logprobs, advantages, returns, mask = ragged(6, 4)
     tokens, after = torch.randint(13, (B, T)), []
     for size in (B, micro_batch):
         nets = {"actor": tiny("lm"), "critic": tiny("scalar")}
-        cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0, max_norm=0.5)
+        cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0, max_norm=0.5,
+                         out=str(tmp_path), device="cpu")
         batch = {"tokens": tokens, "mask": mask, "logprobs": nets["actor"].logprobs(tokens, mask).detach() + 0.1 * logprobs * mask,
                  "values": values * mask, "advantages": advantages * mask, "returns": returns * mask,
                  "ends": T - mask.flip(1).int().argmax(1)}
         optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in nets.items()}
-        run = SimpleNamespace(step=10, device="cpu", autocast=contextlib.nullcontext)
-        torch.manual_seed(0)
+        run = runtime.Run(cfg, cfg.steps)
+        run.begin(10)
         found = ppo.update(cfg, run, batch, nets, optimizers, None)
         after.append((found, {(k, n): p for k, net in nets.items() for n, p in net.named_parameters()}))
     (whole, want), (split, got) = after
@@ -307,7 +309,7 @@ def test_ppos_update_is_the_same_whatever_the_micro_batch(micro_batch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_probabilities(temperature):
+def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_probabilities(tmp_path, temperature):
     values, shift, advantages, returns, mask = ragged(3, 4)
     tokens, ends = torch.randint(13, (B, T)), T - mask.flip(1).int().argmax(1)
     nets = {"actor": tiny("lm"), "critic": tiny("scalar", 1)}
@@ -320,8 +322,8 @@ def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_pr
     names, parameters = zip(*nets["actor"].named_parameters())
     want = {n: p.detach() - 0.1 * g for n, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters))}
     cfg = ppo.Config(epochs=1, minibatches=1, micro_batch=B, lr=0.1, critic_lr=0.0, max_norm=0.0, update_kl=0.0,
-                     temperature=temperature, warmup=0, decay="constant")
-    run = SimpleNamespace(step=10, device="cpu", autocast=contextlib.nullcontext)
+                     temperature=temperature, warmup=0, decay="constant", out=str(tmp_path), device="cpu")
+    run = runtime.Run(cfg, cfg.steps)
     batch = {"tokens": tokens, "mask": mask, "logprobs": old * mask, "values": values, "advantages": advantages,
              "returns": returns, "ends": ends}
     found = ppo.update(cfg, run, batch, nets, {k: torch.optim.SGD(net.parameters(), lr=1.0) for k, net in nets.items()}, None)

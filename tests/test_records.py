@@ -3,7 +3,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from data.records import (Preference, RecordError, read_demonstrations as demonstrations,
                           read_preferences as preferences, read_prompts as prompts, write)
@@ -199,28 +199,70 @@ FIELDS = ("messages", "prompt", "response", "instruction", "input", "output", "c
 RECORD = VALUE | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, VALUE))
 
 
-@settings(deadline=None, max_examples=100)
-@given(RECORD, st.sampled_from([demonstrations, preferences, prompts]))
-def test_any_json_gives_records_or_a_record_error(folder, record, read):
+def read_or_refused(path, read):
+    """What a reader gives, or None if it refuses with one line that names the file."""
+    try:
+        return read(path)
+    except RecordError as e:
+        assert str(e).startswith(str(path)) and "\n" not in str(e)
+
+
+def any_json(folder, record, read):
     path = folder / "fuzz.jsonl"
     path.write_text(json.dumps(record))
-    try:
-        assert len(read(path)) == 1
-    except RecordError as e:
-        assert str(path) in str(e)
+    found = read_or_refused(path, read)
+    assert found is None or len(found) == 1
 
 
-@settings(deadline=None, max_examples=80)
-@given(st.binary(max_size=60), st.sampled_from(["fuzz.json", "fuzz.jsonl", "fuzz.jsonl.gz"]), st.integers(0, 60))
-def test_any_bytes_give_records_or_a_record_error(folder, noise, name, cut):
+def any_bytes(folder, noise, name, cut):
     whole = b'[{"prompt": "Hi"}]'                    # a good file with noise inside gets further than noise alone
     whole = gzip.compress(whole, mtime=0) if name.endswith(".gz") else whole
     for content in (noise, whole[:cut] + noise + whole[cut + len(noise):]):
         (folder / name).write_bytes(content)
-        try:
-            prompts(folder / name)
-        except RecordError as e:
-            assert str(folder / name) in str(e)
+        read_or_refused(folder / name, prompts)
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip) | st.sampled_from(
+    ["<|im_end|>", "<|im_start|>user\nHi<|im_end|>", "<|endoftext|>", "a\u2028b", "Human: Hi", "naïve 猫"])
+WRONG = st.none() | st.booleans() | st.integers() | st.floats() | st.just("") | st.just(" \n") | st.just("\ud800") | st.just({}) | st.just([])
+SHAPES = [(demonstrations, {"prompt": WORDS, "response": WORDS}), (preferences, {"prompt": WORDS, "chosen": WORDS, "rejected": WORDS}),
+          (demonstrations, {"instruction": WORDS, "output": WORDS}), (prompts, {"prompt": WORDS})]
+SPOILT = (st.sampled_from(SHAPES).flatmap(lambda shape: st.tuples(st.just(shape[0]), st.fixed_dictionaries(shape[1]), st.sampled_from(
+    sorted(shape[1])))), WRONG, st.booleans(), st.dictionaries(st.sampled_from(["source", "id", "score"]), VALUE, max_size=2))
+
+
+def one_field_spoilt(folder, good, wrong, missing, extra):
+    """A good record is read as it stands, whatever else it holds; with one field wrong or missing it is refused, and the
+    line names that field."""
+    read, record, field = good
+    path = folder / "spoilt.jsonl"
+    path.write_text(json.dumps(record | extra))
+    [found] = read(path)
+    said = [m["content"] for m in found] if isinstance(found, list) else [found.prompt[0]["content"], *found.responses]
+    assert said == [record[name] for name in FIELDS if name in record]
+    bad = {k: v for k, v in record.items() if k != field} if missing else record | {field: wrong}
+    path.write_text(json.dumps(record | extra) + "\n" + json.dumps(bad | extra))
+    with pytest.raises(RecordError, match=f'{path}, line 2: .*(field|fields) "({field}|prompt|chosen)'):
+        read(path)
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("check, given_what", [
+    (any_json, (RECORD, st.sampled_from([demonstrations, preferences, prompts]))),
+    (any_bytes, (st.binary(max_size=60), st.sampled_from(["fuzz.json", "fuzz.jsonl", "fuzz.jsonl.gz"]), st.integers(0, 60))),
+    (one_field_spoilt, SPOILT)], ids=lambda v: getattr(v, "__name__", ""))
+def test_whatever_a_file_holds_it_is_read_rightly_or_refused_in_one_line(folder, check, given_what, examples):
+    given(st.tuples(*given_what))(settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))(
+        lambda values: check(folder, *values)))()
+
+
+def test_a_line_of_a_million_characters_is_a_record_like_any_other(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "word " * 200_000}))
+    assert len(prompts(tmp_path / "a.jsonl")[0][0]["content"]) == 1_000_000
+    (tmp_path / "a.jsonl").write_text('{"prompt": "' + "x" * 1_000_000)
+    with pytest.raises(RecordError, match="line 1: not JSON") as e:
+        prompts(tmp_path / "a.jsonl")
+    assert len(str(e.value)) < 300
 
 
 @pytest.mark.parametrize("record", [{**PAIR, "chosen": "b"}, {"chosen": HH + "x", "rejected": HH + "x "}, {**RANKED, "ranks": [1, 1]}])

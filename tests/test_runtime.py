@@ -25,6 +25,10 @@ class Config(runtime.Settings):
     sure: bool = flag(True, "a switch")
 
 
+def a_run(folder, total=10, **settings):
+    return runtime.Run(Config(out=str(folder), device="cpu", **settings), total)
+
+
 def parsed(*argv):
     return runtime.parse(Config, "A test.", list(argv))
 
@@ -48,8 +52,8 @@ def test_a_switch_is_turned_off_by_no():
 
 @pytest.mark.parametrize("argv,said", [
     (["--n", "0"], "--n: must be from 1 to 9, not 0"), (["--n", "10"], "--n: must be from 1 to 9, not 10"),
-    (["--rate", "-0.1"], "--rate: must be at least 0, not -0.1"), (["--rate", "nan"], "--rate: must be at least 0, not nan"),
-    (["--top", "2.5"], "--top: must be at most 2, not 2.5"), (["--n", "1.5"], "--n: invalid int value: '1.5'"),
+    (["--rate", "-0.1"], "--rate: must be at least 0 and finite, not -0.1"), (["--rate", "nan"], "--rate: must be at least 0 and finite, not nan"),
+    (["--top", "2.5"], "--top: must be at most 2 and finite, not 2.5"), (["--n", "1.5"], "--n: invalid int value: '1.5'"),
     (["--rate", "much"], "--rate: invalid float value"), (["--shape", "oval"], "'round', 'square'|round, square"),
     (["--unknown", "1"], "--unknown"), (["--na", "x"], "--na"), (["--n"], "--n: expected one argument"), (["--seed", "-1"], "--seed: must be from 0")])
 def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, said):
@@ -109,24 +113,24 @@ def test_schedule_without_warm_up_or_with_nothing_else():
 
 
 @pytest.mark.parametrize("max_norm,factor", [(1.0, 0.2), (2.5, 0.5), (5.5, 1.0), (100.0, 1.0)])
-def test_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(max_norm, factor):
+def test_descend_clips_the_norm_of_all_parameters_and_returns_it_unclipped(tmp_path, max_norm, factor):
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=77.0)
     a.grad, b.grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
-    assert runtime.optimizer_step(optimizer, 0.1, max_norm) == pytest.approx(5.0)
+    assert a_run(tmp_path).descend(optimizer, 0.1, max_norm, 1.0, "it") == pytest.approx(5.0)
     torch.testing.assert_close(a.detach(), torch.tensor([-0.3 * factor]), rtol=1e-5, atol=0)
     torch.testing.assert_close(b.detach(), torch.tensor([0.0, -0.4 * factor]), rtol=1e-5, atol=0)
     assert not any(p.grad is not None and p.grad.any() for p in (a, b))
 
 
-def test_only_matrices_decay_and_every_parameter_learns():
+def test_only_matrices_decay_and_every_parameter_learns(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     optimizer = runtime.make_optimizer(model, 0.1, weight_decay=0.5)
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    runtime.optimizer_step(optimizer, 0.1, 1.0)
+    a_run(tmp_path).descend(optimizer, 0.1, 1.0, 1.0, "it")
     for p, old in zip(model.parameters(), before):              # AdamW: p ← p − lr·decay·p
         torch.testing.assert_close(p.detach(), old * (0.95 if p.dim() > 1 else 1.0))
 
@@ -146,7 +150,8 @@ def test_write_json_that_fails_leaves_the_old_file_whole(tmp_path):
 
 def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "SummaryWriter", None)
-    run = runtime.Run(Config(out=str(tmp_path / "run"), device="cpu", seed=4), 40)
+    run = a_run(tmp_path / "run", 40, seed=4)
+    run.resume()
     for i in range(40):
         run.log({"loss": torch.tensor(i / 3), "n": i})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +165,8 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
 def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkeypatch):
     board = mock.Mock()
     monkeypatch.setattr(runtime, "SummaryWriter", mock.Mock(return_value=board))
-    run = runtime.Run(Config(out=str(tmp_path / "run"), device="cpu"), 2)
+    run = a_run(tmp_path / "run", 2)
+    run.resume()
     run.log({"loss": 0.5, "kl": 3.0})
     assert board.add_scalar.call_args_list == [mock.call("loss", 0.5, 1), mock.call("kl", 3.0, 1)]
 

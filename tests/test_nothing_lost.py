@@ -1,0 +1,245 @@
+"""Whatever happens to a run, its work is there afterwards, and it ends as if nothing had happened."""
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import runtime
+from conftest import SMALL, command, script
+from model import GPT, GPTConfig
+
+STAGES = ["sft", "reward_model", "dpo", "ppo"]
+
+
+def flags(stage, out):
+    return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint a step
+
+
+def steps(folder):
+    """Steps that metrics.jsonl has so far."""
+    try:
+        return (folder / "metrics.jsonl").read_text().count("\n")
+    except FileNotFoundError:
+        return 0
+
+
+def started(stage, flags, folder, out, step=2):
+    """A stage at work that has logged so many steps."""
+    process = subprocess.Popen(**command(stage, flags), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while steps(out) < step and process.poll() is None:
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()
+    return process
+
+
+def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
+    """The same command again ends in the weights of the chain's uninterrupted run, and each step is logged once."""
+    if inside:
+        assert inside(stage, flags(stage, out), chain[0]) == (0, "")
+    else:
+        done = script(stage, flags(stage, out), chain[0])
+        assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    whole, resumed = (chain[0] / name for name in (f"out/{stage}", out))
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), \
+        f"{stage}: an interrupted run ends in other weights"
+    a, b = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, resumed))
+    for line in a + b:
+        line.pop("tokens_per_second", None)
+    assert a == b
+    assert not [n for n in os.listdir(resumed) if n.endswith(".tmp") or n in ("resume.safetensors", "new")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
+    out = chain[0] / f"out/killed_{stage}"
+    process = started(stage, flags(stage, f"out/killed_{stage}"), chain[0], out)
+    process.kill()
+    process.wait()
+    assert not (out / "model.safetensors").exists()
+    assert_ends_as_uninterrupted(stage, chain, f"out/killed_{stage}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):
+    """From the moment the run's folder is there, saves after every step and the writing of the model included."""
+    out, rng, kills, began = chain[0] / f"out/twenty_{stage}", random.Random(stage), 0, time.time()
+    whole = json.loads((chain[0] / f"out/{stage}/run.json").read_text())
+    length = 3 * (whole["ended"] - whole["started"])
+    while kills < 20:
+        process = subprocess.Popen(**command(stage, flags(stage, out.relative_to(chain[0]))), cwd=chain[0],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()                                   # the settings: the run begins
+        time.sleep(rng.random() ** 2 * min(length, 3.0))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+        if (out / "model.safetensors").exists() and not (out / "resume.safetensors").exists():      # it had ended: once more
+            GPT.load(str(out))
+            for path in out.iterdir():
+                path.unlink()
+        assert time.time() - began < 1200
+    assert_ends_as_uninterrupted(stage, chain, f"out/twenty_{stage}", inside)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM], ids=lambda n: n.name)
+def test_ctrl_c_and_a_closed_terminal_finish_the_step_and_keep_it(chain, number):
+    name = f"out/stopped_{number.name}"
+    process = started("ppo", f"{SMALL['ppo']} --out {name}", chain[0], chain[0] / name)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "stopping after this step" in error and "goes on from the last checkpoint" in error
+    assert (chain[0] / name / "resume.safetensors").exists()
+    assert_ends_as_uninterrupted("ppo", chain, name)
+
+
+def test_output_that_nobody_reads_any_more_ends_the_run_with_one_line(chain, inside):
+    out = chain[0] / "out/unread"
+    process = started("dpo", flags("dpo", "out/unread"), chain[0], out)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 1 and error == "dpo.py: nobody reads the output any more\n"
+    assert_ends_as_uninterrupted("dpo", chain, "out/unread", inside)
+
+
+# ------------------------------------------------------------------------------------------ disks
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
+                                  "new/tokenizer.tiktoken", "run.json.tmp"])
+def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, inside, name):
+    out = chain[0] / ("out/full_" + name.replace("/", "_"))
+    out.mkdir()
+    (out / name).parent.mkdir(exist_ok=True)
+    for old in ("model.safetensors", "config.json"):
+        (out / old).write_bytes((chain[0] / "out/sft" / old).read_bytes())
+    (out / name).symlink_to("/dev/full")
+    status, error = inside("dpo", flags("dpo", out), chain[0])
+    assert status == 1 and error.count("\n") == 1 and "No space left on device" in error and str(out) in error, error
+    for old in ("model.safetensors", "config.json"):
+        assert (out / old).read_bytes() == (chain[0] / "out/sft" / old).read_bytes()
+    if (out / name).is_symlink():
+        (out / name).unlink()
+    assert_ends_as_uninterrupted("dpo", chain, out.relative_to(chain[0]), inside)       # with room again, the same command goes on
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, inside):
+    (chain[0] / "file").write_text("")
+    assert inside("dpo", "--out file/x", chain[0]) == (1, "dpo.py: file/x: Not a directory\n")
+
+
+def a_run(folder, total=10, **settings):
+    run = runtime.Run(runtime.Settings(out=str(folder), device="cpu", save_seconds=0.0, **settings), total)
+    model = GPT(GPTConfig(vocab_size=8, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    optimizer = runtime.make_optimizer(model, 0.1)
+    run.resume(model=model, optimizer=optimizer)
+    return run, model, optimizer
+
+
+def a_step(run, model, optimizer, scale=1.0):
+    (model(torch.randint(8, (2, 4))).pow(2).mean() * scale).backward()
+    run.descend(optimizer, 0.1, 1.0, scale, "batch 7")
+    run.log({"loss": scale})
+
+
+def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    parts = a_run(tmp_path)
+    a_step(*parts)
+    before = (tmp_path / "resume.safetensors").read_bytes()
+    for moment in ("fsync", "replace"):
+        def cut(*args):
+            raise OSError(28, "No space left on device")
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(os, moment, cut)
+            a_step(*parts)
+        assert (tmp_path / "resume.safetensors").read_bytes() == before and not (tmp_path / "resume.safetensors.tmp").exists()
+    assert a_run(tmp_path)[0].step == 1 and steps(tmp_path) == 1
+
+
+# ------------------------------------------------------------------------------------------ what a resume refuses
+
+def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
+    a_step(*a_run(tmp_path))
+    with pytest.raises(ValueError, match="unfinished run of something else .setting seed was 0, not 1.*--no-resume"):
+        a_run(tmp_path, seed=1)
+    run = a_run(tmp_path)[0]
+    assert run.step == 1
+    run = a_run(tmp_path, seed=1, resume=False)[0]
+    assert run.step == 0 and steps(tmp_path) == 0 and not (tmp_path / "resume.safetensors").exists()
+
+
+def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
+    (chain[0] / "some.jsonl").write_text((chain[0] / "out/world/preferences.jsonl").read_text())
+    process = started("dpo", flags("dpo", "out/changed") + " --data some.jsonl", chain[0], chain[0] / "out/changed")
+    process.kill()
+    process.wait()
+    with open(chain[0] / "some.jsonl", "a") as f:
+        f.write('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    status, error = inside("dpo", flags("dpo", "out/changed") + " --data some.jsonl", chain[0])
+    assert status == 1 and "some.jsonl has changed" in error and error.count("\n") == 1
+    assert (chain[0] / "out/changed/resume.safetensors").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-8], lambda b: b[:20], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n(S'true'\ntR."])
+def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
+    a_step(*a_run(tmp_path))
+    path = tmp_path / "resume.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match="resume.safetensors") as e:
+        a_run(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_without_its_settings_is_refused(tmp_path):
+    a_step(*a_run(tmp_path))
+    for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json: what the unfinished run here was cannot be read.*--no-resume"):
+            a_run(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ numbers that are none
+
+def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_the_run(tmp_path, capsys):
+    run, model, optimizer = a_run(tmp_path)
+    a_step(run, model, optimizer)
+    before, kept = {k: v.clone() for k, v in model.state_dict().items()}, (tmp_path / "resume.safetensors").read_bytes()
+    for bad in (float("nan"), float("inf")):
+        a_step(run, model, optimizer, bad)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (tmp_path / "resume.safetensors").read_bytes() == kept
+    error = capsys.readouterr().err
+    assert "step 2: loss nan" in error and "step 3: loss inf" in error and "batch 7: not finite, no update made" in error
+    a_step(run, model, optimizer)                                   # a good one: the count starts anew
+    assert (tmp_path / "resume.safetensors").read_bytes() != kept
+    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
+        for _ in range(3):
+            a_step(run, model, optimizer, float("nan"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["loss"] is None and lines[0]["loss"] == 1.0
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run, model, optimizer = a_run(tmp_path)
+    with torch.no_grad():
+        model.norm.weight[0] = float("inf")
+    run.log({"loss": 1.0})
+    assert not (tmp_path / "resume.safetensors").exists()
+    with pytest.raises(ValueError, match="no longer finite"):
+        run.finish(model, None)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_the_folder(chain, inside):
+    out = chain[0] / "out/diverged"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"precious")
+    status, error = inside("sft", f"{SMALL['sft']} --lr 1e30 --warmup 0 --max_norm 0 --out out/diverged", chain[0])
+    assert status == 1 and "third in a row" in error.splitlines()[-1] and "--lr" in error.splitlines()[-1]
+    assert (out / "model.safetensors").read_bytes() == b"precious"
