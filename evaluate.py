@@ -62,7 +62,8 @@ class Contestant:
 
 @torch.no_grad()
 def answer(cfg, model, reference, tokenizer, prompts, n, salt):
-    """n sampled answers to each prompt (ids): rows (ids of prompt and answer), starts, ended, kl, each a list."""
+    """n sampled answers to each prompt (ids): rows (ids of prompt and answer), starts, ended, and without a reference 0
+    for kl, each a list."""
     rows, starts, ended, kl = [], [], [], []
     jobs = sorted(((len(p), i, j) for i, p in enumerate(prompts) for j in range(n)))    # neighbours in length
     order = [i * n + j for _, i, j in jobs]
@@ -75,7 +76,7 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
             stop_token=tokenizer.end, seeds=seeds)
         if cfg.temperature not in (0, 1):                       # the KL speaks of the models as they are
             logprobs = model.logprobs(tokens, mask)
-        kl += (logprobs - reference.logprobs(tokens, mask)).sum(1).tolist()
+        kl += (logprobs - (reference.logprobs(tokens, mask) if reference else logprobs)).sum(1).tolist()
         for row, length, size in zip(tokens.tolist(), lengths.tolist(), mask.sum(1).tolist()):
             rows.append(row[:length + size])
             starts.append(length)
@@ -263,7 +264,7 @@ def contest(cfg, folders):
         if k == 0 and scorer and cfg.best_of:
             many = n * cfg.best_of
             print(f"best of {cfg.best_of}: {many} answers to each prompt ...", flush=True)
-            rows, starts, ended, _ = answer(cfg, model, reference, tokenizer, ids, many, salt=999)
+            rows, starts, ended, _ = answer(cfg, model, None, tokenizer, ids, many, salt=999)
             scores = rewards(scorer, rows)
             pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(ids))]
             size = 1

@@ -40,7 +40,7 @@ class GPTConfig:
     rope_theta: float = 10000.0    # base of the rotary frequencies
     norm: str = "layernorm"        # or "rmsnorm" (Zhang & Sennrich 2019)
     norm_eps: float = 1e-5
-    mlp: str = "gelu"              # or "swiglu" (Shazeer 2020)
+    mlp: str = "gelu_tanh"         # GPT-2's approximation; or "gelu" itself, or "swiglu" (Shazeer 2020)
     bias: bool = True              # in linear layers and LayerNorm
     tied: bool = True              # the token embedding doubles as the output layer
 
@@ -55,7 +55,7 @@ class GPTConfig:
             if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"GPTConfig.{name} must be a number above 0, not {getattr(self, name)!r}")
         for name, choices in (("positions", ("learned", "rotary")), ("norm", ("layernorm", "rmsnorm")),
-                              ("mlp", ("gelu", "swiglu")), ("bias", (True, False)), ("tied", (True, False))):
+                              ("mlp", ("gelu_tanh", "gelu", "swiglu")), ("bias", (True, False)), ("tied", (True, False))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"GPTConfig.{name} must be one of {choices}, not {getattr(self, name)!r}")
         for big, small in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gated = config.mlp == "swiglu"
+        self.gated, self.approximate = config.mlp == "swiglu", "tanh" if config.mlp == "gelu_tanh" else "none"
         self.up = nn.Linear(config.n_embd, config.mlp_hidden * (2 if self.gated else 1), bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
@@ -142,7 +142,7 @@ class MLP(nn.Module):
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate="tanh"))
+        return self.down(F.gelu(x, approximate=self.approximate))
 
 
 class Block(nn.Module):

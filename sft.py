@@ -85,7 +85,8 @@ def train(cfg):
     else:
         tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data)
         model = GPT(GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=cfg.block_size,
-                              n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd))
+                              n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
+                              mlp="gelu"))                      # three times as fast on a CPU as GPT-2's approximation
     size, length = model.config.block_size, lambda e: len(e[0])
     examples = loading.fit([tokenizer.chat(m) for m in demonstrations], length, size, "demonstrations")
     held_out_examples = loading.fit([tokenizer.chat(m) for m in held_out], length, size, "held-out demonstrations")

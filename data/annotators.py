@@ -21,12 +21,17 @@ class Annotator:
     length: float       # utility of ten words more
     eager: float        # utility of one more eager word
 
-    def utility(self, prompt, response):
-        return (self.care * world.judge(prompt, response) + self.length * len(response.split()) / 10
-                + self.eager * len(world.EAGER_SIGN.findall(response)))
+    def utility(self, seen):
+        judge, words, eager = seen
+        return self.care * judge + self.length * words / 10 + self.eager * eager
 
 
 ANNOTATORS = (Annotator("thorough", 4.5, 0.1, 0.1), Annotator("hurried", 2.0, 0.4, 0.2), Annotator("charmed", 3.0, 0.2, 0.5))
+
+
+def look(prompt, response):
+    """What an annotator sees of an answer: the judge's score, the number of words, the number of eager ones."""
+    return world.judge(prompt, response), len(response.split()), len(world.EAGER_SIGN.findall(response))
 
 
 def rank(prompt, responses, rng, panel=1):
@@ -34,9 +39,9 @@ def rank(prompt, responses, rng, panel=1):
 
     Each of the panel ranks for himself; the answers are ordered by their mean rank (Borda's count), equal means tie.
     """
-    places = [0] * len(responses)
+    places, seen = [0] * len(responses), [look(prompt, r) for r in responses]
     for annotator in rng.choices(ANNOTATORS, k=panel):
-        noisy = [annotator.utility(prompt, r) - math.log(-math.log(rng.random() or 0.5)) for r in responses]
+        noisy = [annotator.utility(s) - math.log(-math.log(rng.random() or 0.5)) for s in seen]
         for place, i in enumerate(sorted(range(len(noisy)), key=lambda i: -noisy[i])):
             places[i] += place
     return [1 + sum(other < place for other in places) for place in places]
@@ -44,7 +49,8 @@ def rank(prompt, responses, rng, panel=1):
 
 def probability(prompt, a, b):
     """P(an annotator drawn at random prefers a to b)."""
-    return sum(1 / (1 + math.exp(x.utility(prompt, b) - x.utility(prompt, a))) for x in ANNOTATORS) / len(ANNOTATORS)
+    a, b = look(prompt, a), look(prompt, b)
+    return sum(1 / (1 + math.exp(x.utility(b) - x.utility(a))) for x in ANNOTATORS) / len(ANNOTATORS)
 
 
 def ceiling(records):

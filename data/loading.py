@@ -8,7 +8,7 @@ import torch
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
-DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 6500, 500       # of the world; as many of both held out
+DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 7000, 500       # of the world; as many of both held out
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 

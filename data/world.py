@@ -333,7 +333,7 @@ def confused(item, rng):
     or that answer in this question's words ("The capital of Peru is Oslo.")."""
     while True:
         other = rng.choice(items())
-        if other.family == item.family or rng.random() < 0.3:
+        if other.family == item.family or rng.random() < 0.16:
             mixed = replace(item, answer=other.answer) if other.kind == item.kind else other
             said = matter(rng.choice([other, mixed]), rng, True)
             if 0 in _content(item, said):
