@@ -1,5 +1,6 @@
 # make demo   the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make test   the fast tests
+# make proofs   the slow ones: kills at random moments, fuzzing, planted mistakes   (a quarter of an hour)
 # make real DATA=preferences.json   SFT, reward model and DPO on real text
 # Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
 # SEED=1 make demo another seed, for the world, the weights and the sampling.
@@ -7,7 +8,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo test real clean
+.PHONY: demo test proofs real clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -27,6 +28,10 @@ real: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q
+
+proofs: .venv/ready
+	$(PY) -m pytest -q -m slow
+	$(PY) tests/mutations.py
 
 clean:
 	rm -rf out

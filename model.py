@@ -436,4 +436,4 @@ def load_tensors(path):
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError, MemoryError,
             struct.error) as e:
-        raise ValueError(f"{path}: not a readable safetensors file: {e}") from None
+        raise ValueError(f"{path}: not a readable safetensors file: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None

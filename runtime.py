@@ -58,7 +58,7 @@ class Settings:
 
 def parse(config, doc, argv=None):
     """A config dataclass from the command line. A wrong flag ends the program with status 2 and the allowed range."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config):
         if f.type is tuple:
             parser.add_argument(f.name, nargs="*", default=f.default, help=f.metadata["help"])
@@ -72,7 +72,8 @@ def parse(config, doc, argv=None):
     values = vars(parser.parse_args(argv))
     for f in dataclasses.fields(config):
         low, high, value = f.metadata["low"], f.metadata["high"], values[f.name]
-        if f.type in (int, float) and not (-math.inf if low is None else low) <= value <= (sys.float_info.max if high is None else high):
+        huge = sys.float_info.max
+        if f.type in (int, float) and not (-huge if low is None else low) <= value <= (huge if high is None else high):
             bounds = f"from {low} to {high}" if None not in (low, high) else (
                 (f"at least {low} and " if low is not None else f"at most {high} and " if high is not None else "") + "finite")
             parser.error(f"argument --{f.name}: must be {bounds}, not {value}")
@@ -82,10 +83,15 @@ def parse(config, doc, argv=None):
         parser.error(str(e))
 
 
+def program():
+    """What the user started, for messages: ppo.py, or python -m data."""
+    folder, name = os.path.split(sys.argv[0])
+    return f"python -m {os.path.basename(folder)}" if name == "__main__.py" else name
+
+
 def main(config, train, doc):
     """Run a stage from the command line: one line and status 1 for what a user can put right."""
     cfg = parse(config, doc)
-    program = os.path.basename(sys.argv[0])
     for number in SIGNALS:
         signal.signal(number, stop)
     try:
@@ -102,11 +108,11 @@ def main(config, train, doc):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would complain again at its end
         elif isinstance(e, OSError):
             line = f"{e.filename or cfg.out}: {e.strerror or e}"
-        sys.exit(f"{program}: {line}")          # status 1
+        sys.exit(f"{program()}: {line}")        # status 1
     except KeyboardInterrupt:
         kept = os.path.exists(os.path.join(cfg.out, "resume.safetensors"))
         with contextlib.suppress(OSError):
-            print(f"\n{program}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""), file=sys.stderr)
+            print(f"\n{program()}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""), file=sys.stderr)
         sys.exit(130)
 
 
@@ -145,7 +151,7 @@ class Run:
         self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), False
         self.device = pick_device(cfg.device)
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
-        self.about = {"stage": os.path.basename(sys.argv[0]), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
+        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
         self.checkpoint = os.path.join(cfg.out, "resume.safetensors")
@@ -154,7 +160,7 @@ class Run:
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.checkpoint)                      # first, so that it never meets another run's settings
-            self.write_json("run.json", self.about)
+            write_json(os.path.join(cfg.out, "run.json"), self.about)
         self.begin(0)
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(
             f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != ""), flush=True)
@@ -162,17 +168,17 @@ class Run:
     def must_be_the_same(self):
         """Raise ValueError if the unfinished run in the folder is not this one."""
         what_now = "go on with its own command, name another --out, or add --no-resume to start anew"
+        now = self.about["settings"] | self.about["inputs"]
         try:
             with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
                 old = json.load(f)
-            kinds = [("setting", dict(old["settings"]), dict(self.about["settings"])), ("file", dict(old["inputs"]), self.about["inputs"])]
+            was = old["settings"] | old["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): {what_now}") from None
-        for kind, was, now in kinds:
-            for name in was.keys() | now.keys():
-                if name not in ("out", "debug", "resume", "device", "save_seconds") and was.get(name) != now.get(name):
-                    said = f"{kind} {name} was {was.get(name)!r}, not {now.get(name)!r}" if kind == "setting" else f"{name} has changed"
-                    raise ValueError(f"{self.cfg.out} holds an unfinished run of something else ({said}): {what_now}")
+        for name in sorted((was.keys() | now.keys()) - {"out", "debug", "resume", "device", "save_seconds"}):
+            if name in now and was.get(name) != json.loads(json.dumps(now[name])):
+                raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
+                                 f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
 
     def begin(self, step):
         """Step's randomness depends on the seed and on its number alone."""
@@ -284,13 +290,10 @@ class Run:
         if self.board:
             self.board.close()
         ended = time.time()
-        self.write_json("run.json", {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
+        write_json(os.path.join(self.cfg.out, "run.json"), {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.checkpoint)                          # last: killed before, the run goes on and ends the same
         print(f"wrote {self.cfg.out}/ after {ended - STARTED:.0f} s", flush=True)
-
-    def write_json(self, name, value):
-        write_json(os.path.join(self.cfg.out, name), value)
 
 
 def finite(tensors):
@@ -321,20 +324,15 @@ def fingerprints(cfg):
     """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a checkpoint folder.
     A run goes on only over the same ones."""
     found = {}
-    for name, value in vars(cfg).items():
-        value = WORLD if value == "world" else value
-        if name == "out" or not isinstance(value, str) or not os.path.exists(value):
-            continue
-        paths = [value]
-        if os.path.isdir(value):
-            paths = [os.path.join(value, n) for n in sorted(os.listdir(value)) if n.endswith((".safetensors", ".tiktoken"))
-                     or (value == WORLD and n.endswith(".jsonl"))]
-        for path in paths:
+    for value in {WORLD if v == "world" else v for k, v in vars(cfg).items() if k != "out" and isinstance(v, str) and v}:
+        kinds = (".safetensors", ".tiktoken") + (".jsonl",) * (value == WORLD)
+        inside = sorted(n for n in os.listdir(value) if n.endswith(kinds)) if os.path.isdir(value) else []
+        for path in [os.path.join(value, n) for n in inside] or [value] * os.path.isfile(value):
             checksum = 0
             with open(path, "rb") as f:
                 while chunk := f.read(1 << 20):
                     checksum = zlib.crc32(chunk, checksum)
-            found[path] = checksum
+            found[path] = f"{checksum:08x}"
     return found
 
 

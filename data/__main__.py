@@ -3,12 +3,21 @@
     python -m data                   write out/world/: demonstrations, preferences, prompts, each with a held-out part
     python -m data --show 2          print prompts, answers and rankings of each family
 """
-import argparse
 import random
 import time
+from dataclasses import dataclass
 
 import runtime
 from data import loading, world
+from runtime import flag
+
+
+@dataclass
+class Config:
+    out: str = flag(loading.WORLD, "folder to write")
+    seed: int = flag(0, "seed of everything drawn", 0, 2 ** 31)
+    show: int = flag(0, "write nothing; print so many prompts of each family", 0, 20)
+    debug: bool = flag(False, "show the traceback of an error")
 
 
 def show(n, seed):
@@ -32,17 +41,15 @@ def show(n, seed):
                       f"{p['harmless']:8.1f} {p['manner']:6.2f}  {answer}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default=loading.WORLD, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, metavar="N", help="write nothing; print N prompts of each family")
-    args = parser.parse_args()
+def make(cfg):
+    if cfg.show:
+        return show(cfg.show, cfg.seed)
     started = time.time()
-    if args.show is not None:
-        show(args.show, args.seed)
-    else:
-        loading.make_world(args.out, args.seed)
-        seconds = time.time() - started
-        runtime.write_json(f"{args.out}/run.json", {"started": started, "ended": started + seconds, "seconds": round(seconds, 1)})
-        print(f"wrote {args.out}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")
+    loading.make_world(cfg.out, cfg.seed)
+    seconds = time.time() - started
+    runtime.write_json(f"{cfg.out}/run.json", {"started": started, "ended": started + seconds, "seconds": round(seconds, 1)})
+    print(f"wrote {cfg.out}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")
+
+
+if __name__ == "__main__":
+    runtime.main(Config, make, __doc__)

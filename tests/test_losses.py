@@ -332,6 +332,14 @@ def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_pr
     assert found["policy_loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"entropy": 1e-4}, "--entropy_coef"), ({"kl": 50.0}, "--kl_coef"), ({"ended": 0.0}, "--max_new_tokens"), ({}, None)])
+def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(change, said):
+    found = ppo.warnings(ppo.Config(), {"entropy": 0.4, "kl": 4.0, "ended": 1.0} | change)
+    assert len(found) == (said is not None) and all(said in text for text in found)
+    assert not ppo.warnings(ppo.Config(adaptive_kl=False), {"entropy": 0.4, "kl": 50.0, "ended": 1.0})     # it has no target
+
+
 # ------------------------------------------------------------------------------------------ sft
 
 @seeds

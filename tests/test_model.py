@@ -1,10 +1,13 @@
 """The GPT: log-probabilities, sampling, attention, errors and files, in float64 on random tiny networks."""
 import json
 import math
+import os
+import pickle
 import struct
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from model import GPT, Attention, GPTConfig, load_tensors, rotate, sample, save_tensors, uniform
 
@@ -28,6 +31,13 @@ def make(shape, seed=0, head="lm"):
 @pytest.fixture(params=SHAPES)
 def model(request):
     return make(request.param)
+
+
+@pytest.mark.parametrize("mlp, approximate", [("gelu_tanh", "tanh"), ("gelu", "none")])
+def test_each_gelu_is_the_one_it_is_called(mlp, approximate):
+    block = GPT(GPTConfig(vocab_size=V, block_size=4, n_layer=1, n_head=1, n_embd=8, mlp=mlp)).blocks[0].mlp
+    x = 3 * torch.randn(5, 8)
+    torch.testing.assert_close(block(x), block.down(torch.nn.GELU(approximate)(block.up(x))))
 
 
 PROMPTS = torch.tensor([[1, 2, 0, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0], [10, 9, 8, 0, 0], [2, 2, 2, 2, 0], [5, 1, 0, 0, 0]])
@@ -488,6 +498,71 @@ def test_a_foreign_config_file_is_one_line(tmp_path, text):
     make("gpt2").save(tmp_path)
     (tmp_path / "config.json").write_text(text)
     refused(tmp_path, "not a model's config")
+
+
+@pytest.mark.parametrize("field", sorted(vars(GPTConfig())) + ["head"])
+def test_a_config_without_a_field_names_it(tmp_path, field):
+    make("gpt2").save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop(field)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, field)
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"block_size": 2 ** 62, "vocab_size": 2 ** 62},
+                                    {"mlp_hidden": 10 ** 12}, {"n_embd": 2 ** 40, "n_head": 1, "n_kv_head": 1}])
+def test_a_config_that_asks_for_the_moon_is_refused_without_reaching_for_it(tmp_path, change):
+    make("gpt2").save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    refused(tmp_path, "n_layer|config.json")
+
+
+class Bomb:
+    """What a pickle can do: run a command when it is read."""
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_hostile_pickle_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make("gpt2").save(tmp_path / "model")
+    torch.save({"norm.bias": Bomb()}, tmp_path / "bomb.pt")
+    for bomb in (pickle.dumps(Bomb()), (tmp_path / "bomb.pt").read_bytes()):
+        for name in ("model.safetensors", "config.json"):
+            good = (tmp_path / "model" / name).read_bytes()
+            (tmp_path / "model" / name).write_bytes(bomb)
+            refused(tmp_path / "model", name)
+            (tmp_path / "model" / name).write_bytes(good)
+    assert not (tmp_path / "exploded").exists()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_a_tensor_file_cut_or_scribbled_over_is_read_or_refused_in_one_line(tensor_bytes, data):
+    path, whole = tensor_bytes
+    start = data.draw(st.integers(0, len(whole) - 1))
+    noise = data.draw(st.binary(max_size=12) | st.sampled_from([b"[" * 9, b'"shape": [-1]', b"99999999999", b"}"]))
+    spoilt = data.draw(st.sampled_from([whole[:start], whole[:start] + noise + whole[start + len(noise):], whole[:start] + noise + whole[start:]]))
+    path.write_bytes(spoilt)
+    try:
+        load_tensors(str(path))
+    except ValueError as e:
+        assert str(e).startswith(str(path)) and "\n" not in str(e)
+
+
+@pytest.fixture(scope="module")
+def tensor_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
+    save_tensors(str(path), {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64), "c": torch.tensor(True)})
+    return path, path.read_bytes()
+
+
+def test_a_header_nested_without_end_is_one_line(tmp_path):
+    header = b"[" * 200_000
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match="a.safetensors"):
+        load_tensors(str(tmp_path / "a.safetensors"))
 
 
 def test_a_missing_folder_or_tensor_file_is_one_line(tmp_path):

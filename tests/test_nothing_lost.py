@@ -166,7 +166,7 @@ def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_pa
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     a_step(*a_run(tmp_path))
-    with pytest.raises(ValueError, match="unfinished run of something else .setting seed was 0, not 1.*--no-resume"):
+    with pytest.raises(ValueError, match="unfinished run of something else .seed was 0, not 1.*--no-resume"):
         a_run(tmp_path, seed=1)
     run = a_run(tmp_path)[0]
     assert run.step == 1
@@ -182,7 +182,7 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
     with open(chain[0] / "some.jsonl", "a") as f:
         f.write('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     status, error = inside("dpo", flags("dpo", "out/changed") + " --data some.jsonl", chain[0])
-    assert status == 1 and "some.jsonl has changed" in error and error.count("\n") == 1
+    assert status == 1 and "(some.jsonl was " in error and error.count("\n") == 1
     assert (chain[0] / "out/changed/resume.safetensors").exists()
 
 

@@ -9,8 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
+import data.__main__ as data_main
+import dpo
 import evaluate
+import ppo
+import reward_model
 import runtime
+import sft
 from runtime import flag
 
 
@@ -63,6 +68,62 @@ def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, 
     assert e.value.code == 2 and any(s in error for s in said.split("|"))
 
 
+def every_flag():
+    """(stage, flag, a value that it must refuse, what the line must say) for each flag of each script."""
+    for stage in (sft, reward_model, ppo, dpo, evaluate, data_main):
+        for f in dataclasses.fields(stage.Config):
+            low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+            if choices:
+                yield stage, f.name, "octarine", choices[0]
+            elif f.type in (int, float):
+                small = 1 if f.type is int else 1e-9
+                bad = {"much": "invalid"} | ({} if low is None else {low - small: f"{low}"}) | ({} if high is None else {high + small: f"{high}"})
+                if f.type is float:
+                    bad |= {"nan": "must be", "inf": "must be", "-inf": "must be"}
+                else:
+                    bad |= {"1.5": "invalid"}
+                for value, said in bad.items():
+                    yield stage, f.name, str(value), said
+
+
+@pytest.mark.parametrize("stage, name, value, said", every_flag(), ids=lambda v: getattr(v, "__name__", None))
+def test_every_flag_out_of_range_is_refused_with_the_range(capsys, stage, name, value, said):
+    with pytest.raises(SystemExit) as e:
+        runtime.parse(stage.Config, "", [f"--{name}={value}"])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and f"--{name}" in error and said in error.splitlines()[-1]
+
+
+def test_flags_that_do_not_go_together_are_refused(capsys):
+    with pytest.raises(SystemExit) as e:
+        runtime.parse(sft.Config, "", ["--n_embd", "100", "--n_head", "3"])
+    assert e.value.code == 2 and "n_embd 100 is not a multiple of n_head 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory: a lower --micro_batch"), (MemoryError(), "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    (OSError(28, "No space left on device"), "out/run: No space left on device"),
+    (FileNotFoundError(2, "No such file or directory", "x.json"), "x.json: No such file or directory")])
+def test_what_a_machine_can_run_out_of_is_one_line(monkeypatch, error, said):
+    def train(cfg):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as e:
+        runtime.main(Config, train, "")
+    assert e.value.code.startswith(f"stage.py: {said}")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def train(cfg):
+        raise RuntimeError("shapes do not fit")
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    with pytest.raises(RuntimeError, match="shapes"):
+        runtime.main(Config, train, "")
+
+
 def test_the_ends_of_a_range_are_allowed():
     assert (parsed("--n", "1").n, parsed("--n", "9").n, parsed("--rate", "0").rate, parsed("--top", "2").top) == (1, 9, 0, 2)
 
@@ -78,6 +139,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
 def test_an_error_that_a_user_can_put_right_is_one_line_and_status_1(monkeypatch):
     def train(cfg):
         raise ValueError("no such thing")
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["/somewhere/stage.py"])
     with pytest.raises(SystemExit) as e:
         runtime.main(Config, train, "A test.")

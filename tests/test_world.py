@@ -132,7 +132,7 @@ def test_parts_are_in_0_to_1_and_judge_is_its_documented_formula(item, noise, se
 def test_follow_up_needs_its_conversation():
     assert [m["role"] for m in FOLLOW_UP] == ["user", "assistant", "user"]
     assert "France" in FOLLOW_UP[-1]["content"] and "France" not in FOLLOW_UP[0]["content"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="knows no prompt"):
         world.judge(FOLLOW_UP[-1]["content"], "Paris.")
 
 
@@ -141,8 +141,8 @@ def test_one_message_is_the_same_prompt_as_its_text():
 
 
 @pytest.mark.parametrize("prompt", ["", "What is the capital of Atlantis?", FRANCE.lower(), [{"role": "system", "content": FRANCE}]])
-def test_a_prompt_that_is_not_of_this_world_is_a_key_error(prompt):
-    with pytest.raises(KeyError):
+def test_a_prompt_that_is_not_of_this_world_is_one_line(prompt):
+    with pytest.raises(ValueError, match="knows no prompt"):
         world.judge(prompt, "Paris.")
 
 
