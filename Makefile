@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(PY) reward_model.py --seed $(SEED)
 	$(PY) dpo.py --seed $(SEED)
 	$(PY) ppo.py --seed $(SEED)
-	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 40 --out out/ppo_no_kl --seed $(SEED)
+	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 44 --out out/ppo_no_kl --seed $(SEED)
 	$(PY) evaluate.py --seed $(SEED)
 
 # The same stages on real text with GPT-2's tokenizer: make real DATA=some_preferences.json

@@ -38,7 +38,7 @@ class Config(runtime.Settings):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
-    steps: int = flag(46, "rounds of rollout and update", 1)
+    steps: int = flag(54, "rounds of rollout and update", 1)
     batch: int = flag(128, "prompts a rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
@@ -174,7 +174,8 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     """
     lengths = torch.tensor([len(p) for p in prompts], device=run.device)
     tokens, mask, logprobs = nets["actor"].generate(
-        loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end)
+        loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end,
+        seeds=run.seeds(len(prompts)))
     ends = lengths + mask.sum(1)
     ended = tokens.gather(1, ends[:, None] - 1)[:, 0] == tokenizer.end
     parts = []

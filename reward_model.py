@@ -126,13 +126,13 @@ def evaluate(model, run, held_out):
 @torch.no_grad()
 def normalize(model, sft, tokenizer, run, prompts):
     """Shift and scale the head so that SFT samples have mean score 0 and deviation 1. Returns the old (mean, deviation)."""
-    prompts = [tokenizer.prompt(run.rng.choice(prompts)) for _ in range(run.cfg.normalize)]
+    prompts, seeds = [tokenizer.prompt(p) for p in run.rng.choices(prompts, k=run.cfg.normalize)], run.seeds(run.cfg.normalize)
     room = min(64, model.config.block_size - max(map(len, prompts)))
     scores = []
     for i in range(0, len(prompts), 64):
         part = prompts[i:i + 64]
         lengths = torch.tensor([len(p) for p in part], device=run.device)
-        tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end)
+        tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end, seeds=seeds[i:i + 64])
         scores.append(score(model, tokens, lengths + mask.sum(1)))
     scores = torch.cat(scores)
     mean, deviation = scores.mean(), scores.std().clamp(min=1e-6)

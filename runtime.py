@@ -186,6 +186,10 @@ class Run:
         self.rng = random.Random(f"{self.cfg.seed}/{step}")
         torch.manual_seed(self.rng.getrandbits(63))
 
+    def seeds(self, n):
+        """A seed for the noise of each of n rows, (n,): a row's sample depends on the run's seed, the step and its place."""
+        return torch.tensor([self.rng.getrandbits(62) for _ in range(n)], device=self.device)
+
     def resume(self, **parts):
         """Name what training changes (networks, optimisers, a controller: each with a state_dict of tensors), and go on
         from the last checkpoint if there is one. Comes right before the training loop."""
