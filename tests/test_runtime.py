@@ -86,7 +86,7 @@ def every_flag():
                     yield stage, f.name, str(value), said
 
 
-@pytest.mark.parametrize("stage, name, value, said", every_flag(), ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize("stage, name, value, said", list(every_flag()), ids=lambda v: getattr(v, "__name__", None))
 def test_every_flag_out_of_range_is_refused_with_the_range(capsys, stage, name, value, said):
     with pytest.raises(SystemExit) as e:
         runtime.parse(stage.Config, "", [f"--{name}={value}"])
