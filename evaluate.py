@@ -300,7 +300,7 @@ def evaluate(cfg):
         rate, low, high = win_rate(c.judge, contestants[0].judge, cfg.samples)
         report["models"][c.name] = {
             "judge": mean(c.judge), "reward": mean(c.reward), "win_rate": round(rate, 4),
-            "win_rate_interval": [round(low, 4), round(high, 4)], "kl": round(c.kl, 3), "length": mean(c.lengths),
+            "win_rate_interval": [round(low, 4), round(high, 4)], "kl": round(c.kl, 3) + 0.0, "length": mean(c.lengths),
             "ended": mean(c.ended), "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
         if c.name == "best_of_n":
             report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
