@@ -15,12 +15,14 @@ arXiv 2404.19733, eq. 1): --nll_coef 0 for DPO on its own.
 The reference's log-probabilities are computed once, up front, so that the reference need not stay in memory. Rankings
 of K answers count as all their pairs, each answer read once.
 """
+from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations
 
 import torch
 import torch.nn.functional as F
 
+import parallel
 import runtime
 from data import loading
 from data.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ from runtime import flag
 
 
 @dataclass
-class Config(runtime.Settings):
+class Config(runtime.Training):
     out: str = flag("out/dpo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
@@ -106,12 +108,12 @@ def answer_logprobs(model, run, group):
 @torch.no_grad()
 def add_reference(model, run, examples):
     """Fill in Example.ref, a mini-batch of neighbours in length at a time."""
-    order = sorted(examples, key=lambda e: max(map(len, e.rows)))
-    for i in range(0, len(order), run.cfg.micro_batch):
-        group = order[i:i + run.cfg.micro_batch]
+    order, found = sorted(examples, key=lambda e: max(map(len, e.rows))), []
+    for group, live in parallel.micro_batches(order, run.cfg.micro_batch):
         values = iter(answer_logprobs(model, run, group)[0].tolist())
-        for e in group:
-            e.ref = [next(values) for _ in e.rows]
+        found += [[next(values) for _ in e.rows] for e in group] * live
+    for e, ref in zip(order, parallel.gather(found)):
+        e.ref = ref
 
 
 def batch_loss(model, run, group):
@@ -143,32 +145,42 @@ def batch_loss(model, run, group):
 def evaluate(model, run, examples):
     """Means over all pairs of held-out examples: {name: number}."""
     examples = sorted(examples, key=lambda e: max(map(len, e.rows)))            # little padding
-    watched = [batch_loss(model, run, examples[i:i + run.cfg.micro_batch])[1]
-               for i in range(0, len(examples), run.cfg.micro_batch)]
-    return {k: torch.cat([w[k] for w in watched]).mean().item() for k in watched[0]}
+    pairs, sums = 0, Counter()
+    for group, live in parallel.micro_batches(examples, run.cfg.micro_batch):
+        watched = batch_loss(model, run, group)[1]
+        pairs += live * len(watched["loss"])
+        sums.update({k: live * v.sum().item() for k, v in watched.items()})
+    return {k: parallel.total(v) / parallel.total(pairs) for k, v in sums.items()}
 
 
 def train(cfg):
     runtime.require(cfg.init, "sft")
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     tokenizer = Tokenizer.load(cfg.init)
-    model = GPT.load(cfg.init, device=runtime.pick_device(cfg.device))
+    model = GPT.load(cfg.init)
     size, length = model.config.block_size, lambda e: max(map(len, e.rows))
     examples = loading.fit(encode(tokenizer, preferences[:cfg.records or None]), length, size, "preferences")
     held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
 
     steps = cfg.epochs * -(-len(examples) // cfg.batch)
     run = runtime.Run(cfg, steps)
+    parallel.prepare(run, model)
     add_reference(model, run, examples + held_out)      # the policy is still the reference
     optimizer = runtime.make_optimizer(model, cfg.lr)
     run.resume(model=model, optimizer=optimizer)
+
+    def width(i):
+        """Tokens of a prompt with all its answers, padding included."""
+        return len(examples[i].rows) * length(examples[i])
+
     for batch in loading.batches([length(e) for e in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         total = sum(len(examples[i].pairs) for i in batch)
-        sums = {}
-        for j in range(0, len(batch), cfg.micro_batch):
-            losses, watched = batch_loss(model, run, [examples[i] for i in batch[j:j + cfg.micro_batch]])
-            (losses.sum() / total).backward()
-            sums = {k: sums.get(k, 0) + v.sum().item() / total for k, v in watched.items()}
+        sums = Counter()
+        for rows, live in parallel.micro_batches(batch, cfg.micro_batch, cfg.micro_tokens, width):
+            losses, watched = batch_loss(model, run, [examples[i] for i in rows])
+            (losses.sum() / total * live).backward()
+            sums.update({k: v.sum().item() / total * live for k, v in watched.items()})
+        sums = {k: parallel.total(v) for k, v in sums.items()}
         lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.descend(optimizer, lr, cfg.max_norm, sums["loss"], f"preferences {batch}")
         run.log(sums | {"grad_norm": norm, "lr": lr})

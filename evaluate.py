@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import parallel
 import runtime
 from data import loading, world
 from data.tokenizer import Tokenizer
@@ -67,35 +68,33 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
     rows, starts, ended, kl = [], [], [], []
     jobs = sorted(((len(p), i, j) for i, p in enumerate(prompts) for j in range(n)))    # neighbours in length
     order = [i * n + j for _, i, j in jobs]
-    for k in range(0, len(jobs), 256):
-        part = jobs[k:k + 256]
+    for part, live in parallel.micro_batches(jobs, 256):
         lengths = torch.tensor([length for length, _, _ in part], device=model.device)
         seeds = torch.tensor([(i * n + j) * 1000 + salt + 10 ** 9 * cfg.seed for _, i, j in part], device=model.device)
-        tokens, mask, logprobs = model.generate(
-            loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths, cfg.max_new_tokens, cfg.temperature,
-            stop_token=tokenizer.end, seeds=seeds)
+        with parallel.gathered(model):
+            tokens, mask, logprobs = model.generate(
+                loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths, cfg.max_new_tokens, cfg.temperature,
+                stop_token=tokenizer.end, seeds=seeds)
         if cfg.temperature not in (0, 1):                       # the KL speaks of the models as they are
             logprobs = model.logprobs(tokens, mask)
-        kl += (logprobs - (reference.logprobs(tokens, mask) if reference else logprobs)).sum(1).tolist()
-        for row, length, size in zip(tokens.tolist(), lengths.tolist(), mask.sum(1).tolist()):
+        kl += (logprobs - (reference.logprobs(tokens, mask) if reference else logprobs)).sum(1).tolist() * live
+        for row, length, size in zip(tokens.tolist(), lengths.tolist() * live, mask.sum(1).tolist()):
             rows.append(row[:length + size])
             starts.append(length)
             ended.append(rows[-1][-1] == tokenizer.end)
     back = sorted(range(len(order)), key=order.__getitem__)
-    return tuple([values[i] for i in back] for values in (rows, starts, ended, kl))
+    return tuple([values[i] for i in back] for values in map(parallel.gather, (rows, starts, ended, kl)))
 
 
 @torch.no_grad()
 def rewards(model, rows):
     """The reward model's score of each row of ids, a list."""
-    out = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for k in range(0, len(order), 256):
-        part = order[k:k + 256]
+    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), []
+    for part, live in parallel.micro_batches(order, 256):
         last = torch.tensor([len(rows[i]) - 1 for i in part], device=model.device)
-        for i, score in zip(part, model(loading.pad([rows[i] for i in part]).to(model.device)).gather(1, last[:, None])[:, 0].tolist()):
-            out[i] = score
-    return out
+        scores += model(loading.pad([rows[i] for i in part]).to(model.device)).gather(1, last[:, None])[:, 0].tolist() * live
+    found = dict(zip(order, parallel.gather(scores)))
+    return [found[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
@@ -103,12 +102,12 @@ def sft_loss(model, examples):
     """Mean −log p a token on what the assistant says in held-out demonstrations, in nats."""
     total = count = 0
     examples = sorted(examples, key=lambda e: len(e[0]))
-    for k in range(0, len(examples), 128):
-        ids, learn = zip(*examples[k:k + 128])
+    for rows, live in parallel.micro_batches(examples, 128):
+        ids, learn = zip(*rows)
         mask = loading.pad(learn).to(model.device)
-        total -= model.logprobs(loading.pad(ids).to(model.device), mask).sum().item()
-        count += mask.sum().item()
-    return total / count
+        total -= live * model.logprobs(loading.pad(ids).to(model.device), mask).sum().item()
+        count += live * mask.sum().item()
+    return parallel.total(total) / parallel.total(count)
 
 
 def distinct2(texts):
@@ -237,14 +236,19 @@ def chat(cfg, folder):
 def contest(cfg, folders):
     """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
     device = runtime.pick_device(cfg.device)
-    tokenizer, reference = Tokenizer.load(folders[0]), GPT.load(folders[0], device=device)
+
+    def load(folder):
+        net = GPT.load(folder, device=device).requires_grad_(False)
+        return parallel.spread(net, parallel.choose(cfg.parallel, [net] * 4, device))      # up to four are there at once
+
+    tokenizer, reference = Tokenizer.load(folders[0]), load(folders[0])
     prompts = loading.fit(loading.load("prompts", cfg.data)[1], lambda p: len(tokenizer.prompt(p)),
                           reference.config.block_size - cfg.max_new_tokens, "held-out prompts")
     ids = [tokenizer.prompt(p) for p in prompts]
     examples = [tokenizer.chat(m) for m in loading.load("demonstrations", cfg.demonstrations)[1]]
     examples = loading.fit(examples, lambda e: len(e[0]), reference.config.block_size, "held-out demonstrations")
-    scorer = GPT.load(cfg.reward, device=device) if os.path.exists(cfg.reward) else None
-    judge_net = GPT.load(cfg.judge, device=device) if cfg.judge != "world" else None
+    scorer = load(cfg.reward) if os.path.exists(cfg.reward) else None
+    judge_net = load(cfg.judge) if cfg.judge != "world" else None
     contestants, curve, n = [], [], cfg.samples
 
     def add(name, rows, starts, ended, kl, loss):
@@ -257,7 +261,7 @@ def contest(cfg, folders):
         return c
 
     for k, folder in enumerate(folders):
-        model = GPT.load(folder, device=device)
+        model = load(folder)
         print(f"{folder} answers {len(ids)} prompts {n} times ...", flush=True)
         rows, starts, ended, kl = answer(cfg, model, reference, tokenizer, ids, n, salt=k)
         add(os.path.basename(os.path.normpath(folder)), rows, starts, ended, sum(kl) / len(kl), sft_loss(model, examples))
@@ -291,6 +295,8 @@ def evaluate(cfg):
         raise ValueError("the world's judge knows the world's prompts alone: name a reward model with --judge")
     os.makedirs(cfg.out, exist_ok=True)                         # before the work, so that none is lost
     contestants, prompts, curve = contest(cfg, folders)
+    if parallel.rank():                                         # the first process writes
+        return
 
     def mean(values):
         return round(sum(values) / len(values), 4) if values else None

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -164,6 +165,7 @@ class GPT(nn.Module):
         if head not in ("lm", "scalar"):
             raise ValueError(f'GPT: head must be "lm" or "scalar", not {head!r}')
         self.config, self.head_kind = config, head
+        self.checkpoint_blocks = False  # True computes activations again in the backward pass, in place of keeping them
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -199,8 +201,9 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
+        again = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, None if cache is None else cache[i])
+            x = checkpoint(block, x, positions, use_reentrant=False) if again else block(x, positions, None if cache is None else cache[i])
         return self.norm(x)
 
     def unembed(self, x):
@@ -265,7 +268,8 @@ class GPT(nn.Module):
         tokens = F.pad(prompts[:, :longest], (0, max_new_tokens))
         column = torch.arange(span, device=tokens.device)
         tokens.masked_fill_(column >= lengths[:, None], 0)
-        logprobs = torch.zeros(B, span, dtype=self.norm.weight.dtype, device=tokens.device)
+        exact = torch.promote_types(self.norm.weight.dtype, torch.float32)              # bfloat16 is too coarse for them
+        logprobs = torch.zeros(B, span, dtype=exact, device=tokens.device)
         ends = lengths.clone()                                      # one past each row's last token
         cache = [torch.zeros(2, B, self.config.n_kv_head, span, self.config.n_embd // self.config.n_head,
                              dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
@@ -300,12 +304,13 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------------------------ files
 
-    def save(self, folder):
-        """Write config.json and model.safetensors into the folder, made if need be."""
+    def save(self, folder, weights=None):
+        """Write config.json and model.safetensors into the folder, made if need be. weights: the state_dict, if it is not
+        the model's own (which may be sharded over processes)."""
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
             json.dump({"head": self.head_kind, **asdict(self.config)}, f, indent=1)
-        save_tensors(os.path.join(folder, "model.safetensors"), self.state_dict())
+        save_tensors(os.path.join(folder, "model.safetensors"), weights or self.state_dict())
 
     @classmethod
     def load(cls, folder, head=None, device="cpu"):

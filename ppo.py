@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import parallel
 import runtime
 from data import loading, world
 from data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from runtime import flag
 
 
 @dataclass
-class Config(runtime.Settings):
+class Config(runtime.Training):
     out: str = flag("out/ppo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
@@ -168,30 +169,34 @@ def state_values(critic, tokens, mask):
 
 @torch.no_grad()
 def rollout(cfg, run, prompts, nets, tokenizer):
-    """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
+    """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers. Each
+    process answers its share of them, and gets all answers.
 
-    Returns a dict of (B, T) tensors tokens, mask, logprobs, ref_logprobs, values, and (B,) scores and ended.
+    Returns a dict of (B, T) tensors tokens, mask, logprobs, ref_logprobs, values, and (B,) scores, ends and ended.
     """
+    prompts, seeds = parallel.share(prompts), parallel.share(run.seeds(len(prompts)))
     lengths = torch.tensor([len(p) for p in prompts], device=run.device)
-    tokens, mask, logprobs = nets["actor"].generate(
-        loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end,
-        seeds=run.seeds(len(prompts)))
+    with parallel.gathered(nets["actor"]):
+        tokens, mask, logprobs = nets["actor"].generate(
+            loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end, seeds=seeds)
     ends = lengths + mask.sum(1)
     ended = tokens.gather(1, ends[:, None] - 1)[:, 0] == tokenizer.end
-    parts = []
-    order = ends.argsort()                                      # neighbours in length: little of a micro-batch is padding
-    for rows in order.split(cfg.micro_batch):
-        width = int(ends[rows[-1]])
-        t, m = tokens[rows, :width], mask[rows, :width]
-        with run.autocast():
-            reference = nets["reference"].logprobs(t, m, cfg.temperature)
-            score = nets["reward"](t).float().gather(1, ends[rows, None] - 1)[:, 0]
-            values = state_values(nets["critic"], t, m)
-        parts.append((*(F.pad(x, (0, mask.shape[1] - width)) for x in (reference, values)), score))
-    reference, values, scores = (torch.cat(part)[order.argsort()] for part in zip(*parts))
-    scores = torch.where(ended, scores, cfg.no_end_score)
-    return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "ref_logprobs": reference, "values": values,
-            "scores": scores, "ends": ends, "ended": ended}
+    batch = parallel.gather_batch({"tokens": tokens, "mask": mask, "logprobs": logprobs, "ends": ends, "ended": ended})
+    parts, order = [], batch["ends"].argsort()                  # neighbours in length: little of a micro-batch is padding
+    with parallel.at_hand(run, nets["reference"], nets["reward"]):
+        for rows, live in parallel.micro_batches(order, cfg.micro_batch, cfg.micro_tokens, lambda i: int(batch["ends"][i])):
+            ends = batch["ends"][rows]
+            t, m = batch["tokens"][rows, :ends[-1]], batch["mask"][rows, :ends[-1]]
+            with run.autocast():
+                reference = nets["reference"].logprobs(t, m, cfg.temperature)
+                score = nets["reward"](t).to(torch.get_default_dtype()).gather(1, ends[:, None] - 1)[:, 0]
+                values = state_values(nets["critic"], t, m)
+            rest = batch["mask"].shape[1] - t.shape[1]
+            parts.append([x[:live * len(x)] for x in (F.pad(reference, (0, rest)), F.pad(values, (0, rest)), score)])
+    found = parallel.gather_batch(dict(zip(("ref_logprobs", "values", "scores"), map(torch.cat, zip(*parts)))))
+    batch |= {name: x[order.argsort()] for name, x in found.items()}
+    batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
+    return batch
 
 
 def estimate(cfg, batch, kl_coef):
@@ -213,11 +218,11 @@ def imitate(cfg, run, actor, demonstrations):
     (Ouyang et al. 2022, eq. 2)."""
     chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
     total = sum(sum(learn) for _, learn in chosen)
-    for i in range(0, len(chosen), cfg.micro_batch):
-        ids, learn = (loading.pad(rows).to(run.device) for rows in zip(*chosen[i:i + cfg.micro_batch]))
+    for rows, live in parallel.micro_batches(chosen, cfg.micro_batch):
+        ids, learn = (loading.pad(column).to(run.device) for column in zip(*rows))
         with run.autocast():
             logprobs = actor.logprobs(ids, learn)
-        (-cfg.ptx_coef * logprobs.sum() / total).backward()
+        (-cfg.ptx_coef * logprobs.sum() / total * live).backward()
 
 
 def update(cfg, run, batch, nets, optimizers, demonstrations):
@@ -227,10 +232,11 @@ def update(cfg, run, batch, nets, optimizers, demonstrations):
     for rows in [r for _ in range(cfg.epochs) for r in torch.randperm(len(ends)).to(run.device).chunk(cfg.minibatches)]:
         total = batch["mask"][rows].sum()                           # tokens of the whole optimiser step
         sums = torch.zeros(6, device=run.device)
-        for micro in rows[ends[rows].argsort()].split(cfg.micro_batch):             # neighbours in length
+        rows = rows[ends[rows].argsort()]                           # neighbours in length
+        for micro, live in parallel.micro_batches(rows, cfg.micro_batch, cfg.micro_tokens, lambda i: int(ends[i])):
             width = int(ends[micro[-1]])
             b = {k: v[micro, :width] if v.dim() == 2 else v[micro] for k, v in batch.items()}
-            mask, share = b["mask"], b["mask"].sum() / total        # a micro-batch's share of the mean over tokens
+            mask, share = b["mask"], live * b["mask"].sum() / total     # a micro-batch's share of the mean over tokens
             with run.autocast():
                 logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True)
                 values = state_values(nets["critic"], b["tokens"], mask)
@@ -243,6 +249,7 @@ def update(cfg, run, batch, nets, optimizers, demonstrations):
                 moved = masked_mean(log_ratio.exp() - 1 - log_ratio, mask)          # KL(π_old ‖ π), Schulman's k3
                 value_clipped = masked_mean(((values - b["values"]).abs() > cfg.value_clip).float(), mask)
                 sums += share * torch.stack([policy, value, entropy, policy_clipped, value_clipped, moved])
+        sums = parallel.total(sums)
         steps.append(sums)
         if cfg.update_kl and sums[-1] > cfg.update_kl:              # too far from the data: drop this step and the rest
             for optimizer in optimizers.values():
@@ -288,9 +295,10 @@ def train(cfg):
     runtime.require(cfg.init, "sft")
     runtime.require(cfg.reward, "reward_model")
     tokenizer = Tokenizer.load(cfg.init)
-    device = runtime.pick_device(cfg.device)
-    nets = {"actor": GPT.load(cfg.init, device=device), "reference": GPT.load(cfg.init, device=device).requires_grad_(False),
-            "critic": GPT.load(cfg.reward, device=device), "reward": GPT.load(cfg.reward, device=device).requires_grad_(False)}
+    nets = {"actor": GPT.load(cfg.init), "reference": GPT.load(cfg.init).requires_grad_(False),
+            "critic": GPT.load(cfg.reward), "reward": GPT.load(cfg.reward).requires_grad_(False)}
+    if cfg.batch // cfg.minibatches < parallel.world():
+        raise ValueError(f"{parallel.world()} processes need --batch and --minibatches that leave a minibatch a row for each")
     room = nets["actor"].config.block_size - cfg.max_new_tokens
     prompts, _ = loading.load("prompts", cfg.data)
     prompts = loading.fit(prompts, lambda p: len(tokenizer.prompt(p)), room, "prompts")
@@ -299,6 +307,7 @@ def train(cfg):
         demonstrations = loading.fit([tokenizer.chat(m) for m in loading.load("demonstrations", cfg.ptx_data)[0]],
                                      lambda e: len(e[0]), nets["actor"].config.block_size, "demonstrations")
     run = runtime.Run(cfg, cfg.steps)
+    parallel.prepare(run, *nets.values())
     optimizers = {"actor": runtime.make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
                   "critic": runtime.make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)

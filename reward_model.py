@@ -17,6 +17,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
+import parallel
 import runtime
 from data import annotators, loading
 from data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from runtime import flag
 
 
 @dataclass
-class Config(runtime.Settings):
+class Config(runtime.Training):
     out: str = flag("out/reward_model", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint to start from, whose samples set the scale")
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
@@ -79,7 +80,7 @@ def batch_scores(model, run, group):
     rows = [row for rows, _, _ in group for row in rows]
     lengths = torch.tensor([len(row) for row in rows], device=run.device)
     with run.autocast():
-        flat = score(model, loading.pad(rows).to(run.device), lengths).float()
+        flat = score(model, loading.pad(rows).to(run.device), lengths).to(torch.get_default_dtype())
     ranks = loading.pad([ranks for _, ranks, _ in group]).to(run.device)
     return torch.zeros(ranks.shape, device=run.device).masked_scatter(ranks > 0, flat), ranks
 
@@ -98,16 +99,16 @@ def evaluate(model, run, held_out):
     """Judge the model on held-out records: {name: number}, and the calibration as rows of (predicted, won, pairs)."""
     gaps, longer = [], []                       # r⁺ − r⁻ of each pair, and by how many tokens the winner is longer
     held_out = sorted(held_out, key=lambda e: max(map(len, e[0])))              # neighbours in length: little padding
-    for i in range(0, len(held_out), run.cfg.micro_batch):
-        group = held_out[i:i + run.cfg.micro_batch]
+    for group, live in parallel.micro_batches(held_out, run.cfg.micro_batch):
         scores, _ = batch_scores(model, run, group)
+        group = group * live
         for (rows, ranks, _), r in zip(group, scores.tolist()):
             for a, b in combinations(range(len(rows)), 2):
                 if ranks[a] != ranks[b]:
                     w, l = (a, b) if ranks[a] < ranks[b] else (b, a)
                     gaps.append(r[w] - r[l])
                     longer.append(len(rows[w]) - len(rows[l]))
-    gaps, longer = torch.tensor(gaps), torch.tensor(longer)
+    gaps, longer = (torch.tensor([x for part in parallel.everyone(mine) for x in part]) for mine in (gaps, longer))
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
     out = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
     for name, chosen in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4), ("winner_longer", longer > 4)):
@@ -129,16 +130,17 @@ def normalize(model, sft, tokenizer, run, prompts):
     prompts, seeds = [tokenizer.prompt(p) for p in run.rng.choices(prompts, k=run.cfg.normalize)], run.seeds(run.cfg.normalize)
     room = min(64, model.config.block_size - max(map(len, prompts)))
     scores = []
-    for i in range(0, len(prompts), 64):
-        part = prompts[i:i + 64]
+    for rows, live in parallel.micro_batches(range(len(prompts)), 64):
+        part = [prompts[i] for i in rows]
         lengths = torch.tensor([len(p) for p in part], device=run.device)
-        tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end, seeds=seeds[i:i + 64])
-        scores.append(score(model, tokens, lengths + mask.sum(1)))
-    scores = torch.cat(scores)
-    mean, deviation = scores.mean(), scores.std().clamp(min=1e-6)
-    model.head.weight /= deviation
-    model.head.bias.copy_((model.head.bias - mean) / deviation)
-    return mean.item(), deviation.item()
+        with parallel.gathered(sft):
+            tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end, seeds=seeds[list(rows)])
+        scores += score(model, tokens, lengths + mask.sum(1)).tolist() * live
+    scores = torch.tensor(parallel.gather(scores))
+    mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)
+    model.head.weight.div_(deviation)
+    model.head.bias.sub_(mean).div_(deviation)
+    return mean, deviation
 
 
 def train(cfg):
@@ -153,14 +155,19 @@ def train(cfg):
 
     steps = cfg.epochs * -(-len(examples) // cfg.batch)
     run = runtime.Run(cfg, steps)
-    model.to(run.device)
+    parallel.prepare(run, model)
     optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
+
+    def width(i):
+        """Tokens of a prompt with all its answers, padding included."""
+        return len(examples[i][0]) * length(examples[i])
+
     for batch in loading.batches([length(e) for e in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         loss = accuracy = 0.0
-        for j in range(0, len(batch), cfg.micro_batch):
-            group = [examples[i] for i in batch[j:j + cfg.micro_batch]]
-            share = len(group) / len(batch)                     # of the step: the loss is a mean over prompts
+        for rows, live in parallel.micro_batches(batch, cfg.micro_batch, cfg.micro_tokens, width):
+            group = [examples[i] for i in rows]
+            share = live * len(group) / len(batch)              # of the step: the loss is a mean over prompts
             scores, ranks = batch_scores(model, run, group)
             margin = torch.tensor([m for _, _, m in group], device=run.device)
             part = ranking_loss(scores, ranks, margin) * share
@@ -169,6 +176,7 @@ def train(cfg):
             best, worst = scores.gather(1, ranks.masked_fill(ranks == 0, 99).argmin(1, True)), scores.gather(1, ranks.argmax(1, True))
             accuracy += (best > worst).float().mean().item() * share
         lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
+        loss, accuracy = parallel.total(loss), parallel.total(accuracy)
         norm = run.descend(optimizer, lr, cfg.max_norm, loss, f"preferences {batch}")
         run.log({"loss": loss, "best_beats_worst": accuracy, "grad_norm": norm, "lr": lr})
 

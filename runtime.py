@@ -18,13 +18,13 @@ import random
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 
 import torch
 
+import parallel
+from checkpoint import Checkpoints, finite, fingerprints
 from data.loading import WORLD
-from model import load_tensors, save_tensors
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -45,15 +45,27 @@ def flag(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class Settings:
-    """The flags that all stages share."""
+    """The flags that all scripts share."""
     out: str = flag("out/run", "folder that the run writes")
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere",
                           choices=("auto", "float32", "bfloat16"))
+    parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp shards it; "
+                         "auto takes fsdp when it would not fit a GPU", choices=("auto", "ddp", "fsdp"))
+    timeout: float = flag(600.0, "seconds that a process waits for the others", 1)
+    debug: bool = flag(False, "show the traceback of an error")
+
+
+@dataclasses.dataclass
+class Training(Settings):
+    """The flags that all stages share besides."""
     save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
-    debug: bool = flag(False, "show the traceback of an error")
+    micro_tokens: int = flag(0, "tokens a forward pass, padding included, besides micro_batch; 0 sets no bound", 0)
+    checkpoint_blocks: bool = flag(False, "compute a block's activations again in the backward pass: less memory, a third more time")
+    compile: bool = flag(False, "torch.compile each block; the first steps take minutes")
+    offload: bool = flag(False, "keep frozen networks on the CPU between uses")
 
 
 def parse(config, doc, argv=None):
@@ -95,13 +107,22 @@ def main(config, train, doc):
     for number in SIGNALS:
         signal.signal(number, stop)
     try:
+        if "parallel" in vars(cfg):
+            parallel.start(pick_device(cfg.device), cfg.timeout)
+        if parallel.rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")        # the first process speaks for all
         train(cfg)
+        parallel.stop()
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
-        if cfg.debug or not (memory or isinstance(e, (ValueError, OSError))):
+        memory, lost = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e), parallel.lost(e)
+        if cfg.debug or not (memory or lost or isinstance(e, (ValueError, OSError))):
             raise
+        if not parallel.first_to_fail():
+            sys.exit(1)
         line = str(e)
-        if memory:
+        if lost:
+            line = f"process {parallel.rank()} has lost another one, or waited {cfg.timeout:.0f} s for it (--timeout)"
+        elif memory:
             line = "out of memory: a lower --micro_batch or --batch may fit"
         elif isinstance(e, BrokenPipeError):
             line = "nobody reads the output any more"
@@ -110,19 +131,19 @@ def main(config, train, doc):
             line = f"{e.filename or cfg.out}: {e.strerror or e}"
         sys.exit(f"{program()}: {line}")        # status 1
     except KeyboardInterrupt:
-        kept = os.path.exists(os.path.join(cfg.out, "resume.safetensors"))
+        kept = Run.at_work and Run.at_work.checkpoints.last()
         with contextlib.suppress(OSError):
             print(f"\n{program()}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""), file=sys.stderr)
         sys.exit(130)
 
 
 def stop(number, frame):
-    """Ctrl-C, a closed terminal, a scheduler's SIGTERM: a run at work finishes its step and saves; the second one, or
-    one at any other time, stops at once."""
+    """Ctrl-C, a closed terminal, a scheduler's SIGTERM: a run at work finishes its step and saves; the same signal once
+    more, or one at any other time, stops at once."""
     run = Run.at_work
-    if run is None or run.stop:
+    if run is None or run.stop == number:
         raise KeyboardInterrupt
-    run.stop = True
+    run.stop = number
     with contextlib.suppress(OSError):
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
@@ -138,29 +159,27 @@ def require(folder, stage):
 class Run:
     """One stage at work: device, precision, randomness, output folder, checkpoints, metrics and progress.
 
-    A run that was killed goes on from its last checkpoint, out/<stage>/resume.safetensors, with the same command, and
-    ends with the weights that it would have had. So all that a step draws at random comes from the seed and the step's
-    number (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`.
+    A run that was killed goes on from its last checkpoint with the same command, and ends with the weights that it
+    would have had. So all that a step draws at random comes from the seed and the step's number (`rng`, and torch's own
+    generator), and all that it remembers is in the parts given to `resume`.
     """
     at_work = None                      # the run whose training loop goes on, for a signal to find
 
     def __init__(self, cfg, total):
         """total: steps in all."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("several processes are not supported yet: run without torchrun")
-        self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), False
-        self.device = pick_device(cfg.device)
+        self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), None
+        self.device, self.first_process = pick_device(cfg.device), parallel.rank() == 0
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
-        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
+        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg, WORLD),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
-        self.checkpoint = os.path.join(cfg.out, "resume.safetensors")
-        if cfg.resume and os.path.exists(self.checkpoint):
+        self.checkpoints = Checkpoints(cfg.out)
+        if cfg.resume and self.checkpoints.last():
             self.must_be_the_same()
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.checkpoint)                      # first, so that it never meets another run's settings
+        elif self.first_process:
+            self.checkpoints.remove()                           # first, so that it never meets another run's settings
             write_json(os.path.join(cfg.out, "run.json"), self.about)
+        parallel.total(0)                                       # all have looked before the first one writes on
         self.begin(0)
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(
             f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != ""), flush=True)
@@ -175,7 +194,7 @@ class Run:
             was = old["settings"] | old["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): {what_now}") from None
-        for name in sorted((was.keys() | now.keys()) - {"out", "debug", "resume", "device", "save_seconds"}):
+        for name in sorted((was.keys() | now.keys()) - {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload"}):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
                 raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
                                  f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
@@ -195,33 +214,27 @@ class Run:
         from the last checkpoint if there is one. Comes right before the training loop."""
         self.parts = parts
         metrics, lines = os.path.join(self.cfg.out, "metrics.jsonl"), []
-        if os.path.exists(self.checkpoint):
-            tensors = load_tensors(self.checkpoint)
-            try:
-                for name, part in parts.items():
-                    restore(part, {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")})
-                self.begin(int(tensors["step"]))
-            except (KeyError, ValueError, RuntimeError) as e:
-                raise ValueError(f"{self.checkpoint} does not fit this run ({str(e).splitlines()[0]}): add --no-resume") from None
+        if self.checkpoints.last():
+            self.begin(self.checkpoints.load(parts))
             with contextlib.suppress(FileNotFoundError), open(metrics, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             print(f"going on after step {self.step} of {self.total}", flush=True)
-        with open(metrics + ".tmp", "w", encoding="utf-8") as f:        # steps after the checkpoint will come again
-            f.writelines(lines)
-        os.replace(metrics + ".tmp", metrics)
-        self.metrics = open(metrics, "a", encoding="utf-8")
-        self.board = SummaryWriter(self.cfg.out, purge_step=self.step + 1) if SummaryWriter else None
+        if self.first_process:
+            with open(metrics + ".tmp", "w", encoding="utf-8") as f:    # steps after the checkpoint will come again
+                f.writelines(lines)
+            os.replace(metrics + ".tmp", metrics)
+        self.metrics = open(metrics if self.first_process else os.devnull, "a", encoding="utf-8")
+        self.board = SummaryWriter(self.cfg.out, purge_step=self.step + 1) if SummaryWriter and self.first_process else None
         self.clock, self.first, self.saved, self.cost = time.time(), self.step, time.time(), 0.0
         Run.at_work = self
 
     def save(self):
-        """Write the checkpoint that a resume goes on from, unless weights have run off to infinity."""
+        """Begin to write the checkpoint that a resume goes on from, unless a step has just failed."""
         began = time.time()
-        tensors = {f"{name}/{k}": v for name, part in self.parts.items() for k, v in flatten(part).items()}
-        if any(self.bad.values()) or not finite(tensors):
-            return
-        os.fsync(self.metrics.fileno())
-        save_tensors(self.checkpoint, tensors | {"step": torch.tensor(self.step)})
+        if not any(self.bad.values()):
+            if self.first_process:
+                os.fsync(self.metrics.fileno())
+            self.checkpoints.save(self.parts, self.step)
         self.saved = time.time()
         self.cost = self.saved - began
 
@@ -236,7 +249,8 @@ class Run:
         A loss or a norm that is not finite is named with its step and batch (in words), and no step is taken; after
         three in a row raises ValueError.
         """
-        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm or math.inf)
+        norm = parallel.whole(norm).item()
         if math.isfinite(norm) and math.isfinite(loss):
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -246,7 +260,8 @@ class Run:
             self.bad[id(optimizer)] += 1
             what = f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {batch}"
             if self.bad[id(optimizer)] == 3:
-                kept = "the last good checkpoint is kept" if os.path.exists(self.checkpoint) else "nothing was good enough to keep"
+                self.checkpoints.wait()
+                kept = "the last good checkpoint is kept" if self.checkpoints.last() else "nothing was good enough to keep"
                 raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
             print(f"{what}: not finite, no update made", file=sys.stderr, flush=True)
         optimizer.zero_grad()
@@ -264,9 +279,12 @@ class Run:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, step)
         self.begin(step)
-        if self.stop or time.time() - self.saved >= max(self.cfg.save_seconds, min(1, self.cfg.save_seconds) * 20 * self.cost):
+        due = time.time() - self.saved >= max(self.cfg.save_seconds, min(1, self.cfg.save_seconds) * 20 * self.cost)
+        stop, due = parallel.total(torch.tensor([bool(self.stop), due and self.first_process], dtype=torch.int32)).tolist()
+        if stop or due:
             self.save()
-        if self.stop:
+        if stop:
+            self.checkpoints.wait()
             raise KeyboardInterrupt
         if show is None:
             show = step % max(1, self.total // 20) == 0 or step in (1, self.total)
@@ -282,10 +300,18 @@ class Run:
         """Save the model with its tokenizer, and what the run found out, with the seconds that it took. All files are
         written aside first: what stood in the folder before stays until they are whole."""
         Run.at_work = None
+        self.checkpoints.wait()
         if not finite(model.state_dict()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
+        weights = {name: parallel.whole(x) for name, x in model.state_dict().items()}
+        if self.first_process:
+            self.write(model, weights, tokenizer, facts)
+        parallel.total(0)                                       # nobody leaves before the files are there
+        print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
+
+    def write(self, model, weights, tokenizer, facts):
         aside = os.path.join(self.cfg.out, "new")
-        model.save(aside)
+        model.save(aside, weights)
         tokenizer.save(aside)
         for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
@@ -295,49 +321,7 @@ class Run:
             self.board.close()
         ended = time.time()
         write_json(os.path.join(self.cfg.out, "run.json"), {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.checkpoint)                          # last: killed before, the run goes on and ends the same
-        print(f"wrote {self.cfg.out}/ after {ended - STARTED:.0f} s", flush=True)
-
-
-def finite(tensors):
-    return all(bool(v.isfinite().all()) for v in tensors.values())
-
-
-def flatten(part):
-    """What a part of training remembers, as {name: tensor}: a network's weights, an optimiser's moments ("7.exp_avg")."""
-    state = part.state_dict()
-    if isinstance(part, torch.optim.Optimizer):
-        return {f"{i}.{key}": value for i, moments in state["state"].items() for key, value in moments.items()}
-    return state
-
-
-def restore(part, tensors):
-    """The reverse of flatten."""
-    if isinstance(part, torch.optim.Optimizer):
-        state = {}
-        for name, value in tensors.items():
-            i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value.clone()
-        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
-    else:
-        part.load_state_dict(tensors)
-
-
-def fingerprints(cfg):
-    """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a checkpoint folder.
-    A run goes on only over the same ones."""
-    found = {}
-    for value in {WORLD if v == "world" else v for k, v in vars(cfg).items() if k != "out" and isinstance(v, str) and v}:
-        kinds = (".safetensors", ".tiktoken") + (".jsonl",) * (value == WORLD)
-        inside = sorted(n for n in os.listdir(value) if n.endswith(kinds)) if os.path.isdir(value) else []
-        for path in [os.path.join(value, n) for n in inside] or [value] * os.path.isfile(value):
-            checksum = 0
-            with open(path, "rb") as f:
-                while chunk := f.read(1 << 20):
-                    checksum = zlib.crc32(chunk, checksum)
-            found[path] = f"{checksum:08x}"
-    return found
+        self.checkpoints.remove()                               # last: killed before, the run goes on and ends the same
 
 
 def write_json(path, value):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+import parallel
 import runtime
 from data import loading
 from data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from runtime import flag
 
 
 @dataclass
-class Config(runtime.Settings):
+class Config(runtime.Training):
     out: str = flag("out/sft", "folder that the run writes")
     data: str = flag("world", "demonstrations: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
@@ -54,13 +55,13 @@ def held_out_loss(model, run, examples, batch):
     """Mean −log p per learnt token, in nats, over examples of (ids, learn)."""
     total = tokens = 0
     examples = sorted(examples, key=lambda e: len(e[0]))
-    for i in range(0, len(examples), batch):
-        ids, learn = zip(*examples[i:i + batch])
+    for rows, live in parallel.micro_batches(examples, batch):
+        ids, learn = zip(*rows)
         mask = loading.pad(learn).to(run.device)
         with run.autocast():
-            total -= model.logprobs(loading.pad(ids).to(run.device), mask).sum().item()
-        tokens += mask.sum().item()
-    return total / tokens
+            total -= live * model.logprobs(loading.pad(ids).to(run.device), mask).sum().item()
+        tokens += live * mask.sum().item()
+    return parallel.total(total) / parallel.total(tokens)
 
 
 def show_samples(model, tokenizer, run, conversations, n=3):
@@ -71,8 +72,9 @@ def show_samples(model, tokenizer, run, conversations, n=3):
         room = min(64, model.config.block_size - len(prompt))
         if room < 1:
             continue
-        out = model.generate(torch.tensor([prompt], device=run.device), torch.tensor([len(prompt)], device=run.device),
-                             room, stop_token=tokenizer.end)
+        with parallel.gathered(model):
+            out = model.generate(torch.tensor([prompt], device=run.device), torch.tensor([len(prompt)], device=run.device),
+                                 room, stop_token=tokenizer.end)
         print(f"    {messages[last - 1]['content'][:70]!r} -> {tokenizer.decode(out[0][0][out[1][0]].tolist())[:200]!r}")
 
 
@@ -93,7 +95,7 @@ def train(cfg):
 
     steps = cfg.epochs * -(-len(examples) // cfg.batch)
     run = runtime.Run(cfg, steps)
-    model.to(run.device)
+    parallel.prepare(run, model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples)} demonstrations, "
           f"{sum(sum(learn) for _, learn in examples):,} tokens to learn of {sum(map(length, examples)):,}")
     optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
@@ -101,13 +103,14 @@ def train(cfg):
     for batch in loading.batches([len(ids) for ids, _ in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         total = sum(sum(examples[i][1]) for i in batch)         # tokens to learn in the whole optimiser step
         loss = places = 0
-        for j in range(0, len(batch), cfg.micro_batch):
-            ids, learn = zip(*(examples[i] for i in batch[j:j + cfg.micro_batch]))
+        for rows, live in parallel.micro_batches(batch, cfg.micro_batch, cfg.micro_tokens, lambda i: len(examples[i][0])):
+            ids, learn = zip(*(examples[i] for i in rows))
             tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn).to(run.device)
             with run.autocast():
-                part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total
+                part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total * live
             part.backward()
-            loss, places = loss + part.item(), places + tokens.numel()
+            loss, places = loss + part.item(), places + tokens.numel() * live
+        loss, places = parallel.total(loss), parallel.total(places)
         lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.descend(optimizer, lr, cfg.max_norm, loss, f"demonstrations {batch}")
         used = sum(len(examples[i][0]) for i in batch)

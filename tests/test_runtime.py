@@ -20,7 +20,7 @@ from runtime import flag
 
 
 @dataclasses.dataclass
-class Config(runtime.Settings):
+class Config(runtime.Training):
     words: tuple = flag((), "some words")
     n: int = flag(3, "a number, 100 % of it", 1, 9)
     rate: float = flag(0.5, "another", 0)

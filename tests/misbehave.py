@@ -1,0 +1,46 @@
+"""Run a script of this project in float64 and let one of its processes fail at the third step, in its first life:
+
+    misbehave.py rollout|update|save kill|hang|raise RANK script.py flags ...
+"""
+import os
+import runpy
+import signal
+import sys
+import time
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import model  # noqa: E402
+import runtime  # noqa: E402
+
+where, how, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_default_dtype(torch.float64)
+
+
+def fail():
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(10 ** 6)
+    raise ValueError("this process has had enough")
+
+
+def fail_before(function):
+    def wrapped(*args, **kwargs):
+        run = runtime.Run.at_work
+        if (run and run.step == 2 and int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
+            fail()
+        return function(*args, **kwargs)
+    return wrapped
+
+
+if where == "rollout":
+    model.GPT.generate = fail_before(model.GPT.generate)
+elif where == "update":
+    runtime.Run.descend = fail_before(runtime.Run.descend)
+else:                                               # with half of the checkpoint's file written
+    os.fsync = fail_before(os.fsync)
+sys.argv = sys.argv[4:]
+runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")

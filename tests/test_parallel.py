@@ -1,0 +1,163 @@
+"""Two and four processes (gloo on the CPU) do what one does, and fail as one."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+from model import load_tensors
+
+STAGES, KINDS = ["sft", "reward_model", "dpo", "ppo"], ["ddp", "fsdp"]
+# Rows that do not divide by the processes, of very different lengths, in several micro-batches a step.
+FLAGS = {
+    "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 7",
+    "reward_model": "--normalize 33 --batch 7 --micro_batch 2",
+    "dpo": "--records 70 --batch 7 --micro_batch 2",
+    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --ptx_coef 0.1 --ptx_batch 9 --whiten_rewards --entropy_coef 0.01",
+}
+THRIFTY = "--checkpoint_blocks --offload --micro_tokens 300"
+EVALUATE = "out/sft out/dpo --samples 2 --best_of 4 --show 1 --max_new_tokens 12"
+SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+def torchrun(processes, script, arguments, folder, restarts=0):
+    """A script under torchrun, as arguments of subprocess.Popen."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    return {"args": [*launcher, os.path.join(ROOT, script), *arguments], "cwd": folder, "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def assert_close(a, b):
+    """The models of two runs, in float64, within 1e-9."""
+    ours, theirs = (load_tensors(str(path / "model.safetensors")) for path in (a, b))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(chain):
+    """The chain's folder, in which one process has run each stage once more in float64, to out/alone/."""
+    commands = [f"{stage}.py {flags} --out out/alone/{stage}" for stage, flags in FLAGS.items()]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "tests/in_float64.py"), *commands, f"evaluate.py {EVALUATE} --out out/alone"],
+                          cwd=chain[0], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return chain[0]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def together(alone, request):
+    """The same by two or four processes, under ddp and fsdp, to out/2_ddp/ and so on: the folder and the number."""
+    n = request.param
+    commands = [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}" for kind in KINDS for stage, flags in FLAGS.items()]
+    commands += [f"{stage}.py {flags} --parallel fsdp {THRIFTY} --out out/{n}_thrifty/{stage}" for stage, flags in FLAGS.items()]
+    commands += [f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}" for kind in KINDS]
+    done = subprocess.run(**torchrun(n, "tests/in_float64.py", commands, alone))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return alone, n, done.stdout
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "thrifty"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_several_processes_end_in_the_weights_of_one(together, stage, kind):
+    """Within 1e-9 in float64 after ten and more optimiser steps, and with the same metrics at every one of them."""
+    folder, n, _ = together
+    a, b = folder / f"out/{n}_{kind}/{stage}", folder / f"out/alone/{stage}"
+    assert_close(a, b)
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (a, b)]
+    for ours, theirs in zip(*lines, strict=True):
+        for line in (ours, theirs):
+            line.pop("tokens_per_second", None), line.pop("padding", None)         # speed, and how rows are split
+            if stage == "dpo" and line["step"] == 1:
+                line.pop("accuracy")                                # the policy is the reference: rounding decides
+        assert ours == pytest.approx(theirs, abs=3e-6)              # they are written to six places
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_processes_write_the_report_of_one(together, kind):
+    folder, n, _ = together
+    ours, theirs = (json.loads((folder / out / "report.json").read_text()) for out in (f"out/{n}_{kind}", "out/alone"))
+    assert list(ours["models"]) == list(theirs["models"]) == ["sft", "best_of_n", "dpo"]
+    for name, model in ours["models"].items():
+        for key, value in model.items():
+            if key != "curve":
+                assert value == pytest.approx(theirs["models"][name][key], abs=2e-3), (name, key)
+
+
+def test_only_the_first_process_speaks(together):
+    assert together[2].count("wrote out/") == 3 * len(FLAGS) + 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("flags", [THRIFTY, pytest.param("--compile", marks=pytest.mark.slow)])
+def test_flags_that_save_memory_or_time_leave_the_weights_as_they_are(alone, stage, flags):
+    out = f"out/alone{flags.split()[0]}/{stage}"
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "tests/in_float64.py"), f"{stage}.py {FLAGS[stage]} {flags} --out {out}"],
+                          cwd=alone, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert_close(alone / out, alone / f"out/alone/{stage}")
+
+
+# ------------------------------------------------------------------------------------------ failing as one
+
+def misbehave(where, how, rank, flags, folder, processes=2, restarts=0, script="ppo.py"):
+    return subprocess.run(**torchrun(processes, "tests/misbehave.py", [where, how, str(rank), script, *flags.split()], folder, restarts))
+
+
+def own_lines(stderr, script="ppo.py"):
+    """What our program said, without what torchrun says of it."""
+    return [line for line in stderr.splitlines() if line.startswith(f"{script}:")]
+
+
+@pytest.mark.parametrize("where, rank, kind", [("update", 1, "fsdp"), *(
+    pytest.param(where, rank, kind, marks=pytest.mark.slow) for where in ("rollout", "update", "save") for rank in (0, 1)
+    for kind in KINDS if (where, rank, kind) != ("update", 1, "fsdp") and (where, rank) != ("save", 1))])
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(alone, where, rank, kind):
+    """kill -9, and torchrun starts all anew: they go on, and end in the weights of a run that was left alone."""
+    out = f"out/killed_{where}_{rank}_{kind}"
+    done = misbehave(where, "kill", rank, f"{FLAGS['ppo']} --parallel {kind} --save_seconds 0 --out {out}", alone, restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after step" in done.stdout
+    assert_close(alone / out, alone / "out/alone/ppo")
+    steps = [json.loads(line)["step"] for line in (alone / out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_raises_ends_the_job_with_its_line(alone, rank):
+    began = time.time()
+    done = misbehave("update", "raise", rank, f"{FLAGS['ppo']} --out out/raised_{rank}", alone)
+    assert done.returncode == 1 and own_lines(done.stderr) == ["ppo.py: this process has had enough"], done.stderr[-3000:]
+    assert time.time() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_hangs_ends_the_job_within_the_time_limit(alone, rank):
+    began = time.time()
+    done = misbehave("rollout", "hang", rank, f"{FLAGS['ppo']} --timeout 5 --out out/hung_{rank}", alone)
+    [line] = own_lines(done.stderr)
+    assert done.returncode == 1 and f"process {1 - rank} has lost another one, or waited 5 s for it" in line
+    assert time.time() - began < 90                                 # torchrun gives the hanging one 30 s to end
+
+
+def test_a_bad_record_is_one_line_for_all_processes(alone):
+    (alone / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    done = subprocess.run(**torchrun(2, "sft.py", ["--data", "bad.jsonl", "--out", "out/bad"], alone))
+    assert done.returncode == 1 and own_lines(done.stderr, "sft.py") == ['sft.py: bad.jsonl, line 2: field "response" is missing']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("many, few", [(4, 2), (4, 1), (1, 2), (2, 4)])
+def test_a_run_saved_by_some_processes_goes_on_with_others(alone, many, few):
+    out = f"out/{many}_to_{few}"
+    flags = f"{FLAGS['ppo']} --parallel fsdp --save_seconds 0 --out {out}"
+    assert misbehave("update", "raise", 0, flags, alone, processes=many).returncode == 1
+    assert (alone / out / ("resume" if many > 1 else "resume.safetensors")).exists()
+    done = subprocess.run(**torchrun(few, "tests/in_float64.py", [f"ppo.py {flags}"], alone))
+    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr[-3000:]
+    assert_close(alone / out, alone / "out/alone/ppo")
