@@ -240,13 +240,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 stop_token=None, seeds=None):
+                 stop_token=None, seeds=None, anyone=None):
         """Continue each prompt until stop_token (kept) or for max_new_tokens.
 
         prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy. top_k 0 and
         top_p 1 leave the distribution whole. seeds (B,) int64 give each row its own noise: a row's answer depends
         on its prompt and its seed, not on its neighbours, the batch or the process; None draws them from
-        torch's generator.
+        torch's generator. anyone: for networks that several processes can only run together, a function from this
+        process's number of unfinished rows to that of all; sampling goes on until it is 0.
 
         Returns tokens (B, T'), prompt then answer then zeros; mask (B, T') bool, true on what was generated;
         logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature 0:
@@ -289,9 +290,9 @@ class GPT(nn.Module):
             if stop_token is not None:
                 running = running & (chosen != stop_token)
                 alive = int(running.sum())
-                if alive == 0:
+                if (anyone(alive) if anyone else alive) == 0:
                     break
-                if alive <= 0.8 * len(rows):                        # finished rows leave; copying the cache costs
+                if 0 < alive <= 0.8 * len(rows):                        # finished rows leave; copying the cache costs
                     rows, chosen, position = rows[running], chosen[running], position[running]     # about a step,
                     cache = [layer[:, running] for layer in cache]                      # so not at every one of them
                     running = running[running]

@@ -195,13 +195,18 @@ def at_hand(run, *models):
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """Keep every block's parameters whole from its first use on, for sampling: they travel once, not once a token, and
-    processes whose rows end sooner need not wait for the others."""
+def gathered(model, at_once=True):
+    """For sampling from a network that may be sharded: keep every block's parameters whole from its first use on, so that
+    they travel once, not once a token, and nobody waits for others' rows. at_once=False gathers block by block at every
+    token, for networks too large to be whole anywhere; then all processes must go on until the last row has ended, and
+    what this yields is generate's `anyone`, which says so."""
     blocks = [block for block in model.blocks if hasattr(block, "reshard")]       # FSDP's
+    if blocks and not at_once:
+        yield total
+        return
     for block in blocks:
         block.set_reshard_after_forward(False)
-    yield
+    yield None
     for block in blocks:
         block.set_reshard_after_forward(True)
         block.reshard()

@@ -42,6 +42,7 @@ class Config(runtime.Training):
     steps: int = flag(54, "rounds of rollout and update", 1)
     batch: int = flag(128, "prompts a rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
+    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered; off, block by block, slower in less memory")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
     no_end_score: float = flag(-3.0, "score of an answer that never ends, in place of the reward model's")
     epochs: int = flag(2, "passes over a rollout", 1)
@@ -176,9 +177,10 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     """
     prompts, seeds = parallel.share(prompts), parallel.share(run.seeds(len(prompts)))
     lengths = torch.tensor([len(p) for p in prompts], device=run.device)
-    with parallel.gathered(nets["actor"]):
+    with parallel.gathered(nets["actor"], cfg.gather_at_once) as anyone:
         tokens, mask, logprobs = nets["actor"].generate(
-            loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end, seeds=seeds)
+            loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end,
+            seeds=seeds, anyone=anyone)
     ends = lengths + mask.sum(1)
     ended = tokens.gather(1, ends[:, None] - 1)[:, 0] == tokenizer.end
     batch = parallel.gather_batch({"tokens": tokens, "mask": mask, "logprobs": logprobs, "ends": ends, "ended": ended})

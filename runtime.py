@@ -107,7 +107,7 @@ def main(config, train, doc):
     for number in SIGNALS:
         signal.signal(number, stop)
     try:
-        if "parallel" in vars(cfg):
+        if "timeout" in vars(cfg):                              # a script that can work with others
             parallel.start(pick_device(cfg.device), cfg.timeout)
         if parallel.rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")        # the first process speaks for all

@@ -1,6 +1,7 @@
 """Two and four processes (gloo on the CPU) do what one does, and fail as one."""
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -54,7 +55,8 @@ def together(alone, request):
     """The same by two or four processes, under ddp and fsdp, to out/2_ddp/ and so on: the folder and the number."""
     n = request.param
     commands = [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}" for kind in KINDS for stage, flags in FLAGS.items()]
-    commands += [f"{stage}.py {flags} --parallel fsdp {THRIFTY} --out out/{n}_thrifty/{stage}" for stage, flags in FLAGS.items()]
+    commands += [f"{stage}.py {flags} --parallel fsdp {THRIFTY} {'--no-gather_at_once' * (stage == 'ppo')} --out out/{n}_thrifty/{stage}"
+                 for stage, flags in FLAGS.items()]
     commands += [f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}" for kind in KINDS]
     done = subprocess.run(**torchrun(n, "tests/in_float64.py", commands, alone))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -90,6 +92,16 @@ def test_several_processes_write_the_report_of_one(together, kind):
 
 def test_only_the_first_process_speaks(together):
     assert together[2].count("wrote out/") == 3 * len(FLAGS) + 2
+
+
+@pytest.mark.parametrize("processes", SIZES)
+def test_under_fsdp_each_process_holds_its_share_of_parameters_gradients_and_moments(tmp_path, processes):
+    done = subprocess.run(**torchrun(processes, "tests/shard_bytes.py", [], tmp_path))
+    lines = re.findall(r"process \d holds \[(.*?)\] of \[(.*?)\]", done.stdout)
+    assert len(lines) == processes, done.stderr[-3000:]
+    for held, whole in lines:
+        for mine, all_of_it in zip(map(int, held.split(",")), map(int, whole.split(",")), strict=True):
+            assert mine == pytest.approx(all_of_it / processes, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
