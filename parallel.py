@@ -164,6 +164,7 @@ def spread(model, kind, bfloat16=False, offload=False):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True,
                     offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload and is_frozen(model) else OffloadPolicy())
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "generate"):
         register_fsdp_forward_method(model, name)
     return model

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, script
 from model import load_tensors
 
 STAGES, KINDS = ["sft", "reward_model", "dpo", "ppo"], ["ddp", "fsdp"]
@@ -33,7 +33,7 @@ def torchrun(processes, script, arguments, folder, restarts=0):
 
 
 def assert_close(a, b):
-    """The models of two runs, in float64, within 1e-9."""
+    """The models of two runs in float64, within 1e-9."""
     ours, theirs = (load_tensors(str(path / "model.safetensors")) for path in (a, b))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -94,6 +94,19 @@ def test_only_the_first_process_speaks(together):
     assert together[2].count("wrote out/") == 3 * len(FLAGS) + 2
 
 
+@pytest.mark.parametrize("stage, kind", [pytest.param("sft", "ddp", marks=pytest.mark.slow), ("ppo", "fsdp")])
+def test_in_float32_two_processes_end_close_to_one(chain, stage, kind):
+    """Within 1e-5, without the detour through float64. (At SFT's own rate of 3e-3 one number in 4,096 ends 2.7e-5 off: where
+    a gradient is little but rounding, Adam's first steps divide it by itself.)"""
+    flags = f"{FLAGS[stage]} --parallel {kind} --lr 1e-3"
+    assert script(stage, f"{flags} --out out/one_{stage}", chain[0]).returncode == 0
+    done = subprocess.run(**torchrun(2, f"{stage}.py", [*flags.split(), "--out", f"out/two_{stage}"], chain[0]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_tensors(str(chain[0] / f"out/{n}_{stage}/model.safetensors")) for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("processes", SIZES)
 def test_under_fsdp_each_process_holds_its_share_of_parameters_gradients_and_moments(tmp_path, processes):
     done = subprocess.run(**torchrun(processes, "tests/shard_bytes.py", [], tmp_path))
@@ -104,7 +117,7 @@ def test_under_fsdp_each_process_holds_its_share_of_parameters_gradients_and_mom
             assert mine == pytest.approx(all_of_it / processes, rel=0.05)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["ppo", pytest.param("sft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flags", [THRIFTY, pytest.param("--compile", marks=pytest.mark.slow)])
 def test_flags_that_save_memory_or_time_leave_the_weights_as_they_are(alone, stage, flags):
     out = f"out/alone{flags.split()[0]}/{stage}"
@@ -139,7 +152,7 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_raises_ends_the_job_with_its_line(alone, rank):
     began = time.time()
     done = misbehave("update", "raise", rank, f"{FLAGS['ppo']} --out out/raised_{rank}", alone)
