@@ -11,6 +11,7 @@ import pickle
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from model import load_tensors, save_tensors
 class Checkpoints:
     """The checkpoint of the run in a folder: the last one alone is kept."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, timeout=600):
         self.whole, self.shards, self.writing = os.path.join(folder, "resume.safetensors"), os.path.join(folder, "resume"), None
         self.pool = ThreadPoolExecutor(1)
-        self.group = dist.new_group(backend="gloo") if parallel.world() > 1 else None      # apart from what training sends
+        self.group = None                # of the processes, apart from what training sends
+        if parallel.world() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def last(self):
         """The newest one that is complete, a path, or None."""
@@ -71,6 +74,8 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.shards):
                 if os.path.join(self.shards, name) != but:
+                    with contextlib.suppress(FileNotFoundError):        # first what makes it a checkpoint
+                        os.remove(os.path.join(self.shards, name, ".metadata"))
                     shutil.rmtree(os.path.join(self.shards, name))
             if not os.listdir(self.shards):
                 os.rmdir(self.shards)
@@ -83,7 +88,7 @@ class Checkpoints:
             for name, part in parts.items():
                 restore(part, {key[len(name) + 1:]: x for key, x in tensors.items() if key.startswith(name + "/")})
             return int(tensors["step"])
-        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
             raise ValueError(f"{path} does not fit this run ({(str(e) or type(e).__name__).splitlines()[0]}): add --no-resume") from None
 
 
@@ -137,7 +142,10 @@ def load_shards(path, parts):
         like = shapes.get(key, shapes.get(key.rsplit(".", 1)[0]))
         same = like is not None and like.shape == saved.size
         state[key] = torch.empty_like(like) if same else torch.empty(saved.size, dtype=saved.properties.dtype)
-    dcp.load(state, storage_reader=Reader(path), no_dist=parallel.world() == 1)
+    try:
+        dcp.load(state, storage_reader=Reader(path), no_dist=parallel.world() == 1)
+    except dcp.api.CheckpointException as e:                    # one exception a process
+        raise ValueError(str(next(iter(e.failures.values()))[0])) from None
     return state
 
 

@@ -27,11 +27,11 @@ import runtime
 from data import loading
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import flag
+from flags import Training, flag
 
 
 @dataclass
-class Config(runtime.Training):
+class Config(Training):
     out: str = flag("out/dpo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
@@ -39,7 +39,7 @@ class Config(runtime.Training):
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=("sigmoid", "ipo", "hinge"))
     beta: float = flag(0.5, "β: how dear it is to leave the reference", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
-    nll_coef: float = flag(2.0, "weight of −log p a token of each prompt's best answer; 0 is DPO on its own", 0)
+    nll_coef: float = flag(2.0, "weight of −log p a token of a pair's chosen answer, if it is its prompt's best; 0 is DPO on its own", 0)
     length_normalize: bool = flag(False, "compare mean log-probabilities a token, not sums")
     records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)

@@ -20,7 +20,7 @@ import runtime
 from data import loading, world
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import flag
+from flags import Settings, flag
 
 try:                                        # an extra: pip install matplotlib
     import matplotlib
@@ -31,7 +31,7 @@ except ImportError:
 
 
 @dataclass
-class Config(runtime.Settings):
+class Config(Settings):
     models: tuple = flag((), "checkpoint folders; none takes what there is of out/sft, out/dpo, out/ppo, out/ppo_no_kl")
     out: str = flag("out", "folder of the report")
     data: str = flag("world", "prompts: world (its held-out ones), or a file")
@@ -238,8 +238,8 @@ def contest(cfg, folders):
     device = runtime.pick_device(cfg.device)
 
     def load(folder):
-        net = GPT.load(folder, device=device).requires_grad_(False)
-        return parallel.spread(net, parallel.choose(cfg.parallel, [net] * 4, device))      # up to four are there at once
+        net = GPT.load(folder).requires_grad_(False)
+        return parallel.spread(net, parallel.choose(cfg.parallel, [net] * 4, device), device)      # four are there at once
 
     tokenizer, reference = Tokenizer.load(folders[0]), load(folders[0])
     prompts = loading.fit(loading.load("prompts", cfg.data)[1], lambda p: len(tokenizer.prompt(p)),
@@ -249,6 +249,9 @@ def contest(cfg, folders):
     examples = loading.fit(examples, lambda e: len(e[0]), reference.config.block_size, "held-out demonstrations")
     scorer = load(cfg.reward) if os.path.exists(cfg.reward) else None
     judge_net = load(cfg.judge) if cfg.judge != "world" else None
+    for folder, net in ((cfg.reward, scorer), (cfg.judge, judge_net)):
+        if net is not None:
+            runtime.require_reward_model(folder, net, tokenizer)
     contestants, curve, n = [], [], cfg.samples
 
     def add(name, rows, starts, ended, kl, loss):

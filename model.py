@@ -363,6 +363,8 @@ def uniform(seeds, step):
     z = (z ^ shift(z, 30)) * -4658895280553007687
     z = (z ^ shift(z, 27)) * -7723592293110705685
     z = z ^ shift(z, 31)
+    if z.device.type == "mps":                                      # has no float64
+        return (shift(z, 40).float() + 0.5) / 2 ** 24
     return (shift(z, 11).double() + 0.5) / 2 ** 53
 
 

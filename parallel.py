@@ -127,7 +127,7 @@ def gather_batch(mine):
     same width."""
     if world() == 1:
         return mine
-    rows = gather([dict(zip(mine, row)) for row in zip(*(x.cpu() for x in mine.values()))])
+    rows = gather([{name: x.clone() for name, x in zip(mine, row)} for row in zip(*(x.cpu() for x in mine.values()))])
     width, out = max(x.shape[0] for row in rows for x in row.values() if x.dim()), {}
     for name, x in mine.items():
         out[name] = torch.stack([F.pad(row[name], (0, width - len(row[name]))) if x.dim() == 2 else row[name] for row in rows]).to(x.device)
@@ -149,15 +149,16 @@ def is_frozen(model):
     return not any(p.requires_grad for p in model.parameters())
 
 
-def spread(model, kind, bfloat16=False, offload=False):
-    """Make a network work with its copies, or be sharded over the processes ("ddp" or "fsdp"); a frozen one needs no
-    copies. Gradients are sums: a loss must be divided by what the whole batch holds. Changes the model in place.
-    offload: the shards of a frozen one wait on the CPU."""
+def spread(model, kind, device, bfloat16=False, offload=False):
+    """Put a network on the device, to work with its copies, or sharded over the processes ("ddp" or "fsdp"); a frozen one
+    needs no copies. Gradients are sums: a loss must be divided by what the whole batch holds. Changes the model in place;
+    a block at a time moves to the device, so that it need not hold the whole. offload: the shards of a frozen one wait
+    on the CPU."""
     if not dist.is_initialized() or (kind == "ddp" and is_frozen(model)):
-        return model
+        return model if offload and is_frozen(model) else model.to(device)
     from torch.distributed.device_mesh import init_device_mesh          # a second to import, and often not needed
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(model.device.type, (world(), 1) if kind == "ddp" else (1, world()), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh(device, (world(), 1) if kind == "ddp" else (1, world()), mesh_dim_names=("copies", "shards"))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else MixedPrecisionPolicy()
     for module in (*model.blocks, model):
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered parameters.
@@ -179,9 +180,7 @@ def prepare(run, *models):
         if run.cfg.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
-        if not (run.cfg.offload and is_frozen(model)):
-            model.to(run.device)
-        spread(model, kind, run.bfloat16, run.cfg.offload)
+        spread(model, kind, run.device, run.bfloat16, run.cfg.offload)
 
 
 @contextlib.contextmanager

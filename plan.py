@@ -19,7 +19,7 @@ import torch
 
 import runtime
 from model import GPT, GPTConfig
-from runtime import flag
+from flags import flag
 
 NETWORKS = {"sft": (1, 0), "reward_model": (1, 0), "dpo": (1, 0), "ppo": (2, 2)}        # trained, frozen
 GB = 1e9

@@ -30,11 +30,11 @@ import runtime
 from data import loading, world
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import flag
+from flags import Training, flag
 
 
 @dataclass
-class Config(runtime.Training):
+class Config(Training):
     out: str = flag("out/ppo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
@@ -193,9 +193,11 @@ def rollout(cfg, run, prompts, nets, tokenizer):
                 reference = nets["reference"].logprobs(t, m, cfg.temperature)
                 score = nets["reward"](t).to(torch.get_default_dtype()).gather(1, ends[:, None] - 1)[:, 0]
                 values = state_values(nets["critic"], t, m)
+                # Sampling is exact: old log-probabilities must be as coarse as the new ones that they are held against.
+                old = nets["actor"].logprobs(t, m, cfg.temperature) if run.bfloat16 else batch["logprobs"][rows, :t.shape[1]]
             rest = batch["mask"].shape[1] - t.shape[1]
-            parts.append([x[:live * len(x)] for x in (F.pad(reference, (0, rest)), F.pad(values, (0, rest)), score)])
-    found = parallel.gather_batch(dict(zip(("ref_logprobs", "values", "scores"), map(torch.cat, zip(*parts)))))
+            parts.append([x[:live * len(x)] for x in (*(F.pad(x, (0, rest)) for x in (old, reference, values)), score)])
+    found = parallel.gather_batch(dict(zip(("logprobs", "ref_logprobs", "values", "scores"), map(torch.cat, zip(*parts)))))
     batch |= {name: x[order.argsort()] for name, x in found.items()}
     batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
     return batch
@@ -299,6 +301,7 @@ def train(cfg):
     tokenizer = Tokenizer.load(cfg.init)
     nets = {"actor": GPT.load(cfg.init), "reference": GPT.load(cfg.init).requires_grad_(False),
             "critic": GPT.load(cfg.reward), "reward": GPT.load(cfg.reward).requires_grad_(False)}
+    runtime.require_reward_model(cfg.reward, nets["reward"], tokenizer)
     if cfg.batch // cfg.minibatches < parallel.world():
         raise ValueError(f"{parallel.world()} processes need --batch and --minibatches that leave a minibatch a row for each")
     room = nets["actor"].config.block_size - cfg.max_new_tokens
@@ -334,7 +337,8 @@ def train(cfg):
                     "tokens_per_second": mask.sum() / (runtime.time.time() - clock)}
         found = warnings(cfg, metrics)
         for text in sorted(found - warned):                     # once, until it passes and comes back
-            print(f"warning, step {run.step + 1}: {text}", file=sys.stderr, flush=True)
+            if run.first_process:
+                print(f"warning, step {run.step + 1}: {text}", file=sys.stderr, flush=True)
         warned = found
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)

@@ -22,11 +22,11 @@ import runtime
 from data import annotators, loading
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import flag
+from flags import Training, flag
 
 
 @dataclass
-class Config(runtime.Training):
+class Config(Training):
     out: str = flag("out/reward_model", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint to start from, whose samples set the scale")
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
@@ -128,7 +128,7 @@ def evaluate(model, run, held_out):
 def normalize(model, sft, tokenizer, run, prompts):
     """Shift and scale the head so that SFT samples have mean score 0 and deviation 1. Returns the old (mean, deviation)."""
     prompts, seeds = [tokenizer.prompt(p) for p in run.rng.choices(prompts, k=run.cfg.normalize)], run.seeds(run.cfg.normalize)
-    room = min(64, model.config.block_size - max(map(len, prompts)))
+    room = min(64, model.config.block_size // 2)                # the prompts leave as much
     scores = []
     for rows, live in parallel.micro_batches(range(len(prompts)), 64):
         part = [prompts[i] for i in rows]
@@ -153,6 +153,8 @@ def train(cfg):
     examples = loading.fit(encode(tokenizer, preferences), length, size, "preferences")
     held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
 
+    prompts = loading.fit([p.prompt for p in preferences], lambda p: len(tokenizer.prompt(p)), size - min(64, size // 2),
+                          "prompts to sample from") if cfg.normalize else []
     steps = cfg.epochs * -(-len(examples) // cfg.batch)
     run = runtime.Run(cfg, steps)
     parallel.prepare(run, model)
@@ -187,7 +189,9 @@ def train(cfg):
     print("held out:  " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
     print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibration))
     if cfg.normalize:
-        mean, deviation = normalize(model, GPT.load(cfg.init, device=run.device), tokenizer, run, [p.prompt for p in preferences])
+        sft = GPT.load(cfg.init).requires_grad_(False)
+        parallel.prepare(run, sft)
+        mean, deviation = normalize(model, sft, tokenizer, run, prompts)
         print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: SFT samples now have mean 0 and deviation 1")
         found |= {"sft_mean": mean, "sft_deviation": deviation}
     run.finish(model, tokenizer, held_out=found, calibration=calibration)

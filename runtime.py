@@ -1,6 +1,6 @@
-"""What every stage needs around its algorithm: flags, device and precision, optimiser and schedule, metrics, files.
+"""What every stage needs around its algorithm: device and precision, optimiser and schedule, metrics, files.
 
-A stage declares its flags as a dataclass of `flag(default, help, ...)` fields on top of Settings, and ends with
+A stage declares its flags as a dataclass on top of Training (flags.py), and ends with
 
     if __name__ == "__main__":
         runtime.main(Config, train, __doc__)
@@ -8,7 +8,6 @@ A stage declares its flags as a dataclass of `flag(default, help, ...)` fields o
 A Run is one stage at work: it owns the output folder, writes metrics.jsonl (one line a step) and, if TensorBoard is
 installed, its event files, prints one tidy line now and then with the time left, and keeps a checkpoint to go on from.
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -25,81 +24,33 @@ import torch
 import parallel
 from checkpoint import Checkpoints, finite, fingerprints
 from data.loading import WORLD
+from data.tokenizer import Tokenizer
+from flags import parse, program
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:
     SummaryWriter = None
 
-STARTED = time.time()                   # imports included: what a person waits for
+
+def process_started():
+    """When this process began, imports included: what a person waits for. Where Linux does not say so, now."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            age = float(uptime.read().split()[0]) - int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - (age if 0 < age < 60 else 0)
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+STARTED = process_started()
+# What may change when a run goes on: it does not change the weights (but for rounding).
+FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload", "micro_batch", "micro_tokens",
+        "checkpoint_blocks", "compile", "gather_at_once"}
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-# ---------------------------------------------------------------------------------------- flags
-
-def flag(default, help, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line flag; a tuple of texts comes as words without a flag's name.
-    low and high are inclusive."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
-
-@dataclasses.dataclass
-class Settings:
-    """The flags that all scripts share."""
-    out: str = flag("out/run", "folder that the run writes")
-    seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
-    device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere",
-                          choices=("auto", "float32", "bfloat16"))
-    parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp shards it; "
-                         "auto takes fsdp when it would not fit a GPU", choices=("auto", "ddp", "fsdp"))
-    timeout: float = flag(600.0, "seconds that a process waits for the others", 1)
-    debug: bool = flag(False, "show the traceback of an error")
-
-
-@dataclasses.dataclass
-class Training(Settings):
-    """The flags that all stages share besides."""
-    save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
-    resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
-    micro_tokens: int = flag(0, "tokens a forward pass, padding included, besides micro_batch; 0 sets no bound", 0)
-    checkpoint_blocks: bool = flag(False, "compute a block's activations again in the backward pass: less memory, a third more time")
-    compile: bool = flag(False, "torch.compile each block; the first steps take minutes")
-    offload: bool = flag(False, "keep frozen networks on the CPU between uses")
-
-
-def parse(config, doc, argv=None):
-    """A config dataclass from the command line. A wrong flag ends the program with status 2 and the allowed range."""
-    parser = argparse.ArgumentParser(program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(config):
-        if f.type is tuple:
-            parser.add_argument(f.name, nargs="*", default=f.default, help=f.metadata["help"])
-            continue
-        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else \
-            {"type": f.type, "metavar": f.type.__name__, "choices": f.metadata["choices"]}
-        if f.metadata["choices"]:
-            how["metavar"] = "|".join(f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
-    values = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(config):
-        low, high, value = f.metadata["low"], f.metadata["high"], values[f.name]
-        huge = sys.float_info.max
-        if f.type in (int, float) and not (-huge if low is None else low) <= value <= (huge if high is None else high):
-            bounds = f"from {low} to {high}" if None not in (low, high) else (
-                (f"at least {low} and " if low is not None else f"at most {high} and " if high is not None else "") + "finite")
-            parser.error(f"argument --{f.name}: must be {bounds}, not {value}")
-    try:
-        return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except ValueError as e:                     # flags that do not go together
-        parser.error(str(e))
-
-
-def program():
-    """What the user started, for messages: ppo.py, or python -m data."""
-    folder, name = os.path.split(sys.argv[0])
-    return f"python -m {os.path.basename(folder)}" if name == "__main__.py" else name
-
+# ---------------------------------------------------------------------------------------- from the command line
 
 def main(config, train, doc):
     """Run a stage from the command line: one line and status 1 for what a user can put right."""
@@ -151,7 +102,16 @@ def stop(number, frame):
 def require(folder, stage):
     """Raise ValueError saying what to run first if a checkpoint folder is not there."""
     if not os.path.exists(os.path.join(folder, "config.json")):
-        raise ValueError(f"no model in {folder}: run `python {stage}.py` first, or name another folder")
+        first = f"run `python {stage}.py` first, or " if stage in ("sft", "reward_model", "dpo", "ppo") else ""
+        raise ValueError(f"no model in {folder}: {first}name another folder")
+
+
+def require_reward_model(folder, net, tokenizer):
+    """Raise ValueError if a network does not score, or reads other tokens."""
+    if net.head_kind != "scalar":
+        raise ValueError(f"{folder} is no reward model: it has no score")
+    if Tokenizer.load(folder).ranks != tokenizer.ranks:
+        raise ValueError(f"{folder} was trained with another tokenizer than the policy")
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -173,7 +133,7 @@ class Run:
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg, WORLD),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
-        self.checkpoints = Checkpoints(cfg.out)
+        self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
         if cfg.resume and self.checkpoints.last():
             self.must_be_the_same()
         elif self.first_process:
@@ -194,7 +154,7 @@ class Run:
             was = old["settings"] | old["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): {what_now}") from None
-        for name in sorted((was.keys() | now.keys()) - {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload"}):
+        for name in sorted((was.keys() | now.keys()) - FREE):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
                 raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
                                  f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
@@ -216,6 +176,9 @@ class Run:
         metrics, lines = os.path.join(self.cfg.out, "metrics.jsonl"), []
         if self.checkpoints.last():
             self.begin(self.checkpoints.load(parts))
+        if len(set(parallel.everyone(self.step))) > 1:
+            raise ValueError(f"the processes do not see the same checkpoint in {self.cfg.out}: machines must share that folder")
+        if self.step:
             with contextlib.suppress(FileNotFoundError), open(metrics, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             print(f"going on after step {self.step} of {self.total}", flush=True)
@@ -263,7 +226,8 @@ class Run:
                 self.checkpoints.wait()
                 kept = "the last good checkpoint is kept" if self.checkpoints.last() else "nothing was good enough to keep"
                 raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
-            print(f"{what}: not finite, no update made", file=sys.stderr, flush=True)
+            if self.first_process:
+                print(f"{what}: not finite, no update made", file=sys.stderr, flush=True)
         optimizer.zero_grad()
         return norm
 
@@ -303,7 +267,11 @@ class Run:
         self.checkpoints.wait()
         if not finite(model.state_dict()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
-        weights = {name: parallel.whole(x) for name, x in model.state_dict().items()}
+        weights = {}
+        for name, x in model.state_dict().items():
+            x = parallel.whole(x)                               # one at a time: a device need not hold them all
+            if self.first_process:
+                weights[name] = x.cpu()
         if self.first_process:
             self.write(model, weights, tokenizer, facts)
         parallel.total(0)                                       # nobody leaves before the files are there

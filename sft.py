@@ -17,11 +17,11 @@ import runtime
 from data import loading
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime import flag
+from flags import Training, flag
 
 
 @dataclass
-class Config(runtime.Training):
+class Config(Training):
     out: str = flag("out/sft", "folder that the run writes")
     data: str = flag("world", "demonstrations: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
@@ -107,7 +107,7 @@ def train(cfg):
             ids, learn = zip(*(examples[i] for i in rows))
             tokens, mask = loading.pad(ids).to(run.device), loading.pad(learn).to(run.device)
             with run.autocast():
-                part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total * live
+                part = sft_loss(model.logprobs(tokens, mask), mask) * mask.sum() / total * live    # live: 0 for a filler
             part.backward()
             loss, places = loss + part.item(), places + tokens.numel() * live
         loss, places = parallel.total(loss), parallel.total(places)

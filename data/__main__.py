@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import runtime
 from data import loading, world
-from runtime import flag
+from flags import flag
 
 
 @dataclass
@@ -44,7 +44,7 @@ def show(n, seed):
 def make(cfg):
     if cfg.show:
         return show(cfg.show, cfg.seed)
-    started = time.time()
+    started = runtime.STARTED
     loading.make_world(cfg.out, cfg.seed)
     seconds = time.time() - started
     runtime.write_json(f"{cfg.out}/run.json", {"started": started, "ended": started + seconds, "seconds": round(seconds, 1)})

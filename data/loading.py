@@ -5,6 +5,7 @@ import random
 
 import torch
 
+import parallel
 from data import annotators, records, tokenizer, world
 
 WORLD = "out/world"
@@ -60,9 +61,10 @@ def load(kind, data, held_out=""):
     """
     read = READERS[kind]
     if data == "world":
-        if not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):         # the last file that is written
+        if parallel.rank() == 0 and not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):    # the last one written
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
             make_world(WORLD)
+        parallel.total(0)                                       # the others wait for it
         parts = read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
     elif held_out:
         parts = read(data), read(held_out)

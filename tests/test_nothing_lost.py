@@ -11,6 +11,7 @@ import torch
 
 import runtime
 from conftest import SMALL, command, script
+from flags import Training
 from model import GPT, GPTConfig
 
 STAGES = ["sft", "reward_model", "dpo", "ppo"]
@@ -136,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, insid
 
 
 def a_run(folder, total=10, **settings):
-    run = runtime.Run(runtime.Training(out=str(folder), device="cpu", save_seconds=0.0, **settings), total)
+    run = runtime.Run(Training(out=str(folder), device="cpu", save_seconds=0.0, **settings), total)
     model = GPT(GPTConfig(vocab_size=8, block_size=4, n_layer=1, n_head=1, n_embd=4))
     optimizer = runtime.make_optimizer(model, 0.1)
     run.resume(model=model, optimizer=optimizer)

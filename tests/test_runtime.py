@@ -16,11 +16,12 @@ import ppo
 import reward_model
 import runtime
 import sft
-from runtime import flag
+import flags
+from flags import Training, flag
 
 
 @dataclasses.dataclass
-class Config(runtime.Training):
+class Config(Training):
     words: tuple = flag((), "some words")
     n: int = flag(3, "a number, 100 % of it", 1, 9)
     rate: float = flag(0.5, "another", 0)
@@ -35,7 +36,7 @@ def a_run(folder, total=10, **settings):
 
 
 def parsed(*argv):
-    return runtime.parse(Config, "A test.", list(argv))
+    return flags.parse(Config, "A test.", list(argv))
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -89,14 +90,14 @@ def every_flag():
 @pytest.mark.parametrize("stage, name, value, said", list(every_flag()), ids=lambda v: getattr(v, "__name__", None))
 def test_every_flag_out_of_range_is_refused_with_the_range(capsys, stage, name, value, said):
     with pytest.raises(SystemExit) as e:
-        runtime.parse(stage.Config, "", [f"--{name}={value}"])
+        flags.parse(stage.Config, "", [f"--{name}={value}"])
     error = capsys.readouterr().err
     assert e.value.code == 2 and f"--{name}" in error and said in error.splitlines()[-1]
 
 
 def test_flags_that_do_not_go_together_are_refused(capsys):
     with pytest.raises(SystemExit) as e:
-        runtime.parse(sft.Config, "", ["--n_embd", "100", "--n_head", "3"])
+        flags.parse(sft.Config, "", ["--n_embd", "100", "--n_head", "3"])
     assert e.value.code == 2 and "n_embd 100 is not a multiple of n_head 3" in capsys.readouterr().err
 
 
