@@ -10,7 +10,7 @@ import runtime  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 parallel.start("cpu", 60)
-model = parallel.spread(GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=64)), "fsdp")
+model = parallel.spread(GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=64)), "fsdp", "cpu")
 optimizer = runtime.make_optimizer(model, 1e-3)
 tokens = torch.randint(512, (2, 64))
 model.logprobs(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean().backward()
