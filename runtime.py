@@ -160,7 +160,7 @@ class Run:
                                  f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
 
     def begin(self, step):
-        """Step's randomness depends on the seed and on its number alone."""
+        """Stand before the step after `step`, whose randomness depends on the seed and on its number alone."""
         self.step = step
         self.rng = random.Random(f"{self.cfg.seed}/{step}")
         torch.manual_seed(self.rng.getrandbits(63))
@@ -243,7 +243,7 @@ class Run:
             for name, value in shown.items():
                 self.board.add_scalar(name, value, step)
         self.begin(step)
-        due = time.time() - self.saved >= max(self.cfg.save_seconds, min(1, self.cfg.save_seconds) * 20 * self.cost)
+        due = time.time() - self.saved >= (max(self.cfg.save_seconds, 20 * self.cost) if self.cfg.save_seconds else 0)
         stop, due = parallel.total(torch.tensor([bool(self.stop), due and self.first_process], dtype=torch.int32)).tolist()
         if stop or due:
             self.save()
