@@ -26,7 +26,6 @@ import parallel
 import runtime
 from data import loading
 from data.tokenizer import Tokenizer
-from model import GPT
 from flags import Training, flag
 
 
@@ -157,7 +156,7 @@ def train(cfg):
     runtime.require(cfg.init, "sft")
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     tokenizer = Tokenizer.load(cfg.init)
-    model = GPT.load(cfg.init)
+    model = parallel.load(cfg.init)
     size, length = model.config.block_size, lambda e: max(map(len, e.rows))
     examples = loading.fit(encode(tokenizer, preferences[:cfg.records or None]), length, size, "preferences")
     held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")

@@ -238,7 +238,7 @@ def contest(cfg, folders):
     device = runtime.pick_device(cfg.device)
 
     def load(folder):
-        net = GPT.load(folder).requires_grad_(False)
+        net = parallel.load(folder).requires_grad_(False)
         return parallel.spread(net, parallel.choose(cfg.parallel, [net] * 4, device), device)      # four are there at once
 
     tokenizer, reference = Tokenizer.load(folders[0]), load(folders[0])

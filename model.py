@@ -17,6 +17,7 @@ log-probabilities must differ from the old ones by the update alone), and biases
 """
 import json
 import math
+import mmap
 import os
 import struct
 from dataclasses import asdict, dataclass, fields
@@ -305,18 +306,19 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------------------------ files
 
-    def save(self, folder, weights=None):
-        """Write config.json and model.safetensors into the folder, made if need be. weights: the state_dict, if it is not
-        the model's own (which may be sharded over processes)."""
+    def save(self, folder, whole=lambda x: x):
+        """Write config.json and model.safetensors into the folder, made if need be. whole: what makes an ordinary tensor of
+        a parameter that is sharded over processes."""
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
             json.dump({"head": self.head_kind, **asdict(self.config)}, f, indent=1)
-        save_tensors(os.path.join(folder, "model.safetensors"), weights or self.state_dict())
+        save_tensors(os.path.join(folder, "model.safetensors"), self.state_dict(), whole)
 
     @classmethod
-    def load(cls, folder, head=None, device="cpu"):
+    def load(cls, folder, head=None, device="cpu", mapped=False):
         """The network that save() wrote. head: as saved if None; another kind starts that head anew on the saved
-        trunk (a reward model from a language model). Raises ValueError saying which file does not fit, and how."""
+        trunk (a reward model from a language model). mapped: leave the weights in the file, which must then stay as it is,
+        to be read where they are used. Raises ValueError saying which file does not fit, and how."""
         path = os.path.join(folder, "config.json")
         try:
             with open(path, encoding="utf-8") as f:
@@ -348,9 +350,9 @@ class GPT(nn.Module):
             have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
             if have != want:
                 raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, config.json asks for {want}")
-        model.to_empty(device="cpu").load_state_dict(tensors, strict=False)
+        model.load_state_dict({k: x.to(expected[k].dtype, copy=not mapped) for k, x in tensors.items()}, strict=False, assign=True)
         if new_head and hasattr(model, "head"):
-            model.head.apply(model._init)
+            model.head.to_empty(device="cpu").apply(model._init)
         return model.to(device)
 
 
@@ -397,9 +399,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool}
 
 
-def save_tensors(path, tensors):
+def save_tensors(path, tensors, whole=lambda x: x):
     """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, raw numbers.
-    A reader needs no code from the file. The file appears whole or not at all."""
+    A reader needs no code from the file. The file appears whole or not at all. whole() is asked for one tensor at a time."""
     header, offset, kind = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -411,7 +413,7 @@ def save_tensors(path, tensors):
         with open(path + ".tmp", "wb") as f:
             f.write(struct.pack("<Q", len(head)) + head)
             for tensor in tensors.values():
-                f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                f.write(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
@@ -422,25 +424,28 @@ def save_tensors(path, tensors):
 
 
 def load_tensors(path):
-    """Read {name: tensor} from a safetensors file. Raises ValueError if it is not one, or is cut short."""
+    """{name: tensor} of a safetensors file. They stay in it, mapped into memory, until they are read; what is written to
+    them does not reach the file. Raises ValueError if it is not one, or is cut short."""
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as f:
-            length = struct.unpack("<Q", f.read(8))[0]
-            if length > size:
-                raise ValueError("the header is cut short")
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            body = bytearray(f.read())
+            body = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        first = 8 + struct.unpack("<Q", body[:8])[0]                # where the numbers begin
+        if first > len(body):
+            raise ValueError("the header is cut short")
+        header = json.loads(body[8:first])
+        header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
+            if not 0 <= start <= end <= len(body) - first or end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name} is cut short")
-            flat = torch.frombuffer(body, dtype=dtype, count=math.prod(shape), offset=start) if end > start else \
-                torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape)
+            if end > start:
+                flat = torch.frombuffer(body, dtype=torch.uint8, count=end - start, offset=first + start)
+                aligned = (first + start) % dtype.itemsize == 0     # as our own files are
+                tensors[name] = (flat if aligned else flat.clone()).view(dtype).view(shape)
+            else:
+                tensors[name] = torch.empty(shape, dtype=dtype)
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError, MemoryError,
             struct.error) as e:

@@ -13,6 +13,9 @@ torchrun there is one process, and all of this does nothing.
 """
 import contextlib
 import os
+import time
+import uuid
+import weakref
 from datetime import timedelta
 
 import torch
@@ -20,7 +23,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
 
+from model import GPT
+
 _store = None                           # what all processes can read and write
+_copies = weakref.WeakSet()             # networks of which each process has its own: their gradients are added up once a step
 
 
 def start(device, timeout):
@@ -32,11 +38,39 @@ def start(device, timeout):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         global _store
         limit = timedelta(seconds=timeout)
-        store, number, many = next(rendezvous("env://", timeout=limit))
-        # torchrun keeps one store over its restarts: without a prefix, a process could meet the address of one that died
-        _store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=_store, rank=number, world_size=many,
-                                timeout=limit)
+        try:
+            store, number, many = next(rendezvous("env://", timeout=limit))
+            _store = dist.PrefixStore(meet(store, number, many, time.monotonic() + timeout), store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=_store, rank=number,
+                                    world_size=many, timeout=limit)
+        except (RuntimeError, TimeoutError) as e:
+            raise ValueError(f"the processes did not meet within {timeout:.0f} s (--timeout): {str(e).splitlines()[0]}") from None
+
+
+def meet(store, number, many, deadline):
+    """A name for this life of the job, the same in all its processes. torchrun keeps one store over its restarts, and
+    who followed what a dead process had written there would wait for it for ever.
+
+    The first process writes a name, counts the others in, strikes the name out and opens the door. A name left over from
+    a life that ended before that never gets its door opened, and is written over by the next."""
+    name, joined = uuid.uuid4().hex, set()
+    if number == 0:
+        store.set("life", name)
+    while time.monotonic() < deadline:
+        if number == 0 and store.add(f"{name}/here", 0) == many - 1:
+            store.set("life", "")
+            store.set(f"{name}/open", "")
+            return name
+        if number > 0:
+            name = store.get("life").decode()
+            if name and name not in joined:
+                joined.add(name)
+                store.add(f"{name}/here", 1)
+            for name in joined:
+                if store.check([f"{name}/open"]):
+                    return name
+        time.sleep(0.02)
+    raise TimeoutError("too few came")
 
 
 def stop():
@@ -92,6 +126,8 @@ def micro_batches(rows, size, tokens=0, width=None):
     mine, n = share(rows), max(len(pieces(rows[r::world()])) for r in range(world()))
     cuts = pieces(mine)
     for i in range(n):
+        for model in _copies:
+            model.set_requires_all_reduce(i == n - 1)
         yield (mine[slice(*cuts[i])], 1) if i < len(cuts) else (rows[:1], 0)
 
 
@@ -145,6 +181,11 @@ def choose(kind, models, device):
     return "fsdp" if need > 0.8 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
 
+def load(folder, head=None):
+    """GPT.load. Where there are several processes, each reads no more of the file than spread() will let it keep."""
+    return GPT.load(folder, head, mapped=world() > 1)
+
+
 def is_frozen(model):
     return not any(p.requires_grad for p in model.parameters())
 
@@ -168,6 +209,8 @@ def spread(model, kind, device, bfloat16=False, offload=False):
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "generate"):
         register_fsdp_forward_method(model, name)
+    if kind == "ddp":
+        _copies.add(model)
     return model
 
 

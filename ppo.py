@@ -29,7 +29,6 @@ import parallel
 import runtime
 from data import loading, world
 from data.tokenizer import Tokenizer
-from model import GPT
 from flags import Training, flag
 
 
@@ -299,8 +298,8 @@ def train(cfg):
     runtime.require(cfg.init, "sft")
     runtime.require(cfg.reward, "reward_model")
     tokenizer = Tokenizer.load(cfg.init)
-    nets = {"actor": GPT.load(cfg.init), "reference": GPT.load(cfg.init).requires_grad_(False),
-            "critic": GPT.load(cfg.reward), "reward": GPT.load(cfg.reward).requires_grad_(False)}
+    nets = {"actor": parallel.load(cfg.init), "reference": parallel.load(cfg.init).requires_grad_(False),
+            "critic": parallel.load(cfg.reward), "reward": parallel.load(cfg.reward).requires_grad_(False)}
     runtime.require_reward_model(cfg.reward, nets["reward"], tokenizer)
     if cfg.batch // cfg.minibatches < parallel.world():
         raise ValueError(f"{parallel.world()} processes need --batch and --minibatches that leave a minibatch a row for each")

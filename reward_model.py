@@ -21,7 +21,6 @@ import parallel
 import runtime
 from data import annotators, loading
 from data.tokenizer import Tokenizer
-from model import GPT
 from flags import Training, flag
 
 
@@ -148,7 +147,7 @@ def train(cfg):
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     tokenizer = Tokenizer.load(cfg.init)
     torch.manual_seed(cfg.seed)                                 # before the new head is drawn
-    model = GPT.load(cfg.init, head="scalar")
+    model = parallel.load(cfg.init, head="scalar")
     size, length = model.config.block_size, lambda e: max(map(len, e[0]))
     examples = loading.fit(encode(tokenizer, preferences), length, size, "preferences")
     held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
@@ -189,7 +188,7 @@ def train(cfg):
     print("held out:  " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
     print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibration))
     if cfg.normalize:
-        sft = GPT.load(cfg.init).requires_grad_(False)
+        sft = parallel.load(cfg.init).requires_grad_(False)
         parallel.prepare(run, sft)
         mean, deviation = normalize(model, sft, tokenizer, run, prompts)
         print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: SFT samples now have mean 0 and deviation 1")

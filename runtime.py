@@ -130,8 +130,9 @@ class Run:
         self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), None
         self.device, self.first_process = pick_device(cfg.device), parallel.rank() == 0
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
-        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg, WORLD),
-                      "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        inputs = parallel.everyone(fingerprints(cfg, WORLD) if self.first_process else None)[0]
+        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": inputs, "started": STARTED,
+                      "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
         self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
         if cfg.resume and self.checkpoints.last():
@@ -267,19 +268,17 @@ class Run:
         self.checkpoints.wait()
         if not finite(model.state_dict()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
-        weights = {}
-        for name, x in model.state_dict().items():
-            x = parallel.whole(x)                               # one at a time: a device need not hold them all
-            if self.first_process:
-                weights[name] = x.cpu()
         if self.first_process:
-            self.write(model, weights, tokenizer, facts)
+            self.write(model, tokenizer, facts)
+        else:
+            for x in model.state_dict().values():               # the first one asks for them in this order
+                parallel.whole(x)
         parallel.total(0)                                       # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
 
-    def write(self, model, weights, tokenizer, facts):
+    def write(self, model, tokenizer, facts):
         aside = os.path.join(self.cfg.out, "new")
-        model.save(aside, weights)
+        model.save(aside, parallel.whole)
         tokenizer.save(aside)
         for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
@@ -312,9 +311,9 @@ def pick_device(name):
 # ---------------------------------------------------------------------------------------- optimiser
 
 def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
-    """AdamW (Loshchilov & Hutter 2019); biases, norms and other vectors do not decay."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW (Loshchilov & Hutter 2019) for all that is not frozen; biases, norms and other vectors do not decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                              lr=lr, betas=(0.9, 0.99), eps=eps, fused=True)
 

@@ -83,7 +83,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)                                 # before the weights of a new model are drawn
     if cfg.init:
         runtime.require(cfg.init, "sft")
-        tokenizer, model = Tokenizer.load(cfg.init), GPT.load(cfg.init, head="lm")
+        tokenizer, model = Tokenizer.load(cfg.init), parallel.load(cfg.init, head="lm")
     else:
         tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data)
         model = GPT(GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=cfg.block_size,

@@ -16,6 +16,8 @@ import model  # noqa: E402
 import runtime  # noqa: E402
 
 where, how, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.argv = sys.argv[4:]
+done = sys.argv[sys.argv.index("--out") + 1] + ".misbehaved"         # a file: restarts are counted machine by machine
 torch.set_default_dtype(torch.float64)
 
 
@@ -30,7 +32,8 @@ def fail():
 def fail_before(function):
     def wrapped(*args, **kwargs):
         run = runtime.Run.at_work
-        if (run and run.step == 2 and int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
+        if run and run.step == 2 and int(os.environ["RANK"]) == rank and not os.path.exists(done):
+            open(done, "w").close()
             fail()
         return function(*args, **kwargs)
     return wrapped
@@ -42,5 +45,4 @@ elif where == "update":
     runtime.Run.descend = fail_before(runtime.Run.descend)
 else:                                               # with half of the checkpoint's file written
     os.fsync = fail_before(os.fsync)
-sys.argv = sys.argv[4:]
 runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
