@@ -153,7 +153,9 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, cache=None, again=False):
+        if again:       # in here, so that what is wrapped around a block (FSDP, torch.compile) is not done again
+            return checkpoint(self.forward, x, positions, use_reentrant=False)
         x = x + self.attention(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -204,7 +206,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         again = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = checkpoint(block, x, positions, use_reentrant=False) if again else block(x, positions, None if cache is None else cache[i])
+            x = block(x, positions, None if cache is None else cache[i], again)
         return self.norm(x)
 
     def unembed(self, x):

@@ -2,10 +2,10 @@
 
 Every process draws the same batch and works through its share of the rows; each one's loss is its share of the mean
 over the whole batch, and PyTorch adds the gradients up. fully_shard (FSDP2) does it for both ways of going parallel,
-on a mesh of (copies, shards):
+on a mesh of N copies of one shard, or of N shards:
 
-    ddp     (N, 1)   every process keeps the whole training state, gradients are added up
-    fsdp    (1, N)   every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
+    ddp              every process keeps the whole training state, gradients are added up
+    fsdp             every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
                      parameters when it is the block's turn
 
 So that a result never depends on N, rows carry their own noise (seeds), and sums run over all processes. Without
@@ -196,10 +196,13 @@ def spread(model, kind, device, bfloat16=False, offload=False):
     a block at a time moves to the device, so that it need not hold the whole. offload: the shards of a frozen one wait
     on the CPU."""
     if not dist.is_initialized() or (kind == "ddp" and is_frozen(model)):
+        for p in model.parameters() if world() > 1 else ():
+            p.data = p.data.clone()                             # out of the file
         return model if offload and is_frozen(model) else model.to(device)
     from torch.distributed.device_mesh import init_device_mesh          # a second to import, and often not needed
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(device, (world(), 1) if kind == "ddp" else (1, world()), mesh_dim_names=("copies", "shards"))
+    shape, names = ((world(), 1), ("copies", "shards")) if kind == "ddp" else ((world(),), ("shards",))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else MixedPrecisionPolicy()
     for module in (*model.blocks, model):
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered parameters.

@@ -1,4 +1,4 @@
-"""How much memory a stage needs on each device, on paper, before a cluster is asked for.
+"""How much memory a stage needs on each device, and how much it sends, on paper, before a cluster is asked for.
 
     python plan.py --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied --vocab_size 128256
@@ -7,12 +7,15 @@
 Bytes, with P parameters, N processes and b bytes a number in matrix products:
 
     state          16·P a trained network (float32 parameters, gradients, Adam's two moments), 4·P a frozen one; fsdp: ÷ N
-    gathered       fsdp: what one block and its successor need whole, and the embeddings, in b; to sample, all of P in b,
-                   unless --no-gather_at_once
+    gathered       with other processes: what a block and the embeddings need whole, in b, and fsdp the next block's; to
+                   sample, all of P in b, unless --no-gather_at_once
     activations    what the backward pass needs of each token and block, counted below; --checkpoint_blocks: a block's input
-    logits         3 · V · 4 a token that is learnt: log-probabilities, their gradient and that of the logits
+    logits         of V numbers of 4 bytes a token that is learnt: log-probabilities, their gradient and that of the logits
     cache          keys and values of every row that is sampled, in b
+    sent           fsdp: (2·b + 4)·P·(N − 1)/N a forward and backward pass, to gather twice and add gradients up; ddp: 8·P·(N − 1)/N
+                   an optimiser step
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +24,8 @@ import runtime
 from model import GPT, GPTConfig
 from flags import flag
 
-NETWORKS = {"sft": (1, 0), "reward_model": (1, 0), "dpo": (1, 0), "ppo": (2, 2)}        # trained, frozen
+NETWORKS = {"sft": (["lm"], []), "reward_model": (["scalar"], []), "dpo": (["lm"], []),
+            "ppo": (["lm", "scalar"], ["lm", "scalar"])}            # heads of those that are trained, and frozen
 GB = 1e9
 
 
@@ -30,10 +34,10 @@ class Config:
     stage: str = flag("ppo", "stage", choices=tuple(NETWORKS))
     processes: int = flag(8, "devices", 1)
     parallel: str = flag("fsdp", "how", choices=("ddp", "fsdp"))
-    micro_batch: int = flag(4, "rows a forward pass", 1)
+    batch: int = flag(64, "rows an optimiser step, of all devices; ppo: prompts a rollout", 1)
+    micro_batch: int = flag(4, "rows a forward pass of a device", 1)
     length: int = flag(1024, "tokens a row", 1)
     learnt: float = flag(0.5, "share of them that is learnt from", 0, 1)
-    rollout: int = flag(32, "rows that a device samples at once (ppo)", 1)
     checkpoint_blocks: bool = flag(False, "as in training")
     gather_at_once: bool = flag(True, "as in ppo.py")
     bytes: int = flag(2, "a number in matrix products: 2 is bfloat16, 4 float32", 2, 4)
@@ -57,12 +61,13 @@ class Config:
             block_size=self.length)
 
 
-def parameters(shape):
-    """(of all, of a block)."""
+def parameters(shape, head="lm"):
+    """(of all, of a block, of the embeddings and the head)."""
     with torch.device("meta"):
-        model = GPT(replace(shape, n_layer=1))
+        model = GPT(replace(shape, n_layer=1), head)
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    return sum(p.numel() for p in model.parameters()) + (shape.n_layer - 1) * block, block
+    ends = sum(p.numel() for p in model.parameters()) - block
+    return ends + shape.n_layer * block, block, ends
 
 
 def activations(shape, b):
@@ -77,34 +82,58 @@ def activations(shape, b):
 
 
 def plan(cfg):
-    """{what: bytes on each device}, at the moment when most is there: the first backward pass after one whose gradients
-    are kept."""
-    shape, b = cfg.shape, cfg.bytes
-    P, block = parameters(shape)
-    trained, frozen = NETWORKS[cfg.stage]
-    shards = cfg.processes if cfg.parallel == "fsdp" else 1
+    """{what: bytes on each device, or sent by it}. The peak is the largest of three moments: the start of a backward pass,
+    its end, and sampling."""
+    shape, b, N = cfg.shape, cfg.bytes, cfg.processes
+    trained, frozen = ([parameters(shape, head) for head in heads] for heads in NETWORKS[cfg.stage])
+    shards = N if cfg.parallel == "fsdp" else 1
+    P_trained, P_frozen = (sum(P for P, _, _ in nets) for nets in (trained, frozen))
+    P, block, ends = trained[0]
+    lm = NETWORKS[cfg.stage][0][0] == "lm"
+    minibatches, epochs = (2, 2) if cfg.stage == "ppo" else (1, 1)          # ppo.py's defaults
+    passes = math.ceil(cfg.batch / minibatches / N / cfg.micro_batch)       # of an optimiser step
+    held = (12 * P_trained + 4 * P_frozen) / shards                         # without gradients
+    gradients = 4 * P_trained / shards
+
     tokens = cfg.micro_batch * cfg.length
     of_block, of_input = activations(shape, b)
-    logits = 3 * tokens * cfg.learnt * shape.vocab_size * 4
-    # In a block's backward pass: gradients of what is inside, and of a tied embedding, which waits for its other half.
-    inside = tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
-    inside += shape.vocab_size * shape.n_embd * 4 if shape.tied else 0
     if cfg.checkpoint_blocks:
-        need = tokens * shape.n_layer * of_input + max(logits, tokens * of_block + inside)
+        kept, again = tokens * shape.n_layer * of_input, tokens * of_block
     else:
-        need = tokens * shape.n_layer * of_block + max(logits, inside)
-    out = {"state": (16 * trained + 4 * frozen) * P / shards, "activations and logits": need, "gathered": 0.0, "sampling": 0.0}
-    if shards > 1:
-        out["gathered"] = (P - (shape.n_layer - 2) * block) * b if shape.n_layer > 2 else P * b
+        kept, again = tokens * shape.n_layer * of_block, 0
+    logits = (5 if cfg.stage == "ppo" else 3) * lm * tokens * cfg.learnt * shape.vocab_size * 4     # PPO's entropy has its own
+    embedding = shape.vocab_size * shape.n_embd * (b if N > 1 else 4)
+    # In a block's backward pass: gradients of what is inside, and of a tied embedding, which waits for its other half.
+    inside = again + tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
+    inside += embedding * (shape.tied and lm)
+    # What has been gathered is there twice for a moment: as it came, and as it is used. fsdp gathers a block ahead.
+    gathered = 0 if N == 1 else max(2 * ends + block, ends + 2 * block * (shards > 1)) * b
+    cast = P_trained * b if N == 1 and b < 4 else 0                         # autocast's copies, which the backward pass uses
+    begins = gradients * (passes > 1) + cast + kept * len(trained) + max(logits, inside) + gathered
+    ends_with = embedding * (3 if shape.tied and lm else 1)                 # both halves of the gradient, and their sum
+    if N > 1:                                                               # or the gradients of all that, on their way
+        ends_with = max(ends_with + (ends + block) * b, ends * (b + 4 + 4 / shards))
+    ends_with += gradients
+    sampling = 0
     if cfg.stage == "ppo":
-        cache = cfg.rollout * cfg.length * shape.n_layer * 2 * shape.n_kv_head * (shape.n_embd // shape.n_head) * b
-        out["sampling"] = cache + (0 if shards == 1 else P * b if cfg.gather_at_once else out["gathered"])
-    # sampling and the backward pass take turns
-    out["peak"] = out["state"] + max(out["activations and logits"] + out["gathered"], out["sampling"])
-    # what a process sends and receives for one step: gathers for forward and backward, and the gradients' reduction
-    sends = (shards - 1) / shards if shards > 1 else 2 * (cfg.processes - 1) / cfg.processes
-    out["moved a step"] = trained * P * sends * ((2 * b + 4) if shards > 1 else 4)
-    return out
+        width = b if N > 1 else 4                               # one process samples in float32
+        rows = cfg.batch / N
+        sampling = rows * cfg.length * shape.n_layer * 2 * shape.n_kv_head * (shape.n_embd // shape.n_head) * width     # cache
+        prompts = rows * cfg.length * (1 - cfg.learnt) * (2 * shape.mlp_hidden + 4 * shape.n_embd) * width  # read at once
+        sampling += max(prompts, 5 * rows * shape.vocab_size * 4) + gathered
+        if N > 1 and cfg.gather_at_once:
+            sampling += P * b
+
+    share = (N - 1) / N
+    if shards == 1:
+        sent = 8 * P_trained * share * epochs * minibatches
+    else:
+        sent = P_trained * (2 * b + 4) * share * passes * epochs * minibatches
+    if cfg.stage == "ppo" and shards > 1:                       # a rollout is sampled, then read by all four networks
+        rollout = math.ceil(cfg.batch / N / cfg.micro_batch)
+        sent += b * share * (P * (1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)) + (P_trained + P_frozen - P * (b == 4)) * rollout)
+    return {"state": held + gradients, "backward begins": begins - gradients * (passes > 1), "sampling": sampling,
+            "peak": held + max(begins, ends_with, sampling), "sent a step": sent}
 
 
 LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, tied=False)
@@ -118,15 +147,23 @@ MODELS = {
 
 
 def table():
-    """Lines of Markdown: gigabytes a device for SFT and for PPO under fsdp, one row of 1,024 tokens a forward pass, eight
-    sampled at once, block by block, and recomputed blocks."""
+    """Lines of Markdown for SFT and PPO under fsdp, in bfloat16 with recomputed blocks: what each device holds, and what it
+    sends for a step on eight of them. Eight rows of 1,024 tokens a device, one a forward pass; the policy is gathered at
+    once to sample if that is less than 40 GB."""
+    def size(n):
+        unit, name = (1e12, "TB") if n >= 1e13 else (GB, "GB")
+        return f"{n / unit:.0f} {name}" if n >= 10 * unit else f"{n / unit:.1f} {name}"
+
     counts = (1, 8, 16, 64)
-    lines = ["| model | stage | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in counts) + " |", "|---" * (2 + len(counts)) + "|"]
+    lines = ["| model | stage | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in counts) + " | each of 8 sends a step |",
+             "|---" * (3 + len(counts)) + "|"]
     for name, shape in MODELS.items():
         for stage in ("sft", "ppo"):
-            needs = [plan(Config(stage=stage, processes=n, micro_batch=1, rollout=8, checkpoint_blocks=True, gather_at_once=False, **shape))["peak"] / GB
-                     for n in counts]
-            lines.append(f"| {name} | {stage} | " + " | ".join(f"{x:.0f} GB" if x >= 10 else f"{x:.1f} GB" for x in needs) + " |")
+            plans = {n: Config(stage=stage, processes=n, batch=8 * n, micro_batch=1, checkpoint_blocks=True, **shape) for n in counts}
+            for cfg in plans.values():
+                cfg.gather_at_once = parameters(cfg.shape)[0] * cfg.bytes < 40 * GB
+            lines.append(f"| {name} | {stage} | " + " | ".join(size(plan(cfg)["peak"]) for cfg in plans.values())
+                         + f" | {size(plan(plans[8])['sent a step'])} |")
     return lines
 
 
@@ -134,7 +171,7 @@ def main(cfg):
     if cfg.table:
         print("\n".join(table()))
         return
-    P, _ = parameters(cfg.shape)
+    P = parameters(cfg.shape)[0]
     print(f"{cfg.stage} of {P / 1e9:.2f} B parameters, {cfg.parallel} on {cfg.processes}:  " + "  ".join(
         f"{what} {n / GB:.2f} GB" for what, n in plan(cfg).items()))
 

@@ -21,10 +21,20 @@ SMALL = {
 }
 
 
+def on_cpu(name):
+    return ["--device", "cpu"] if name in SMALL else []
+
+
 def command(name, flags):
-    """How to start a stage: the same threads each time, for the same weights."""
-    return {"args": [sys.executable, "-u", os.path.join(ROOT, f"{name}.py"), *flags.split()], "text": True,
+    """How to start a stage: on the CPU with the same threads each time, for the same weights."""
+    return {"args": [sys.executable, "-u", os.path.join(ROOT, f"{name}.py"), *on_cpu(name), *flags.split()], "text": True,
             "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def pytest_configure(config):
+    """Only `-m gpu` sees GPUs: the other tests count on what the CPU does bit for bit."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def script(name, flags, folder, stdin=""):
@@ -37,7 +47,7 @@ def inside(monkeypatch, capsys):
     def run(name, flags, folder):
         stage, handlers, threads = importlib.import_module(name), {n: signal.getsignal(n) for n in runtime.SIGNALS}, torch.get_num_threads()
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *on_cpu(name), *flags.split()])
         torch.set_num_threads(1)
         capsys.readouterr()
         try:

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +21,9 @@ FLAGS = {
     "dpo": "--records 70 --batch 7 --micro_batch 2",
     "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --ptx_coef 0.1 --ptx_batch 9 --whiten_rewards --entropy_coef 0.01",
 }
+FLAGS = {stage: f"--device cpu {flags}" for stage, flags in FLAGS.items()}
 THRIFTY = "--checkpoint_blocks --offload --micro_tokens 300"
-EVALUATE = "out/sft out/dpo --samples 2 --best_of 4 --show 1 --max_new_tokens 12"
+EVALUATE = "out/sft out/dpo --device cpu --samples 2 --best_of 4 --show 1 --max_new_tokens 12"
 SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
@@ -127,6 +129,19 @@ def test_flags_that_save_memory_or_time_leave_the_weights_as_they_are(alone, sta
     assert_close(alone / out, alone / f"out/alone/{stage}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_that_save_memory_or_time_go_together_in_every_combination(alone, kind):
+    every = ["--checkpoint_blocks", "--compile", "--offload", "--micro_tokens 300", "--no-gather_at_once"]
+    sets = [[flag for i, flag in enumerate(every) if n >> i & 1] for n in range(1, 2 ** len(every))]
+    outs = [f"out/every_{kind}/{n}" for n in range(len(sets))]
+    commands = [f"ppo.py {FLAGS['ppo']} --parallel {kind} {' '.join(flags)} --out {out}" for flags, out in zip(sets, outs)]
+    done = subprocess.run(**torchrun(2, "tests/in_float64.py", commands, alone))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for out in outs:
+        assert_close(alone / out, alone / "out/alone/ppo")
+
+
 # ------------------------------------------------------------------------------------------ failing as one
 
 def misbehave(where, how, rank, flags, folder, processes=2, restarts=0, script="ppo.py"):
@@ -152,6 +167,24 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
     assert steps == [1, 2, 3]
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_two_machines_start_again_after_a_killed_process(alone, rank):
+    """Two torchruns of two processes each, which meet over a port."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    out = f"out/two_machines_{rank}"
+    arguments = ["update", "kill", str(rank), "ppo.py", *f"{FLAGS['ppo']} --parallel fsdp --save_seconds 0 --out {out}".split()]
+    start = torchrun(2, "tests/misbehave.py", arguments, alone, restarts=2)
+    meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", f"--rdzv_id={port}"]
+    start["args"] = [word for a in start["args"] for word in (meet if a == "--standalone" else [a])]
+    both = [subprocess.Popen(**start) for _ in range(2)]
+    said = [machine.communicate(timeout=300) for machine in both]
+    assert [machine.returncode for machine in both] == [0, 0], said
+    assert "going on after step" in said[0][0] + said[1][0]
+    assert_close(alone / out, alone / "out/alone/ppo")
+
+
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_raises_ends_the_job_with_its_line(alone, rank):
     began = time.time()
@@ -172,7 +205,7 @@ def test_a_process_that_hangs_ends_the_job_within_the_time_limit(alone, rank):
 
 def test_a_bad_record_is_one_line_for_all_processes(alone):
     (alone / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-    done = subprocess.run(**torchrun(2, "sft.py", ["--data", "bad.jsonl", "--out", "out/bad"], alone))
+    done = subprocess.run(**torchrun(2, "sft.py", ["--device", "cpu", "--data", "bad.jsonl", "--out", "out/bad"], alone))
     assert done.returncode == 1 and own_lines(done.stderr, "sft.py") == ['sft.py: bad.jsonl, line 2: field "response" is missing']
 
 

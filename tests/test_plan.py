@@ -1,24 +1,105 @@
-"""The memory that plan.py promises is the memory that training takes."""
+"""The memory that plan.py promises is the memory that training takes, and the bytes are those that are sent."""
+import json
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import plan
 import runtime
+from conftest import ROOT
+from data.tokenizer import Tokenizer
 from model import GPT
+from test_parallel import torchrun
 
 SHAPES = {
-    "deep": dict(n_layer=6, n_head=4, n_embd=96, vocab_size=512),
-    "wide": dict(n_layer=2, n_head=4, n_embd=256, vocab_size=4096, mlp="gelu"),
-    "llama": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, mlp_hidden=384, vocab_size=1024, mlp="swiglu", norm="rmsnorm",
+    "deep": dict(n_layer=12, n_head=4, n_embd=256, vocab_size=1024, mlp="gelu"),
+    "wide": dict(n_layer=3, n_head=4, n_embd=512, vocab_size=16384),
+    "llama": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=384, mlp_hidden=1024, vocab_size=8192, mlp="swiglu", norm="rmsnorm",
                   positions="rotary", bias=False, tied=False),
+}
+PROMPT = "When is a good time to go to bed and what is the capital of France and what colour is a cat?"
+ANSWERS = "Paris is the capital of France, and eight is a good time.", "London is the capital of Spain, and nine is a good time."
+FLAGS = {                                           # two and more micro-batches of four rows in each process
+    "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
+    "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --normalize 0",
+    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --records 16",
+    "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 --update_kl 0 --max_new_tokens {n}",
 }
 
 
-def peak(step):
-    """The most bytes that are allocated at once while step() runs, beyond what was there before."""
+def steps(cfg, device):
+    """Two optimiser steps of two forward passes each, as sft.py takes them."""
+    model = GPT(cfg.shape).to(device)
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    optimizer = runtime.make_optimizer(model, 1e-3)
+    tokens = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.length), device=device)
+    mask = torch.arange(cfg.length, device=device).expand_as(tokens) >= (1 - cfg.learnt) * cfg.length
+    for _ in range(2):
+        for _ in range(2):
+            (-model.logprobs(tokens, mask).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def inputs(chain, tmp_path_factory):
+    """A folder with networks of all shapes and data whose rows are all as long: its path, and the tokens of prompt and answer."""
+    folder, tokenizer = tmp_path_factory.mktemp("plan"), Tokenizer.load(str(chain[0] / "out/world"))
+    for name, shape in SHAPES.items():
+        for head in ("lm", "scalar"):
+            GPT(plan.Config(length=128, **shape).shape, head).save(str(folder / name / head))
+            tokenizer.save(str(folder / name / head))
+    record = {"prompt": PROMPT, "response": ANSWERS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(35)))        # three are held out
+    return folder, len(tokenizer.prompt([{"role": "user", "content": PROMPT}])), len(tokenizer.response(ANSWERS[0]))
+
+
+def measured(inputs, shape, stage, processes, kind, flags=""):
+    """What plan.py is asked, and [(most bytes held while loading, and while training, bytes sent a step) of each process]
+    of a run of a stage."""
+    folder, prompt, answer = inputs
+    arguments = [f"{stage}.py", *FLAGS[stage].format(shape=shape, n=answer).split(), *flags.split(), "--device", "cpu", "--parallel", kind,
+                 "--save_seconds", "1e6", "--no-resume", "--out", f"out/{shape}/{stage}"]
+    start = torchrun(processes, "tests/peak_bytes.py", arguments, folder)
+    if processes == 1:
+        start["args"] = [sys.executable, os.path.join(ROOT, "tests/peak_bytes.py"), *arguments]
+    start["env"] |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(**start)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cfg = plan.Config(stage=stage, processes=processes, parallel=kind, batch=16, micro_batch=4, length=prompt + answer,
+                      learnt=answer / (prompt + answer), bytes=4, checkpoint_blocks="--checkpoint_blocks" in flags, **SHAPES[shape])
+    found = re.findall(r"process \d: loading (\d+), peak (\d+), sent (\d+)", done.stderr)
+    assert len(found) == processes
+    return cfg, [tuple(map(int, each)) for each in found]
+
+
+FAST = [("deep", "sft", 2, "ddp", ""), ("wide", "sft", 2, "fsdp", "")]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("shape, stage, processes, kind, flags", [*FAST, *(
+    pytest.param(*case, marks=pytest.mark.slow) for shape in SHAPES for stage in FLAGS for processes, kind in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
+    for flags in ("", "--checkpoint_blocks")[:1 + (stage in ("sft", "ppo"))] if (case := (shape, stage, processes, kind, flags)) not in FAST)])
+def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape, stage, processes, kind, flags):
+    cfg, found = measured(inputs, shape, stage, processes, kind, flags)
+    promised = plan.plan(cfg)
+    weights = sum(4 * plan.parameters(cfg.shape, head)[0] for heads in plan.NETWORKS[stage] for head in heads)
+    for loading, peak, sent in found:
+        if kind == "fsdp":                                          # no process ever holds a network whole
+            assert loading == pytest.approx(weights / processes, rel=0.1)
+        assert promised["peak"] == pytest.approx(peak, rel=0.1)
+        assert promised["sent a step"] == pytest.approx(sent, rel=0.02)
+
+
+def peak(function):
+    """The most bytes that tensors fill at once while a function runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
+        function()
     now = most = 0
     for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
@@ -28,25 +109,17 @@ def peak(step):
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_plan_is_within_a_tenth_of_what_training_takes(shape, again):
-    cfg = plan.Config(stage="sft", processes=1, micro_batch=6, length=96, learnt=0.5, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
-    model = GPT(cfg.shape)
-    model.checkpoint_blocks = again
-    optimizer = runtime.make_optimizer(model, 1e-3)
-    tokens, mask = torch.randint(cfg.vocab_size, (6, 96)), torch.arange(96).expand(6, 96) >= 48
-
-    def micro_batch():
-        (-model.logprobs(tokens, mask).sum()).backward()
-
-    micro_batch()                                                   # gradients are there
-    optimizer.step()
-    state = sum(t.numel() * t.element_size() for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()))
-    promised = plan.plan(cfg)
-    assert promised["state"] == pytest.approx(state, rel=0.01)
-    assert promised["activations and logits"] == pytest.approx(peak(micro_batch), rel=0.1)
+def test_a_plan_is_within_a_tenth_of_what_tensors_fill(shape, again):
+    cfg = plan.Config(stage="sft", processes=1, batch=8, micro_batch=4, length=128, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
+    assert plan.plan(cfg)["peak"] == pytest.approx(peak(lambda: steps(cfg, "cpu")), rel=0.1)
 
 
+@pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_plan_counts_every_parameter(shape):
+def test_a_plan_counts_every_parameter(shape, head):
     cfg = plan.Config(**SHAPES[shape])
-    assert plan.parameters(cfg.shape)[0] == sum(p.numel() for p in GPT(cfg.shape).parameters())
+    assert plan.parameters(cfg.shape, head)[0] == sum(p.numel() for p in GPT(cfg.shape, head).parameters())
+
+
+def test_the_table_names_every_model():
+    assert len(plan.table()) == 2 + 2 * len(plan.MODELS)

@@ -1,0 +1,91 @@
+"""Run a script of this project, alone or under torchrun, and print what it took of every process, beyond what one takes anyway:
+the most memory while networks are loaded, and in training steps but the first, and the bytes sent for a step. Linux only.
+
+    MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 peak_bytes.py ppo.py --steps 3 --batch 16 ...
+
+(With these settings, tensors that are freed leave the process at once.)
+"""
+import gc
+import os
+import runpy
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import parallel  # noqa: E402
+import runtime  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}      # of a ring, which sums, then gathers
+sent, most, forget, seen = 0, 0, False, []          # bytes sent so far, most held since the first step, both step by step
+
+
+def counted(name):
+    """A collective that counts what a process sends: (N − 1)/N of the whole tensor, twice to sum it for all."""
+    function = getattr(dist, name)
+
+    def wrapped(*tensors, **kwargs):
+        global sent
+        n = dist.get_world_size(kwargs.get("group"))
+        sent += SHARES[name] * (n - 1) / n * max(x.nbytes for x in (*tensors, *kwargs.values()) if isinstance(x, torch.Tensor))
+        return function(*tensors, **kwargs)
+    setattr(dist, name, wrapped)
+
+
+def held():
+    """Bytes of this process that are no file's."""
+    with open("/proc/self/statm") as f:
+        _, resident, shared, *_ = map(int, f.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def watch():
+    global most, forget
+    while True:
+        now = held()
+        most, forget = now if forget else max(most, now), False
+        time.sleep(0.0005)
+
+
+def log(self, *args, **kwargs):
+    global forget
+    seen.append((sent, most))
+    finished(self, *args, **kwargs)
+    forget = forget or len(seen) == 1
+
+
+def prepare(run, *models):
+    global loading
+    loaded(run, *models)
+    loading = most
+
+
+def warm_up(kind):
+    """Load all that a first training step loads."""
+    model = parallel.spread(GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=32)), kind, "cpu")
+    optimizer, tokens = runtime.make_optimizer(model, 1e-3), torch.ones(2, 8, dtype=torch.int64)
+    model.logprobs(tokens, tokens.bool()).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+finished, runtime.Run.log = runtime.Run.log, log
+loaded, parallel.prepare = parallel.prepare, prepare
+for name in SHARES:
+    counted(name)
+parallel.start("cpu", 60)
+sys.argv = sys.argv[1:]
+warm_up(sys.argv[sys.argv.index("--parallel") + 1])
+gc.collect()
+before = held()
+threading.Thread(target=watch, daemon=True).start()
+stop, parallel.stop = parallel.stop, lambda: None
+runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
+sys.stderr.write(f"process {parallel.rank()}: loading {loading - before}, peak {seen[-1][1] - before}, "
+                 f"sent {(seen[-1][0] - seen[0][0]) / (len(seen) - 1):.0f}\n")           # in one piece
+stop()
