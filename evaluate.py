@@ -71,10 +71,10 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
     for part, live in parallel.micro_batches(jobs, 256):
         lengths = torch.tensor([length for length, _, _ in part], device=model.device)
         seeds = torch.tensor([(i * n + j) * 1000 + salt + 10 ** 9 * cfg.seed for _, i, j in part], device=model.device)
-        with parallel.gathered(model):
+        with parallel.gathered(model) as anyone:
             tokens, mask, logprobs = model.generate(
                 loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths, cfg.max_new_tokens, cfg.temperature,
-                stop_token=tokenizer.end, seeds=seeds)
+                stop_token=tokenizer.end, seeds=seeds, anyone=anyone)
         if cfg.temperature not in (0, 1):                       # the KL speaks of the models as they are
             logprobs = model.logprobs(tokens, mask)
         kl += (logprobs - (reference.logprobs(tokens, mask) if reference else logprobs)).sum(1).tolist() * live

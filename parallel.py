@@ -212,6 +212,7 @@ def spread(model, kind, device, bfloat16=False, offload=False):
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "generate"):
         register_fsdp_forward_method(model, name)
+    model.whole_bytes = sum(p.numel() for p in model.parameters()) * (2 if bfloat16 else 4)
     if kind == "ddp":
         _copies.add(model)
     return model
@@ -240,14 +241,22 @@ def at_hand(run, *models):
         model.to("cpu")
 
 
+def fits(model):
+    """Whether every process's GPU has room for all of a network, besides what is there, and a fifth to spare."""
+    if model.device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return total(int(model.whole_bytes > 0.8 * free)) == 0
+
+
 @contextlib.contextmanager
 def gathered(model, at_once=True):
     """For sampling from a network that may be sharded: keep every block's parameters whole from its first use on, so that
-    they travel once, not once a token, and nobody waits for others' rows. at_once=False gathers block by block at every
-    token, for networks too large to be whole anywhere; then all processes must go on until the last row has ended, and
-    what this yields is generate's `anyone`, which says so."""
+    they travel once, not once a token, and nobody waits for others' rows. Where they do not fit, or with at_once=False,
+    gather block by block at every token; then all processes must go on until the last row has ended, and what this yields
+    is generate's `anyone`, which says so."""
     blocks = [block for block in model.blocks if hasattr(block, "reshard")]       # FSDP's
-    if blocks and not at_once:
+    if blocks and not (at_once and fits(model)):
         yield total
         return
     for block in blocks:

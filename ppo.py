@@ -41,7 +41,7 @@ class Config(Training):
     steps: int = flag(54, "rounds of rollout and update", 1)
     batch: int = flag(128, "prompts a rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
-    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered; off, block by block, slower in less memory")
+    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered, if they fit; off, block by block")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
     no_end_score: float = flag(-3.0, "score of an answer that never ends, in place of the reward model's")
     epochs: int = flag(2, "passes over a rollout", 1)

@@ -132,8 +132,9 @@ def normalize(model, sft, tokenizer, run, prompts):
     for rows, live in parallel.micro_batches(range(len(prompts)), 64):
         part = [prompts[i] for i in rows]
         lengths = torch.tensor([len(p) for p in part], device=run.device)
-        with parallel.gathered(sft):
-            tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end, seeds=seeds[list(rows)])
+        with parallel.gathered(sft) as anyone:
+            tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end,
+                                           seeds=seeds[list(rows)], anyone=anyone)
         scores += score(model, tokens, lengths + mask.sum(1)).tolist() * live
     scores = torch.tensor(parallel.gather(scores))
     mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)

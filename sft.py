@@ -72,9 +72,9 @@ def show_samples(model, tokenizer, run, conversations, n=3):
         room = min(64, model.config.block_size - len(prompt))
         if room < 1:
             continue
-        with parallel.gathered(model):
+        with parallel.gathered(model) as anyone:
             out = model.generate(torch.tensor([prompt], device=run.device), torch.tensor([len(prompt)], device=run.device),
-                                 room, stop_token=tokenizer.end)
+                                 room, stop_token=tokenizer.end, anyone=anyone)
         print(f"    {messages[last - 1]['content'][:70]!r} -> {tokenizer.decode(out[0][0][out[1][0]].tolist())[:200]!r}")
 
 

@@ -1,6 +1,8 @@
 """Run scripts of this project one after another in this process (or under torchrun in these), with all numbers in float64:
 
-    in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ...
+    in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ... "nothing fits" "sft.py --out out/c" ...
+
+"nothing fits" makes the scripts after it sample as from networks that no device holds whole.
 """
 import os
 import runpy
@@ -16,5 +18,8 @@ torch.set_default_dtype(torch.float64)
 parallel.start("cpu", 60)
 parallel.stop = lambda: None                        # the processes stay together from script to script
 for command in sys.argv[1:]:
+    if command == "nothing fits":
+        parallel.fits = lambda model: False
+        continue
     sys.argv = command.split()
     runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
