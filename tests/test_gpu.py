@@ -1,7 +1,8 @@
 """What the CPU tests prove, once more on one CUDA device: `pytest -m gpu`. (DEVICE=cpu pytest -m gpu tests these tests.)
 
-Tolerances: weights within 1e-4 after ten and more steps in float32, where an optimiser's step is up to 1e-3 long; losses
-within 2 % and 0.02 nats in bfloat16."""
+Every way of training must log the numbers of the plain one, step by step: within 1e-3 in float32, losses within 2 % and 0.02
+nats in bfloat16. (Weights would tell less: where a gradient is nothing but rounding, such as that of a constant added to all
+scores, Adam divides it by itself.)"""
 import json
 import os
 import subprocess
@@ -11,7 +12,6 @@ import torch
 
 import plan
 from conftest import script
-from model import load_tensors
 from test_parallel import FLAGS, THRIFTY, misbehave, torchrun
 from test_plan import SHAPES, steps
 
@@ -19,64 +19,67 @@ DEVICE = os.environ.get("DEVICE", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")]
 FLAGS = {stage: flags.replace("--device cpu", f"--device {DEVICE}") + " --lr 1e-3" for stage, flags in FLAGS.items()}
 ALL = f"{THRIFTY} --compile"
-WAYS = {"ddp": "--parallel ddp", "fsdp": "--parallel fsdp", "fsdp, thrifty": f"--parallel fsdp {THRIFTY}", "fsdp, all": f"--parallel fsdp {ALL}",
-        "checkpoint_blocks": "--checkpoint_blocks", "offload": "--offload", "compile": "--compile", "all": ALL}
+WAYS = {"ddp": "--parallel ddp", "fsdp": "--parallel fsdp", "fsdp, thrifty": f"--parallel fsdp {THRIFTY}", "thrifty": THRIFTY,
+        "compile": "--compile", "fsdp, all": f"--parallel fsdp {ALL}"}
+WATCHED = {"ppo": ("score", "kl", "policy_loss", "value_loss", "entropy")}         # and "loss" of the other stages
 
 
 def train(stage, flags, folder, out):
-    """A stage to out, under torchrun if it is told how to go parallel; its metrics."""
+    """A stage to out, under torchrun if it is told how to go parallel: the numbers to compare, step by step."""
     flags = f"{FLAGS[stage]} {flags} --out {out}"
     done = subprocess.run(**torchrun(1, f"{stage}.py", flags.split(), folder)) if "--parallel" in flags else script(stage, flags, folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+    return numbers(stage, folder / out)
 
 
-def assert_close(a, b, tolerance=1e-4):
-    ours, theirs = (load_tensors(str(path / "model.safetensors")) for path in (a, b))
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+def numbers(stage, folder):
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: step[key] for key in WATCHED.get(stage, ("loss",))} for step in steps]
 
 
 @pytest.fixture(scope="module")
 def plain(chain):
-    """The chain's folder, in which each stage has run on the device in float32: and the metrics of each."""
+    """The chain's folder, and what each stage logs on the device in float32."""
     return chain[0], {stage: train(stage, "--precision float32", chain[0], f"out/plain/{stage}") for stage in FLAGS}
+
+
+def assert_alike(ours, theirs, **tolerance):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, **tolerance)
 
 
 @pytest.mark.parametrize("stage", FLAGS)
 def test_the_device_does_what_the_cpu_does(plain, stage):
-    folder, _ = plain
-    done = script(stage, f"{FLAGS[stage]} --device cpu --out out/on_cpu/{stage}", folder)
-    assert done.returncode == 0, done.stderr
-    assert_close(folder / f"out/plain/{stage}", folder / f"out/on_cpu/{stage}")
+    assert_alike(plain[1][stage], train(stage, "--device cpu", plain[0], f"out/on_cpu/{stage}"), rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("stage", FLAGS)
-def test_one_device_ends_in_the_same_weights_every_way(plain, stage, way):
-    out = f"out/{way.replace(', ', '_')}/{stage}"
-    train(stage, f"--precision float32 {WAYS[way]}", plain[0], out)
-    assert_close(plain[0] / out, plain[0] / f"out/plain/{stage}")
+@pytest.mark.parametrize("stage, way", [(stage, way) for stage in FLAGS for way in WAYS if "compile" not in WAYS[way] or stage in ("sft", "ppo")])
+def test_one_device_logs_the_same_numbers_every_way(plain, stage, way):
+    ours = train(stage, f"--precision float32 {WAYS[way]}", plain[0], f"out/{way.replace(', ', '_')}/{stage}")
+    assert_alike(ours, plain[1][stage], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("way", ["", "--parallel ddp", "--parallel fsdp", f"--parallel fsdp {ALL} --no-gather_at_once"])
-@pytest.mark.parametrize("stage", FLAGS)
+@pytest.mark.parametrize("way", ["", "--parallel ddp", f"--parallel fsdp {THRIFTY}"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
 def test_bfloat16_learns_what_float32_learns(plain, stage, way):
-    if stage != "ppo":
-        way = way.replace("--no-gather_at_once", "")
-    ours, theirs = train(stage, f"--precision bfloat16 {way}", plain[0], f"out/bfloat16/{stage}"), plain[1][stage]
-    for a, b in zip(ours, theirs, strict=True):
-        if stage == "ppo":                                          # answers differ where a rounding tips a choice
-            assert abs(a["approx_kl"]) < 0.05 and a["updates"] == b["updates"]
-        else:
-            assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.02)
+    out = f"out/bfloat16{''.join(way.split()[:2])}/{stage}"
+    assert_alike(train(stage, f"--precision bfloat16 {way}", plain[0], out), plain[1][stage], rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("way", ["", "--parallel ddp", f"--parallel fsdp {ALL} --no-gather_at_once"])
+def test_in_bfloat16_the_old_policy_is_held_against_the_new_one_at_the_same_precision(plain, way):
+    """One step of PPO on one minibatch: nothing has been learnt yet, so the ratio is 1, whatever the precision."""
+    out = f"out/ratio{''.join(way.split()[:2])}"
+    train("ppo", f"--precision bfloat16 --steps 1 --epochs 1 --minibatches 1 {way}", plain[0], out)
+    step = json.loads((plain[0] / out / "metrics.jsonl").read_text())
+    assert abs(step["approx_kl"]) < 1e-3 and step["clipped"] < 0.01
 
 
 def test_a_killed_run_goes_on(plain):
     flags = f"{FLAGS['ppo']} --precision float32 --parallel fsdp --save_seconds 0 --out out/killed"
     done = misbehave("update", "kill", 0, flags, plain[0], processes=1, restarts=1)
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr[-3000:]
-    assert_close(plain[0] / "out/killed", plain[0] / "out/plain/ppo")
+    assert_alike(numbers("ppo", plain[0] / "out/killed"), plain[1]["ppo"], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the CPU does not tell its peak")

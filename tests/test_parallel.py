@@ -167,7 +167,8 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
 def test_two_machines_start_again_after_a_killed_process(alone, rank):
     """Two torchruns of two processes each, which meet over a port."""
     with socket.socket() as s:
