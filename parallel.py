@@ -196,9 +196,9 @@ def spread(model, kind, device, bfloat16=False, offload=False):
     a block at a time moves to the device, so that it need not hold the whole. offload: the shards of a frozen one wait
     on the CPU."""
     if not dist.is_initialized() or (kind == "ddp" and is_frozen(model)):
-        for p in model.parameters() if world() > 1 else ():
-            p.data = p.data.clone()                             # out of the file
-        return model if offload and is_frozen(model) else model.to(device)
+        for p in model.parameters():
+            p.data = p.data.to("cpu" if offload and is_frozen(model) else device, copy=world() > 1)     # out of the file
+        return model
     from torch.distributed.device_mesh import init_device_mesh          # a second to import, and often not needed
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
     shape, names = ((world(), 1), ("copies", "shards")) if kind == "ddp" else ((world(),), ("shards",))

@@ -103,6 +103,7 @@ def plan(cfg):
         kept, again = tokens * shape.n_layer * of_block, 0
     logits = (5 if cfg.stage == "ppo" else 3) * lm * tokens * cfg.learnt * shape.vocab_size * 4     # PPO's entropy has its own
     embedding = shape.vocab_size * shape.n_embd * (b if N > 1 else 4)
+    logits += embedding * (lm and not shape.tied)                           # the head's gradient
     # In a block's backward pass: gradients of what is inside, and of a tied embedding, which waits for its other half.
     inside = again + tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
     inside += embedding * (shape.tied and lm)
@@ -113,6 +114,7 @@ def plan(cfg):
     ends_with = embedding * (3 if shape.tied and lm else 1)                 # both halves of the gradient, and their sum
     if N > 1:                                                               # or the gradients of all that, on their way
         ends_with = max(ends_with + (ends + block) * b, ends * (b + 4 + 4 / shards))
+        ends_with += 4 * sum(e for _, _, e in trained[1:])                  # the critic's wait until the actor's are there
     ends_with += gradients
     sampling = 0
     if cfg.stage == "ppo":

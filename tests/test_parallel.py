@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, script
+from conftest import ROOT, command, script
 from model import load_tensors
 
 STAGES, KINDS = ["sft", "reward_model", "dpo", "ppo"], ["ddp", "fsdp"]
@@ -202,6 +202,18 @@ def test_a_process_that_hangs_ends_the_job_within_the_time_limit(alone, rank):
     [line] = own_lines(done.stderr)
     assert done.returncode == 1 and f"process {1 - rank} has lost another one, or waited 5 s for it" in line
     assert time.time() - began < 90                                 # torchrun gives the hanging one 30 s to end
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_nobody_joins_says_so(tmp_path, rank):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    alone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    start = command("sft", "--timeout 2")
+    done = subprocess.run(**start | {"env": start["env"] | alone}, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1
+    assert own_lines(done.stderr, "sft.py")[0].startswith("sft.py: the processes did not meet within 2 s (--timeout): "), done.stderr
 
 
 def test_a_bad_record_is_one_line_for_all_processes(alone):
