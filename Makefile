@@ -1,6 +1,6 @@
 # make demo   the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make test   the fast tests
-# make proofs   the slow ones: kills at random moments, fuzzing, planted mistakes   (a quarter of an hour)
+# make proofs   the slow ones: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real DATA=preferences.json   SFT, reward model and DPO on real text
 # Both set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
 # SEED=1 make demo another seed, for the world, the weights and the sampling.
