@@ -442,12 +442,9 @@ def load_tensors(path):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             if not 0 <= start <= end <= len(body) - first or end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name} is cut short")
-            if end > start:
-                flat = torch.frombuffer(body, dtype=torch.uint8, count=end - start, offset=first + start)
-                aligned = (first + start) % dtype.itemsize == 0     # as our own files are
-                tensors[name] = (flat if aligned else flat.clone()).view(dtype).view(shape)
-            else:
-                tensors[name] = torch.empty(shape, dtype=dtype)
+            flat = torch.frombuffer(body, dtype=dtype, count=math.prod(shape), offset=first + start) if end > start else \
+                torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError, MemoryError,
             struct.error) as e:

@@ -13,7 +13,7 @@ Bytes, with P parameters, N processes and b bytes a number in matrix products:
     logits         of V numbers of 4 bytes a token that is learnt: log-probabilities, their gradient and that of the logits
     cache          keys and values of every row that is sampled, in b
     sent           fsdp: (2·b + 4)·P·(N − 1)/N a forward and backward pass, to gather twice and add gradients up; ddp: 8·P·(N − 1)/N
-                   an optimiser step
+                   an optimiser step; ppo and fsdp besides: b·P·(N − 1)/N to sample, and for each network that reads a micro-batch
 """
 import math
 from dataclasses import dataclass, replace
