@@ -11,6 +11,7 @@ Bytes, with P parameters, N processes and b bytes a number in matrix products:
                    sample, all of P in b, unless --no-gather_at_once
     activations    what the backward pass needs of each token and block, counted below; --checkpoint_blocks: a block's input
     logits         of V numbers of 4 bytes a token that is learnt: log-probabilities, their gradient and that of the logits
+    on their way   with other processes: a block's gradients in b, and those of the block before in 4 bytes
     cache          keys and values of every row that is sampled, in b
     sent           fsdp: (2·b + 4)·P·(N − 1)/N a forward and backward pass, to gather twice and add gradients up; ddp: 8·P·(N − 1)/N
                    an optimiser step; ppo and fsdp besides: b·P·(N − 1)/N to sample, and for each network that reads a micro-batch
@@ -82,8 +83,8 @@ def activations(shape, b):
 
 
 def plan(cfg):
-    """{what: bytes on each device, or sent by it}. The peak is the largest of three moments: the start of a backward pass,
-    its end, and sampling."""
+    """{what: bytes on each device, or sent by it}. The peak is the largest of three: in a backward pass, at its end, where
+    the embeddings' gradients are, and while sampling."""
     shape, b, N = cfg.shape, cfg.bytes, cfg.processes
     trained, frozen = ([parameters(shape, head) for head in heads] for heads in NETWORKS[cfg.stage])
     shards = N if cfg.parallel == "fsdp" else 1
@@ -101,16 +102,26 @@ def plan(cfg):
         kept, again = tokens * shape.n_layer * of_input, tokens * of_block
     else:
         kept, again = tokens * shape.n_layer * of_block, 0
-    logits = (5 if cfg.stage == "ppo" else 3) * lm * tokens * cfg.learnt * shape.vocab_size * 4     # PPO's entropy has its own
+    numbers = lm * tokens * cfg.learnt * shape.vocab_size * 4               # a tensor of logits; PPO's entropy has its own
+    saved, more = (2 * numbers, 3 * numbers) if cfg.stage == "ppo" else (numbers, 2 * numbers)
     embedding = shape.vocab_size * shape.n_embd * (b if N > 1 else 4)
-    logits += embedding * (lm and not shape.tied)                           # the head's gradient
-    # In a block's backward pass: gradients of what is inside, and of a tied embedding, which waits for its other half.
-    inside = again + tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
-    inside += embedding * (shape.tied and lm)
     # What has been gathered is there twice for a moment: as it came, and as it is used. fsdp gathers a block ahead.
     gathered = 0 if N == 1 else max(2 * ends + block, ends + 2 * block * (shards > 1)) * b
     cast = P_trained * b if N == 1 and b < 4 else 0                         # autocast's copies, which the backward pass uses
-    begins = gradients * (passes > 1) + cast + kept * len(trained) + max(logits, inside) + gathered
+    # In a block's backward pass: gradients of what is inside; with other processes its parameters' gradients, and in
+    # float32 those of the block before, on their way.
+    inside = again + tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
+    inside += block * (b + 4) * (N > 1)
+    waiting, moments = kept * len(trained) + saved, []
+    for head, (P_one, _, _) in reversed(list(zip(NETWORKS[cfg.stage][0], trained))):            # the critic's turn comes first
+        left = 4 * P_one / shards * (passes == 1)                           # its gradients, if none were there before
+        if head == "lm":
+            moments.append(waiting + more + embedding * (not shape.tied))   # the head's gradient
+            waiting -= saved
+        half = embedding * (shape.tied and head == "lm")                    # a tied embedding's, waiting for its other half
+        moments += [waiting - kept / shape.n_layer + inside + half, waiting - kept + left + inside + half]   # first and last block
+        waiting += left - kept
+    backward = gradients * (passes > 1) + cast + gathered + max(moments)
     ends_with = embedding * (3 if shape.tied and lm else 1)                 # both halves of the gradient, and their sum
     if N > 1:                                                               # or the gradients of all that, on their way
         ends_with = max(ends_with + (ends + block) * b, ends * (b + 4 + 4 / shards))
@@ -134,8 +145,8 @@ def plan(cfg):
     if cfg.stage == "ppo" and shards > 1:                       # a rollout is sampled, then read by all four networks
         rollout = math.ceil(cfg.batch / N / cfg.micro_batch)
         sent += b * share * (P * (1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)) + (P_trained + P_frozen - P * (b == 4)) * rollout)
-    return {"state": held + gradients, "backward begins": begins - gradients * (passes > 1), "sampling": sampling,
-            "peak": held + max(begins, ends_with, sampling), "sent a step": sent}
+    return {"state": held + gradients, "backward": backward - gradients * (passes > 1), "sampling": sampling,
+            "peak": held + max(backward, ends_with, sampling), "sent a step": sent}
 
 
 LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, tied=False)
