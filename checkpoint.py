@@ -49,7 +49,8 @@ class Checkpoints:
         if any(map(parallel.is_split, state.values())):
             import torch.distributed.checkpoint as dcp          # a second to import
             path = os.path.join(self.shards, f"{step:08}")
-            self.writing = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(path), process_group=self.group), path
+            # Two threads: a single one works through CUDA, and would take room on the first GPU for every process.
+            self.writing = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(path, thread_count=2), process_group=self.group), path
         elif parallel.rank() == 0:
             copies = {key: parallel.mine(x).detach().to("cpu", copy=True) for key, x in state.items()}
             self.writing = self.pool.submit(save_tensors, self.whole, copies), self.whole
@@ -165,15 +166,18 @@ class Metadata(pickle.Unpickler):
 
 def fingerprints(cfg, world):
     """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a checkpoint folder.
-    A run goes on only over the same ones."""
-    found = {}
+    A run goes on only over the same ones. The processes, which call it together, share the reading."""
+    pieces, size = [], 1 << 22
     for value in {world if v == "world" else v for k, v in vars(cfg).items() if k != "out" and isinstance(v, str) and v}:
         kinds = (".safetensors", ".tiktoken") + (".jsonl",) * (value == world)
         inside = sorted(n for n in os.listdir(value) if n.endswith(kinds)) if os.path.isdir(value) else []
         for path in [os.path.join(value, n) for n in inside] or [value] * os.path.isfile(value):
-            checksum = 0
-            with open(path, "rb") as f:
-                while chunk := f.read(1 << 20):
-                    checksum = zlib.crc32(chunk, checksum)
-            found[path] = f"{checksum:08x}"
-    return found
+            pieces += [(path, start) for start in range(0, os.path.getsize(path) or 1, size)]
+    mine, found = {}, {}
+    for path, start in parallel.share(sorted(pieces)):
+        with open(path, "rb") as f:
+            f.seek(start)
+            mine[path, start] = zlib.crc32(f.read(size))
+    for (path, _), checksum in sorted(piece for part in parallel.everyone(mine) for piece in part.items()):
+        found[path] = zlib.crc32(checksum.to_bytes(4, "big"), found.get(path, 0))
+    return {path: f"{checksum:08x}" for path, checksum in found.items()}

@@ -42,6 +42,7 @@ class Config(Settings):
     best_of: int = flag(16, "n of best-of-n, drawn from the first model; 0 leaves it out", 0)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
+    micro_batch: int = flag(256, "answers a forward pass", 1)
     show: int = flag(6, "prompts whose answers are printed next to each other", 0)
     chat: bool = flag(False, "talk to the (first) model in the terminal; an empty line starts anew, Ctrl-D ends")
 
@@ -68,7 +69,7 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
     rows, starts, ended, kl = [], [], [], []
     jobs = sorted(((len(p), i, j) for i, p in enumerate(prompts) for j in range(n)))    # neighbours in length
     order = [i * n + j for _, i, j in jobs]
-    for part, live in parallel.micro_batches(jobs, 256):
+    for part, live in parallel.micro_batches(jobs, cfg.micro_batch):
         lengths = torch.tensor([length for length, _, _ in part], device=model.device)
         seeds = torch.tensor([(i * n + j) * 1000 + salt + 10 ** 9 * cfg.seed for _, i, j in part], device=model.device)
         with parallel.gathered(model) as anyone:
@@ -87,10 +88,10 @@ def answer(cfg, model, reference, tokenizer, prompts, n, salt):
 
 
 @torch.no_grad()
-def rewards(model, rows):
+def rewards(cfg, model, rows):
     """The reward model's score of each row of ids, a list."""
     order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), []
-    for part, live in parallel.micro_batches(order, 256):
+    for part, live in parallel.micro_batches(order, cfg.micro_batch):
         last = torch.tensor([len(rows[i]) - 1 for i in part], device=model.device)
         scores += model(loading.pad([rows[i] for i in part]).to(model.device)).gather(1, last[:, None])[:, 0].tolist() * live
     found = dict(zip(order, parallel.gather(scores)))
@@ -98,11 +99,11 @@ def rewards(model, rows):
 
 
 @torch.no_grad()
-def sft_loss(model, examples):
+def sft_loss(cfg, model, examples):
     """Mean −log p a token on what the assistant says in held-out demonstrations, in nats."""
     total = count = 0
     examples = sorted(examples, key=lambda e: len(e[0]))
-    for rows, live in parallel.micro_batches(examples, 128):
+    for rows, live in parallel.micro_batches(examples, cfg.micro_batch):
         ids, learn = zip(*rows)
         mask = loading.pad(learn).to(model.device)
         total -= live * model.logprobs(loading.pad(ids).to(model.device), mask).sum().item()
@@ -257,8 +258,8 @@ def contest(cfg, folders):
     def add(name, rows, starts, ended, kl, loss):
         texts = [tokenizer.decode(row[start:]) for row, start in zip(rows, starts)]
         c = Contestant(name, texts, [len(r) - s for r, s in zip(rows, starts)], ended,
-                       rewards(scorer, rows) if scorer else [], kl, loss)
-        c.judge = (rewards(judge_net, rows) if judge_net else
+                       rewards(cfg, scorer, rows) if scorer else [], kl, loss)
+        c.judge = (rewards(cfg, judge_net, rows) if judge_net else
                    [world.judge(prompts[i // n], text) for i, text in enumerate(texts)])
         contestants.append(c)
         return c
@@ -267,12 +268,12 @@ def contest(cfg, folders):
         model = load(folder)
         print(f"{folder} answers {len(ids)} prompts {n} times ...", flush=True)
         rows, starts, ended, kl = answer(cfg, model, reference, tokenizer, ids, n, salt=k)
-        add(os.path.basename(os.path.normpath(folder)), rows, starts, ended, sum(kl) / len(kl), sft_loss(model, examples))
+        add(os.path.basename(os.path.normpath(folder)), rows, starts, ended, sum(kl) / len(kl), sft_loss(cfg, model, examples))
         if k == 0 and scorer and cfg.best_of:
             many = n * cfg.best_of
             print(f"best of {cfg.best_of}: {many} answers to each prompt ...", flush=True)
             rows, starts, ended, _ = answer(cfg, model, None, tokenizer, ids, many, salt=999)
-            scores = rewards(scorer, rows)
+            scores = rewards(cfg, scorer, rows)
             pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(ids))]
             size = 1
             while size <= cfg.best_of:                          # n answers to each prompt at every size

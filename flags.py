@@ -20,10 +20,8 @@ class Settings:
     out: str = flag("out/run", "folder that the run writes")
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere",
-                          choices=("auto", "float32", "bfloat16"))
     parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp shards it; "
-                         "auto takes fsdp when it would not fit a GPU", choices=("auto", "ddp", "fsdp"))
+                         "auto takes fsdp when it would fill more than half of a GPU", choices=("auto", "ddp", "fsdp"))
     timeout: float = flag(600.0, "seconds that a process waits for the others", 1)
     debug: bool = flag(False, "show the traceback of an error")
 
@@ -31,6 +29,8 @@ class Settings:
 @dataclasses.dataclass
 class Training(Settings):
     """The flags that all stages share besides."""
+    precision: str = flag("auto", "that networks compute in; auto is bfloat16 on cuda, float32 elsewhere. Weights are kept in float32",
+                          choices=("auto", "float32", "bfloat16"))
     save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     micro_tokens: int = flag(0, "tokens a forward pass, padding included, besides micro_batch; 0 sets no bound", 0)

@@ -218,7 +218,11 @@ class GPT(nn.Module):
     def forward(self, tokens):
         """tokens (B, T) int64, right-padded: logits (B, T, V), or one scalar a position (B, T)."""
         x = self.hidden(tokens)
-        return self.head(x).squeeze(-1) if self.head_kind == "scalar" else self.unembed(x)
+        if self.head_kind == "lm":
+            return self.unembed(x)
+        exact = torch.promote_types(x.dtype, torch.float32)     # scores differ by less than bfloat16 can tell
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(exact), self.head.weight.to(exact), self.head.bias.to(exact)).squeeze(-1)
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
         """Log-probability of each token that the mask names, given those before it.
@@ -320,7 +324,7 @@ class GPT(nn.Module):
     def load(cls, folder, head=None, device="cpu", mapped=False):
         """The network that save() wrote. head: as saved if None; another kind starts that head anew on the saved
         trunk (a reward model from a language model). mapped: leave the weights in the file, which must then stay as it is,
-        to be read where they are used. Raises ValueError saying which file does not fit, and how."""
+        and in its precision, to be read where they are used. Raises ValueError saying which file does not fit, and how."""
         path = os.path.join(folder, "config.json")
         try:
             with open(path, encoding="utf-8") as f:
@@ -352,7 +356,7 @@ class GPT(nn.Module):
             have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
             if have != want:
                 raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, config.json asks for {want}")
-        model.load_state_dict({k: x.to(expected[k].dtype, copy=not mapped) for k, x in tensors.items()}, strict=False, assign=True)
+        model.load_state_dict({k: x if mapped else x.to(expected[k].dtype, copy=True) for k, x in tensors.items()}, strict=False, assign=True)
         if new_head and hasattr(model, "head"):
             model.head.to_empty(device="cpu").apply(model._init)
         return model.to(device)

@@ -113,7 +113,8 @@ def share(rows):
 def micro_batches(rows, size, tokens=0, width=None):
     """This process's share of the rows in pieces of at most `size`, and if tokens is given, of at most so many with their
     padding, width(row) being a row's length: (piece, 1). The processes go through their networks together, so all get as
-    many pieces; one that has no row left gets any row, and 0 to multiply its loss by."""
+    many pieces; one that has no row left gets any row, and 0 to multiply its loss by. Under ddp the last piece's backward pass
+    adds all gradients up: go through all of them."""
     def pieces(rows):
         cuts, start, widest = [], 0, 0
         for i, row in enumerate(rows):
@@ -174,15 +175,16 @@ def gather_batch(mine):
 
 def choose(kind, models, device):
     """"auto" to "fsdp" if the training state of these models, at 16 bytes a trained parameter and 4 a frozen one, would
-    fill more than 0.8 of a GPU's memory, else to "ddp"."""
+    fill more than half of a GPU's memory, which activations and samples need too, else to "ddp"."""
     if kind != "auto" or device != "cuda":
         return "ddp" if kind == "auto" else kind
     need = sum(p.numel() * (16 if p.requires_grad else 4) for m in models for p in m.parameters())
-    return "fsdp" if need > 0.8 * torch.cuda.get_device_properties(0).total_memory else "ddp"
+    return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
 
 def load(folder, head=None):
-    """GPT.load. Where there are several processes, each reads no more of the file than spread() will let it keep."""
+    """GPT.load. Where there are several processes, each holds no more of the file than spread() will let it keep, and a
+    block for a moment."""
     return GPT.load(folder, head, mapped=world() > 1)
 
 
@@ -197,7 +199,7 @@ def spread(model, kind, device, bfloat16=False, offload=False):
     on the CPU."""
     if not dist.is_initialized() or (kind == "ddp" and is_frozen(model)):
         for p in model.parameters():
-            p.data = p.data.to("cpu" if offload and is_frozen(model) else device, copy=world() > 1)     # out of the file
+            p.data = p.data.to("cpu" if offload and is_frozen(model) else device, torch.get_default_dtype(), copy=world() > 1)
         return model
     from torch.distributed.device_mesh import init_device_mesh          # a second to import, and often not needed
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
@@ -205,6 +207,9 @@ def spread(model, kind, device, bfloat16=False, offload=False):
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else MixedPrecisionPolicy()
     for module in (*model.blocks, model):
+        for p in module.parameters():
+            if p.dtype != torch.get_default_dtype():            # a file of bfloat16 is not unrolled before its turn
+                p.data = p.data.to(device).to(torch.get_default_dtype())
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered parameters.
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True,
                     offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload and is_frozen(model) else OffloadPolicy())
@@ -221,13 +226,13 @@ def spread(model, kind, device, bfloat16=False, offload=False):
 def prepare(run, *models):
     """Networks on the run's device, spread over the processes, compiled and economical as its flags say. Before their
     optimisers are made."""
-    kind = choose(run.cfg.parallel, models, run.device)
+    run.kind = run.kind or choose(run.cfg.parallel, models, run.device)
     for model in models:
         model.checkpoint_blocks = run.cfg.checkpoint_blocks
         if run.cfg.compile:
             for block in model.blocks:
                 block.compile(dynamic=True)
-        spread(model, kind, run.device, run.bfloat16, run.cfg.offload)
+        spread(model, run.kind, run.device, run.bfloat16, run.cfg.offload)
 
 
 @contextlib.contextmanager

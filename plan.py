@@ -9,6 +9,7 @@ Bytes, with P parameters, N processes and b bytes a number in matrix products:
     state          16·P a trained network (float32 parameters, gradients, Adam's two moments), 4·P a frozen one; fsdp: ÷ N
     gathered       with other processes: what a block and the embeddings need whole, in b, and fsdp the next block's; to
                    sample, all of P in b, unless --no-gather_at_once
+    sampling       ppo's rollout; the reward model's answers of the SFT network, 64 at a time, that set its scale at the end
     activations    what the backward pass needs of each token and block, counted below; --checkpoint_blocks: a block's input
     logits         of V numbers of 4 bytes a token that is learnt: log-probabilities, their gradient and that of the logits
     on their way   with other processes: a block's gradients in b, and those of the block before in 4 bytes
@@ -41,6 +42,7 @@ class Config:
     learnt: float = flag(0.5, "share of them that is learnt from", 0, 1)
     checkpoint_blocks: bool = flag(False, "as in training")
     gather_at_once: bool = flag(True, "as in ppo.py")
+    normalize: int = flag(256, "as in reward_model.py", 0)
     bytes: int = flag(2, "a number in matrix products: 2 is bfloat16, 4 float32", 2, 4)
     n_layer: int = flag(12, "layers", 1)
     n_head: int = flag(12, "heads", 1)
@@ -106,7 +108,8 @@ def plan(cfg):
     saved, more = (2 * numbers, 3 * numbers) if cfg.stage == "ppo" else (numbers, 2 * numbers)
     embedding = shape.vocab_size * shape.n_embd * (b if N > 1 else 4)
     # What has been gathered is there twice for a moment: as it came, and as it is used. fsdp gathers a block ahead.
-    gathered = 0 if N == 1 else max(2 * ends + block, ends + 2 * block * (shards > 1)) * b
+    def at_hand(ends):
+        return 0 if N == 1 else max(2 * ends + block, ends + 2 * block * (shards > 1)) * b
     cast = P_trained * b if N == 1 and b < 4 else 0                         # autocast's copies, which the backward pass uses
     # In a block's backward pass: gradients of what is inside; with other processes its parameters' gradients, and in
     # float32 those of the block before, on their way.
@@ -121,21 +124,24 @@ def plan(cfg):
         half = embedding * (shape.tied and head == "lm")                    # a tied embedding's, waiting for its other half
         moments += [waiting - kept / shape.n_layer + inside + half, waiting - kept + left + inside + half]   # first and last block
         waiting += left - kept
-    backward = gradients * (passes > 1) + cast + gathered + max(moments)
+    backward = gradients * (passes > 1) + cast + at_hand(ends) + max(moments)
     ends_with = embedding * (3 if shape.tied and lm else 1)                 # both halves of the gradient, and their sum
     if N > 1:                                                               # or the gradients of all that, on their way
         ends_with = max(ends_with + (ends + block) * b, ends * (b + 4 + 4 / shards))
         ends_with += 4 * sum(e for _, _, e in trained[1:])                  # the critic's wait until the actor's are there
     ends_with += gradients
-    sampling = 0
-    if cfg.stage == "ppo":
-        width = b if N > 1 else 4                               # one process samples in float32
-        rows = cfg.batch / N
-        sampling = rows * cfg.length * shape.n_layer * 2 * shape.n_kv_head * (shape.n_embd // shape.n_head) * width     # cache
-        prompts = rows * cfg.length * (1 - cfg.learnt) * (2 * shape.mlp_hidden + 4 * shape.n_embd) * width  # read at once
-        sampling += max(prompts, 5 * rows * shape.vocab_size * 4) + gathered
-        if N > 1 and cfg.gather_at_once:
-            sampling += P * b
+    sampling, prompt = 0, cfg.length * (1 - cfg.learnt)
+    if cfg.stage == "ppo" or (cfg.stage == "reward_model" and cfg.normalize):
+        ppo, (P_lm, _, ends_lm) = cfg.stage == "ppo", parameters(shape)
+        rows, answer = (cfg.batch / N, cfg.length - prompt) if ppo else (min(64, cfg.normalize / N), 64)
+        sharded = N > 1 and (ppo or shards > 1)                 # by fully_shard: else it is there whole, in float32
+        width = b if sharded else 4
+        cache = rows * (prompt + answer) * shape.n_layer * 2 * shape.n_kv_head * (shape.n_embd // shape.n_head) * width
+        reading = rows * ((4 if shape.mlp == "swiglu" else 2) * shape.mlp_hidden + 4 * shape.n_embd) * width     # a token a row
+        sampling = cache + max(reading * prompt, 5 * rows * shape.vocab_size * 4)
+        if not ppo:                                             # which reads micro-batches; here all rows are scored at once
+            sampling = max(sampling, reading * (prompt + answer)) + 4 * P_lm / shards
+        sampling += ((P_lm + block) * b if cfg.gather_at_once else at_hand(ends_lm)) * sharded
 
     share = (N - 1) / N
     if shards == 1:

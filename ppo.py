@@ -163,7 +163,6 @@ class AdaptiveKL:
 def state_values(critic, tokens, mask):
     """V of the state in which each action is chosen: (B, T). The critic reads tokens[:, :t] up to column t − 1."""
     out = critic(tokens)
-    out = out.to(torch.promote_types(out.dtype, torch.float32))                 # autocast's bfloat16 ends here
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
 
@@ -190,9 +189,9 @@ def rollout(cfg, run, prompts, nets, tokenizer):
             t, m = batch["tokens"][rows, :ends[-1]], batch["mask"][rows, :ends[-1]]
             with run.autocast():
                 reference = nets["reference"].logprobs(t, m, cfg.temperature)
-                score = nets["reward"](t).to(torch.get_default_dtype()).gather(1, ends[:, None] - 1)[:, 0]
+                score = nets["reward"](t).gather(1, ends[:, None] - 1)[:, 0]
                 values = state_values(nets["critic"], t, m)
-                # Sampling is exact: old log-probabilities must be as coarse as the new ones that they are held against.
+                # In bfloat16 sampling rounds otherwise than the update, which old log-probabilities are held against.
                 old = nets["actor"].logprobs(t, m, cfg.temperature) if run.bfloat16 else batch["logprobs"][rows, :t.shape[1]]
             rest = batch["mask"].shape[1] - t.shape[1]
             parts.append([x[:live * len(x)] for x in (*(F.pad(x, (0, rest)) for x in (old, reference, values)), score)])

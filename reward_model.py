@@ -79,7 +79,7 @@ def batch_scores(model, run, group):
     rows = [row for rows, _, _ in group for row in rows]
     lengths = torch.tensor([len(row) for row in rows], device=run.device)
     with run.autocast():
-        flat = score(model, loading.pad(rows).to(run.device), lengths).to(torch.get_default_dtype())
+        flat = score(model, loading.pad(rows).to(run.device), lengths)
     ranks = loading.pad([ranks for _, ranks, _ in group]).to(run.device)
     return torch.zeros(ranks.shape, device=run.device).masked_scatter(ranks > 0, flat), ranks
 

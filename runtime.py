@@ -130,9 +130,9 @@ class Run:
         self.cfg, self.total, self.parts, self.bad, self.stop = cfg, total, {}, Counter(), None
         self.device, self.first_process = pick_device(cfg.device), parallel.rank() == 0
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
-        inputs = parallel.everyone(fingerprints(cfg, WORLD) if self.first_process else None)[0]
-        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": inputs, "started": STARTED,
-                      "torch": torch.__version__, "threads": torch.get_num_threads()}
+        self.kind = None                # how networks are spread over processes, from the first parallel.prepare() on
+        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg, WORLD),
+                      "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
         self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
         if cfg.resume and self.checkpoints.last():
@@ -174,10 +174,10 @@ class Run:
         """Name what training changes (networks, optimisers, a controller: each with a state_dict of tensors), and go on
         from the last checkpoint if there is one. Comes right before the training loop."""
         self.parts = parts
-        metrics, lines = os.path.join(self.cfg.out, "metrics.jsonl"), []
-        if self.checkpoints.last():
+        metrics, lines, last = os.path.join(self.cfg.out, "metrics.jsonl"), [], self.checkpoints.last()
+        if len(set(parallel.everyone(last))) == 1 and last:
             self.begin(self.checkpoints.load(parts))
-        if len(set(parallel.everyone(self.step))) > 1:
+        if len(set(parallel.everyone((last, self.step)))) > 1:
             raise ValueError(f"the processes do not see the same checkpoint in {self.cfg.out}: machines must share that folder")
         if self.step:
             with contextlib.suppress(FileNotFoundError), open(metrics, encoding="utf-8") as f:
@@ -203,7 +203,8 @@ class Run:
         self.cost = self.saved - began
 
     def autocast(self):
-        """Matrix products in bfloat16, if so chosen."""
+        """Matrix products in bfloat16, if so chosen. (With several processes, parallel.spread() rounds all weights and
+        what goes into a block besides.)"""
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def descend(self, optimizer, lr, max_norm, loss, batch):
@@ -272,13 +273,13 @@ class Run:
             self.write(model, tokenizer, facts)
         else:
             for x in model.state_dict().values():               # the first one asks for them in this order
-                parallel.whole(x)
+                collect(x)
         parallel.total(0)                                       # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
 
     def write(self, model, tokenizer, facts):
         aside = os.path.join(self.cfg.out, "new")
-        model.save(aside, parallel.whole)
+        model.save(aside, collect)
         tokenizer.save(aside)
         for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
@@ -289,6 +290,13 @@ class Run:
         ended = time.time()
         write_json(os.path.join(self.cfg.out, "run.json"), {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
         self.checkpoints.remove()                               # last: killed before, the run goes on and ends the same
+
+
+def collect(x):
+    """A whole tensor from its shards, after the first process has written the one before: the others wait for one tensor
+    at a time, however large the network."""
+    parallel.total(0)
+    return parallel.whole(x)
 
 
 def write_json(path, value):

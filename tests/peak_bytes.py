@@ -1,5 +1,5 @@
 """Run a script of this project, alone or under torchrun, and print what it took of every process, beyond what one takes anyway:
-the most memory while networks are loaded, and in training steps but the first, and the bytes sent for a step. Linux only.
+the most memory while networks are loaded, and from the first step's end to the last file, and the bytes sent for a step. Linux only.
 
     MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 peak_bytes.py ppo.py --steps 3 --batch 16 ...
 
@@ -22,7 +22,8 @@ import runtime  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}      # of a ring, which sums, then gathers
-sent, most, forget, seen = 0, 0, False, []          # bytes sent so far, most held since the first step, both step by step
+sent, seen = 0, []                                  # bytes sent so far, and at each step
+most, forget, loading = 0, False, 0                 # most held since the first step, and while networks were loaded
 
 
 def counted(name):
@@ -54,15 +55,21 @@ def watch():
 
 def log(self, *args, **kwargs):
     global forget
-    seen.append((sent, most))
+    seen.append(sent)
     finished(self, *args, **kwargs)
     forget = forget or len(seen) == 1
+
+
+def finish(self, *args, **kwargs):
+    global peak
+    peak = most
+    left(self, *args, **kwargs)
 
 
 def prepare(run, *models):
     global loading
     loaded(run, *models)
-    loading = most
+    loading = loading or most                       # the reward model prepares another network at its end
 
 
 def warm_up(kind):
@@ -75,6 +82,7 @@ def warm_up(kind):
 
 
 finished, runtime.Run.log = runtime.Run.log, log
+left, runtime.Run.finish = runtime.Run.finish, finish
 loaded, parallel.prepare = parallel.prepare, prepare
 for name in SHARES:
     counted(name)
@@ -86,6 +94,6 @@ before = held()
 threading.Thread(target=watch, daemon=True).start()
 stop, parallel.stop = parallel.stop, lambda: None
 runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
-sys.stderr.write(f"process {parallel.rank()}: loading {loading - before}, peak {seen[-1][1] - before}, "
-                 f"sent {(seen[-1][0] - seen[0][0]) / (len(seen) - 1):.0f}\n")           # in one piece
+sys.stderr.write(f"process {parallel.rank()}: loading {loading - before}, peak {peak - before}, "
+                 f"sent {(seen[-1] - seen[0]) / (len(seen) - 1):.0f}\n")           # in one piece
 stop()

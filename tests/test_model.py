@@ -310,6 +310,15 @@ def test_rotary_angles_of_late_positions_survive_bfloat16():
     assert not torch.equal(rotate(x, torch.tensor([1000]), 10000.0), rotate(x, torch.tensor([1001]), 10000.0))
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_scores_of_a_network_in_bfloat16_are_finer_than_bfloat16(weights):
+    torch.manual_seed(7)
+    model = GPT(GPTConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=16), head="scalar").to(weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(torch.randint(32, (4, 16)))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+
+
 def test_norms_and_mlps_are_those_of_their_papers():
     torch.manual_seed(7)
     x = torch.randn(3, 16).double()

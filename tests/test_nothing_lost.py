@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import parallel
 import runtime
 from conftest import SMALL, command, script
 from flags import Training
@@ -175,6 +176,14 @@ def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     assert run.step == 1
     run = a_run(tmp_path, seed=1, resume=False)[0]
     assert run.step == 0 and steps(tmp_path) == 0 and not (tmp_path / "resume.safetensors").exists()
+
+
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """As on two machines, one of which has an out/ of its own."""
+    a_step(*a_run(tmp_path))
+    monkeypatch.setattr(parallel, "everyone", lambda x: [x, x if isinstance(x, dict) else None])
+    with pytest.raises(ValueError, match="do not see the same checkpoint in .*: machines must share that folder"):
+        a_run(tmp_path)
 
 
 def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):

@@ -2,16 +2,19 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import parallel
 from conftest import ROOT, command, script
-from model import load_tensors
+from model import load_tensors, save_tensors
 
 STAGES, KINDS = ["sft", "reward_model", "dpo", "ppo"], ["ddp", "fsdp"]
 # Rows that do not divide by the processes, of very different lengths, in several micro-batches a step.
@@ -59,7 +62,7 @@ def together(alone, request):
     commands = [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}" for kind in KINDS for stage, flags in FLAGS.items()]
     commands += [f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}" for kind in KINDS]
     commands += ["nothing fits", *(f"{stage}.py {flags} --parallel fsdp {THRIFTY} --out out/{n}_thrifty/{stage}" for stage, flags in FLAGS.items()),
-                 f"evaluate.py {EVALUATE} --parallel fsdp --out out/{n}_thrifty"]
+                 f"evaluate.py {EVALUATE} --parallel fsdp --micro_batch 5 --out out/{n}_thrifty"]
     done = subprocess.run(**torchrun(n, "tests/in_float64.py", commands, alone))
     assert done.returncode == 0, done.stderr[-3000:]
     return alone, n, done.stdout
@@ -140,6 +143,27 @@ def test_flags_that_save_memory_or_time_go_together_in_every_combination(alone, 
     assert done.returncode == 0, done.stderr[-3000:]
     for out in outs:
         assert_close(alone / out, alone / "out/alone/ppo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_in_bfloat16_is_read_by_several_processes_as_by_one(alone, kind):
+    coarse = alone / "out/coarse"
+    if not coarse.exists():
+        shutil.copytree(alone / "out/alone/sft", coarse)
+        save_tensors(str(coarse / "model.safetensors"), {k: x.bfloat16() for k, x in load_tensors(str(coarse / "model.safetensors")).items()})
+    commands = [f"ppo.py {FLAGS['ppo']} --init out/coarse --parallel {kind} --out out/from_coarse_{kind}/{n}" for n in (1, 2)]
+    for n, command in enumerate(commands, 1):
+        done = subprocess.run(**torchrun(n, "tests/in_float64.py", [command], alone))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(*(alone / f"out/from_coarse_{kind}/{n}" for n in (1, 2)))
+
+
+@pytest.mark.parametrize("memory, kind", [(16 + 4 + 1, "ddp"), (16 + 4 - 1, "fsdp")])
+def test_what_fills_more_than_half_of_a_gpu_is_sharded(monkeypatch, memory, kind):
+    trained, frozen = torch.nn.Linear(10, 10), torch.nn.Linear(10, 10).requires_grad_(False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2 * 110 * memory))
+    assert parallel.choose("auto", [trained, frozen], "cuda") == kind
 
 
 # ------------------------------------------------------------------------------------------ failing as one

@@ -26,7 +26,7 @@ PROMPT = "When is a good time to go to bed and what is the capital of France and
 ANSWERS = "Paris is the capital of France, and eight is a good time.", "London is the capital of Spain, and nine is a good time."
 FLAGS = {                                           # two and more micro-batches of four rows in each process
     "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
-    "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --normalize 0",
+    "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --normalize 64",
     "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --records 16",
     "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 --update_kl 0 --max_new_tokens {n}",
 }
@@ -72,7 +72,7 @@ def measured(inputs, shape, stage, processes, kind, flags=""):
     done = subprocess.run(**start)
     assert done.returncode == 0, done.stderr[-3000:]
     cfg = plan.Config(stage=stage, processes=processes, parallel=kind, batch=16, micro_batch=4, length=prompt + answer,
-                      learnt=answer / (prompt + answer), bytes=2 if "bfloat16" in flags else 4,
+                      learnt=answer / (prompt + answer), bytes=2 if "bfloat16" in flags else 4, normalize=64,
                       checkpoint_blocks="--checkpoint_blocks" in flags, **SHAPES[shape])
     found = re.findall(r"process \d: loading (\d+), peak (\d+), sent (\d+)", done.stderr)
     assert len(found) == processes
@@ -84,7 +84,7 @@ SLOW = [case for shape in SHAPES for stage in FLAGS for processes, kind in ((1, 
         for flags in ("", "--checkpoint_blocks")[:1 + (stage in ("sft", "ppo"))] if (case := (shape, stage, processes, kind, flags)) != FAST]
 SLOW += [(shape, stage, processes, kind, "--precision bfloat16") for shape, stage, processes, kind in (     # CPUs without it are slow
     ("deep", "sft", 2, "fsdp"), ("wide", "sft", 2, "fsdp"), ("llama", "sft", 1, "ddp"), ("llama", "sft", 2, "ddp"),
-    ("llama", "reward_model", 2, "fsdp"), ("llama", "dpo", 2, "fsdp"), ("llama", "ppo", 2, "fsdp"))]
+    ("llama", "dpo", 2, "fsdp"), ("llama", "ppo", 2, "fsdp"))]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
