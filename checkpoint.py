@@ -174,7 +174,7 @@ def fingerprints(cfg, world):
         for path in [os.path.join(value, n) for n in inside] or [value] * os.path.isfile(value):
             pieces += [(path, start) for start in range(0, os.path.getsize(path) or 1, size)]
     mine, found = {}, {}
-    for path, start in parallel.share(sorted(pieces)):
+    for path, start in parallel.share(sorted(set(pieces))):
         with open(path, "rb") as f:
             f.seek(start)
             mine[path, start] = zlib.crc32(f.read(size))

@@ -356,7 +356,8 @@ class GPT(nn.Module):
             have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
             if have != want:
                 raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, config.json asks for {want}")
-        model.load_state_dict({k: x if mapped else x.to(expected[k].dtype, copy=True) for k, x in tensors.items()}, strict=False, assign=True)
+        tensors = {k: x if mapped and x.is_floating_point() else x.to(expected[k].dtype, copy=True) for k, x in tensors.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)
         if new_head and hasattr(model, "head"):
             model.head.to_empty(device="cpu").apply(model._init)
         return model.to(device)

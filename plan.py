@@ -9,7 +9,7 @@ Bytes, with P parameters, N processes and b bytes a number in matrix products:
     state          16·P a trained network (float32 parameters, gradients, Adam's two moments), 4·P a frozen one; fsdp: ÷ N
     gathered       with other processes: what a block and the embeddings need whole, in b, and fsdp the next block's; to
                    sample, all of P in b, unless --no-gather_at_once
-    sampling       ppo's rollout; the reward model's answers of the SFT network, 64 at a time, that set its scale at the end
+    sampling       sft's few answers; ppo's rollout; the SFT network's, 64 at a time, that set a reward model's scale at its end
     activations    what the backward pass needs of each token and block, counted below; --checkpoint_blocks: a block's input
     logits         of V numbers of 4 bytes a token that is learnt: log-probabilities, their gradient and that of the logits
     on their way   with other processes: a block's gradients in b, and those of the block before in 4 bytes
@@ -41,7 +41,7 @@ class Config:
     length: int = flag(1024, "tokens a row", 1)
     learnt: float = flag(0.5, "share of them that is learnt from", 0, 1)
     checkpoint_blocks: bool = flag(False, "as in training")
-    gather_at_once: bool = flag(True, "as in ppo.py")
+    gather_at_once: bool = flag(True, "as in ppo.py; the others do where it fits")
     normalize: int = flag(256, "as in reward_model.py", 0)
     bytes: int = flag(2, "a number in matrix products: 2 is bfloat16, 4 float32", 2, 4)
     n_layer: int = flag(12, "layers", 1)
@@ -131,6 +131,8 @@ def plan(cfg):
         ends_with += 4 * sum(e for _, _, e in trained[1:])                  # the critic's wait until the actor's are there
     ends_with += gradients
     sampling, prompt = 0, cfg.length * (1 - cfg.learnt)
+    if cfg.stage == "sft":                                      # shows some answers
+        sampling = ((P + 2 * block) * b if cfg.gather_at_once else at_hand(ends)) * (N > 1)
     if cfg.stage == "ppo" or (cfg.stage == "reward_model" and cfg.normalize):
         ppo, (P_lm, _, ends_lm) = cfg.stage == "ppo", parameters(shape)
         rows, answer = (cfg.batch / N, cfg.length - prompt) if ppo else (min(64, cfg.normalize / N), 64)
@@ -141,7 +143,7 @@ def plan(cfg):
         sampling = cache + max(reading * prompt, 5 * rows * shape.vocab_size * 4)
         if not ppo:                                             # which reads micro-batches; here all rows are scored at once
             sampling = max(sampling, reading * (prompt + answer)) + 4 * P_lm / shards
-        sampling += ((P_lm + block) * b if cfg.gather_at_once else at_hand(ends_lm)) * sharded
+        sampling += ((P_lm + 2 * block) * b if cfg.gather_at_once or not ppo else at_hand(ends_lm)) * sharded
 
     share = (N - 1) / N
     if shards == 1:

@@ -1,10 +1,11 @@
 """Run a script of this project, alone or under torchrun, and print what it took of every process, beyond what one takes anyway:
-the most memory while networks are loaded, and from the first step's end to the last file, and the bytes sent for a step. Linux only.
+the most memory in tensors while networks are loaded, and from the first step's end to the last file, and the bytes sent for a step.
 
     MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 peak_bytes.py ppo.py --steps 3 --batch 16 ...
 
-(With these settings, tensors that are freed leave the process at once.)
+(With these settings glibc gives every tensor of 64 KiB and more a piece of memory of its own, and knows how much all of them take.)
 """
+import ctypes
 import gc
 import os
 import runpy
@@ -38,11 +39,17 @@ def counted(name):
     setattr(dist, name, wrapped)
 
 
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Mallinfo
+
+
 def held():
-    """Bytes of this process that are no file's."""
-    with open("/proc/self/statm") as f:
-        _, resident, shared, *_ = map(int, f.read().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes in large pieces of memory: tensors, and hardly anything else."""
+    return libc.mallinfo2().hblkhd
 
 
 def watch():
@@ -62,8 +69,8 @@ def log(self, *args, **kwargs):
 
 def finish(self, *args, **kwargs):
     global peak
-    peak = most
     left(self, *args, **kwargs)
+    peak = most
 
 
 def prepare(run, *models):

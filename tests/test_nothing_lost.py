@@ -11,6 +11,7 @@ import torch
 
 import parallel
 import runtime
+from checkpoint import Checkpoints
 from conftest import SMALL, command, script
 from flags import Training
 from model import GPT, GPTConfig
@@ -182,6 +183,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypa
     """As on two machines, one of which has an out/ of its own."""
     a_step(*a_run(tmp_path))
     monkeypatch.setattr(parallel, "everyone", lambda x: [x, x if isinstance(x, dict) else None])
+    monkeypatch.setattr(Checkpoints, "load", lambda *parts: pytest.fail("one process waits for the others in vain"))
     with pytest.raises(ValueError, match="do not see the same checkpoint in .*: machines must share that folder"):
         a_run(tmp_path)
 

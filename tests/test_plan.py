@@ -1,7 +1,9 @@
 """The memory that plan.py promises is the memory that training takes, and the bytes are those that are sent."""
+import ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import plan
 import runtime
 from conftest import ROOT
 from data.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, load_tensors, save_tensors
 from test_parallel import torchrun
 
 SHAPES = {
@@ -54,17 +56,21 @@ def inputs(chain, tmp_path_factory):
         for head in ("lm", "scalar"):
             GPT(plan.Config(length=128, **shape).shape, head).save(str(folder / name / head))
             tokenizer.save(str(folder / name / head))
+    shutil.copytree(folder / "wide", folder / "coarse")
+    for head in ("lm", "scalar"):
+        path = str(folder / "coarse" / head / "model.safetensors")
+        save_tensors(path, {name: x.bfloat16() for name, x in load_tensors(path).items()})
     record = {"prompt": PROMPT, "response": ANSWERS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(35)))        # three are held out
     return folder, len(tokenizer.prompt([{"role": "user", "content": PROMPT}])), len(tokenizer.response(ANSWERS[0]))
 
 
-def measured(inputs, shape, stage, processes, kind, flags=""):
+def measured(inputs, shape, stage, processes, kind, flags="", networks=None):
     """What plan.py is asked, and [(most bytes held while loading, and while training, bytes sent a step) of each process]
-    of a run of a stage."""
+    of a run of a stage. networks: their folder, if not the shape's."""
     folder, prompt, answer = inputs
-    arguments = [f"{stage}.py", *FLAGS[stage].format(shape=shape, n=answer).split(), *flags.split(), "--device", "cpu", "--parallel", kind,
-                 "--save_seconds", "1e6", "--no-resume", "--out", f"out/{shape}/{stage}"]
+    flags = f"{FLAGS[stage].format(shape=networks or shape, n=answer)} {flags} --parallel {kind} --out out/{shape}/{stage}"
+    arguments = [f"{stage}.py", *flags.split(), "--device", "cpu", "--save_seconds", "1e6", "--no-resume"]
     start = torchrun(processes, "tests/peak_bytes.py", arguments, folder)
     if processes == 1:
         start["args"] = [sys.executable, os.path.join(ROOT, "tests/peak_bytes.py"), *arguments]
@@ -79,6 +85,7 @@ def measured(inputs, shape, stage, processes, kind, flags=""):
     return cfg, [tuple(map(int, each)) for each in found]
 
 
+glibc = pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc for its memory")
 FAST = "wide", "sft", 2, "fsdp", ""
 SLOW = [case for shape in SHAPES for stage in FLAGS for processes, kind in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
         for flags in ("", "--checkpoint_blocks")[:1 + (stage in ("sft", "ppo"))] if (case := (shape, stage, processes, kind, flags)) != FAST]
@@ -87,7 +94,7 @@ SLOW += [(shape, stage, processes, kind, "--precision bfloat16") for shape, stag
     ("llama", "dpo", 2, "fsdp"), ("llama", "ppo", 2, "fsdp"))]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@glibc
 @pytest.mark.parametrize("shape, stage, processes, kind, flags", [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape, stage, processes, kind, flags):
     cfg, found = measured(inputs, shape, stage, processes, kind, flags)
@@ -98,6 +105,14 @@ def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape,
             assert loading < weights / processes + 8e6
         assert promised["peak"] == pytest.approx(peak, rel=0.1)
         assert promised["sent a step"] == pytest.approx(sent, rel=0.02)
+
+
+@pytest.mark.slow
+@glibc
+def test_a_file_of_bfloat16_is_not_unrolled_by_processes_that_share_it(inputs):
+    cfg, found = measured(inputs, "wide", "ppo", 2, "fsdp", networks="coarse")
+    weights = sum(4 * plan.parameters(cfg.shape, head)[0] for heads in plan.NETWORKS["ppo"] for head in heads)
+    assert all(loading < weights / 2 + 8e6 for loading, _, _ in found), (weights, found)
 
 
 def peak(function):
