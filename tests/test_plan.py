@@ -112,7 +112,8 @@ def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape,
 def test_a_file_of_bfloat16_is_not_unrolled_by_processes_that_share_it(inputs):
     cfg, found = measured(inputs, "wide", "ppo", 2, "fsdp", networks="coarse")
     weights = sum(4 * plan.parameters(cfg.shape, head)[0] for heads in plan.NETWORKS["ppo"] for head in heads)
-    assert all(loading < weights / 2 + 8e6 for loading, _, _ in found), (weights, found)
+    embedding = 4 * cfg.vocab_size * cfg.n_embd                     # the largest piece, which is whole for a moment
+    assert all(loading < weights / 2 + embedding + 8e6 for loading, _, _ in found), (weights, found)
 
 
 def peak(function):
