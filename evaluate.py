@@ -1,6 +1,6 @@
 """Put checkpoints side by side on held-out prompts, or talk to one.
 
-    python evaluate.py                                        all that out/ holds: sft, best_of_n, dpo, ppo, ppo_no_kl
+    python evaluate.py                                all that out/ holds: sft, best_of_n, dpo, ppo, ppo_no_kl
     python evaluate.py out/sft out/mine --judge out/reward_model --data prompts.jsonl
     python evaluate.py out/ppo --chat
 
@@ -11,16 +11,24 @@ installed, out/overoptimization.png: the learned reward and the judge's score ag
 import json
 import math
 import os
-from dataclasses import dataclass, field
+import random
+import sys
+import time
+from dataclasses import dataclass
 
 import torch
 
-import parallel
-import runtime
 from data import loading, world
+from data.batches import fit
 from data.tokenizer import Tokenizer
 from model import GPT
-from flags import Settings, flag
+from runtime.compute import Compute, pick_device, row_seeds, select
+from runtime.files import write_json
+from runtime.flags import Settings, flag
+from runtime.launch import STARTED, main
+from runtime.models import load, load_reward_model, require
+from runtime.processes import is_first
+from sft import encode, mean_loss
 
 try:                                        # an extra: pip install matplotlib
     import matplotlib
@@ -29,10 +37,12 @@ try:                                        # an extra: pip install matplotlib
 except ImportError:
     plt = None
 
+DEFAULT_MODELS = ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl")
+
 
 @dataclass
 class Config(Settings):
-    models: tuple = flag((), "checkpoint folders; none takes what there is of out/sft, out/dpo, out/ppo, out/ppo_no_kl")
+    models: tuple = flag((), f"checkpoint folders; none takes what there is of {', '.join(DEFAULT_MODELS)}")
     out: str = flag("out", "folder of the report")
     data: str = flag("world", "prompts: world (its held-out ones), or a file")
     judge: str = flag("world", "world, or a reward model's folder")
@@ -42,7 +52,7 @@ class Config(Settings):
     best_of: int = flag(16, "n of best-of-n, drawn from the first model; 0 leaves it out", 0)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
-    micro_batch: int = flag(256, "answers a forward pass", 1)
+    micro_batch: int = flag(256, "sequences per forward pass: lower it if memory runs out", 1)
     show: int = flag(6, "prompts whose answers are printed next to each other", 0)
     chat: bool = flag(False, "talk to the (first) model in the terminal; an empty line starts anew, Ctrl-D ends")
 
@@ -52,67 +62,19 @@ class Contestant:
     """A model's answers to P prompts, N times each; all lists run over prompt 0's answers, then prompt 1's, ..."""
     name: str
     texts: list
-    lengths: list                           # tokens, <|im_end|> included
+    lengths: list                           # of answers in tokens, <|im_end|> included
     ended: list                             # bools
-    reward: list                            # the reward model's score, or empty
-    kl: float                               # nats an answer from the first model
-    sft_loss: float                         # nats a token on held-out demonstrations
-    judge: list = field(default_factory=list)
+    judge: list                             # the judge's scores
+    reward: list                            # the reward model's, or empty
+    kl: float                               # nats per answer from the first model
+    sft_loss: float                         # nats per token on held-out demonstrations
 
 
-# ---------------------------------------------------------------------------------------- answers and scores
-
-@torch.no_grad()
-def answer(cfg, model, reference, tokenizer, prompts, n, salt):
-    """n sampled answers to each prompt (ids): rows (ids of prompt and answer), starts, ended, and without a reference 0
-    for kl, each a list."""
-    rows, starts, ended, kl = [], [], [], []
-    jobs = sorted(((len(p), i, j) for i, p in enumerate(prompts) for j in range(n)))    # neighbours in length
-    order = [i * n + j for _, i, j in jobs]
-    for part, live in parallel.micro_batches(jobs, cfg.micro_batch):
-        lengths = torch.tensor([length for length, _, _ in part], device=model.device)
-        seeds = torch.tensor([(i * n + j) * 1000 + salt + 10 ** 9 * cfg.seed for _, i, j in part], device=model.device)
-        with parallel.gathered(model) as anyone:
-            tokens, mask, logprobs = model.generate(
-                loading.pad([prompts[i] for _, i, _ in part]).to(model.device), lengths, cfg.max_new_tokens, cfg.temperature,
-                stop_token=tokenizer.end, seeds=seeds, anyone=anyone)
-        if cfg.temperature not in (0, 1):                       # the KL speaks of the models as they are
-            logprobs = model.logprobs(tokens, mask)
-        kl += (logprobs - (reference.logprobs(tokens, mask) if reference else logprobs)).sum(1).tolist() * live
-        for row, length, size in zip(tokens.tolist(), lengths.tolist() * live, mask.sum(1).tolist()):
-            rows.append(row[:length + size])
-            starts.append(length)
-            ended.append(rows[-1][-1] == tokenizer.end)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return tuple([values[i] for i in back] for values in map(parallel.gather, (rows, starts, ended, kl)))
-
-
-@torch.no_grad()
-def rewards(cfg, model, rows):
-    """The reward model's score of each row of ids, a list."""
-    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), []
-    for part, live in parallel.micro_batches(order, cfg.micro_batch):
-        last = torch.tensor([len(rows[i]) - 1 for i in part], device=model.device)
-        scores += model(loading.pad([rows[i] for i in part]).to(model.device)).gather(1, last[:, None])[:, 0].tolist() * live
-    found = dict(zip(order, parallel.gather(scores)))
-    return [found[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def sft_loss(cfg, model, examples):
-    """Mean −log p a token on what the assistant says in held-out demonstrations, in nats."""
-    total = count = 0
-    examples = sorted(examples, key=lambda e: len(e[0]))
-    for rows, live in parallel.micro_batches(examples, cfg.micro_batch):
-        ids, learn = zip(*rows)
-        mask = loading.pad(learn).to(model.device)
-        total -= live * model.logprobs(loading.pad(ids).to(model.device), mask).sum().item()
-        count += live * mask.sum().item()
-    return parallel.total(total) / parallel.total(count)
-
+# ------------------------------------------------------------------------------------ numbers
 
 def distinct2(texts):
-    """Different word pairs as a share of all word pairs (Li et al. 2016): low when a model says one thing over and over."""
+    """Different word pairs as a share of all word pairs (Li et al. 2016): low when a model says the same thing over and
+    over."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
     return len(set(pairs)) / max(1, len(pairs))
 
@@ -120,7 +82,8 @@ def distinct2(texts):
 def win_rate(mine, theirs, n, resamples=2000):
     """How often mine scores above theirs, a tie counting half, answer by answer: (rate, low, high), with a 95 %
     interval by the bootstrap over prompts (n answers each), since answers to one prompt are alike."""
-    wins = torch.tensor([(a > b) + 0.5 * (a == b) for a, b in zip(mine, theirs)]).view(-1, n).mean(1)
+    points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, theirs)]
+    wins = torch.tensor(points).view(-1, n).mean(1)
     picks = torch.randint(len(wins), (resamples, len(wins)), generator=torch.Generator().manual_seed(0))
     low, high = wins[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return wins.mean().item(), low, high
@@ -131,7 +94,110 @@ def best_of(pool, n, keep):
     return [max(answers[k * n:(k + 1) * n])[1] for answers in pool for k in range(keep)]
 
 
-# ---------------------------------------------------------------------------------------- the report
+def best_of_n_kl(n):
+    """KL(best of n ‖ the model that is sampled), nats per answer: log n − (n − 1)/n (Stiennon et al. 2020)."""
+    return math.log(n) - (n - 1) / n
+
+
+def mean(values):
+    return round(sum(values) / len(values), 4) if values else None
+
+
+# ------------------------------------------------------------------------------------ the contest
+
+class Contest:
+    """The networks, prompts and scores that all contestants share."""
+
+    def __init__(self, cfg, first):
+        """first: folder of the model to beat."""
+        self.cfg, self.compute, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(first)
+        self.reference, self.scorer, self.judge = load(first).requires_grad_(False), None, None
+        if os.path.exists(cfg.reward):
+            self.scorer = self.load_scorer(cfg.reward)
+        if cfg.judge != "world":
+            self.judge = self.load_scorer(cfg.judge)
+        self.compute.place(*(net for net in (self.reference, self.scorer, self.judge) if net is not None))
+        block_size = self.reference.config.block_size
+        _, prompts = loading.load("prompts", cfg.data)
+        self.prompts = fit(prompts, lambda p: len(self.tokenizer.prompt(p)), block_size - cfg.max_new_tokens,
+                           "held-out prompts")
+        _, demonstrations = loading.load("demonstrations", cfg.demonstrations)
+        self.demonstrations = encode(self.tokenizer, demonstrations, block_size, "held-out demonstrations")
+
+    def load_scorer(self, folder):
+        self.tokenizer.check_same(folder)
+        return load_reward_model(folder).requires_grad_(False)
+
+    def answers(self, model, n, noise):
+        """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds."""
+        ids = [self.tokenizer.prompt(p) for p in self.prompts for _ in range(n)]
+        seeds = row_seeds(random.Random(f"{self.cfg.seed}/{noise}"), len(ids))
+        return self.compute.sample(model, ids, seeds, self.cfg.max_new_tokens, self.cfg.temperature, self.tokenizer.end)
+
+    def scores(self, net, answers):
+        """A reward model's score of each answer: a list."""
+        def score(rows):
+            b = select(answers, rows)
+            return {"scores": net.score(b["tokens"], b["lengths"])}
+        return self.compute.map(score, range(len(answers["lengths"])), answers["lengths"])["scores"].tolist()
+
+    def kl(self, model, answers):
+        """Mean of log π − log π_ref over a model's own answers, nats per answer: an estimate of KL(π ‖ π_ref)."""
+        def log_ratio(rows):
+            b = select(answers, rows)
+            log_ratios = model.logprobs(b["tokens"], b["mask"]) - self.reference.logprobs(b["tokens"], b["mask"])
+            return {"kl": log_ratios.sum(1)}
+        return self.compute.map(log_ratio, range(len(answers["lengths"])), answers["lengths"])["kl"].mean().item()
+
+    def enter(self, name, answers, kl, sft_loss):
+        """A Contestant with its scores."""
+        texts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(answers["tokens"], answers["mask"])]
+        if self.judge:
+            judged = self.scores(self.judge, answers)
+        else:
+            prompts = [p for p in self.prompts for _ in range(len(texts) // len(self.prompts))]
+            judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
+        rewards = self.scores(self.scorer, answers) if self.scorer else []
+        return Contestant(name, texts, answers["mask"].sum(1).tolist(), answers["ended"].tolist(), judged, rewards, kl,
+                          sft_loss)
+
+    def enter_checkpoint(self, number, folder):
+        model = load(folder).requires_grad_(False)
+        self.compute.place(model)
+        print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
+        answers = self.answers(model, self.cfg.samples, noise=number)
+        loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
+        return self.enter(os.path.basename(os.path.normpath(folder)), answers, self.kl(model, answers), loss)
+
+    def enter_best_of(self, sft_loss):
+        """The first model's best of n = 1, 2, 4, ... answers by the reward model, as Contestants; the same number of
+        them for every n, out of one pool."""
+        many = self.cfg.samples * self.cfg.best_of
+        print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
+        answers = self.answers(self.reference, many, noise="best_of_n")
+        scores = self.scores(self.scorer, answers)
+        pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(self.prompts))]
+        found, n = {}, 1
+        while n <= self.cfg.best_of:
+            won = select(answers, best_of(pool, n, keep=self.cfg.samples))
+            found[n] = self.enter("best_of_n", won, best_of_n_kl(n), sft_loss)
+            n *= 2
+        return found
+
+
+def contest(cfg, folders):
+    """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
+    together, contestants, curve = Contest(cfg, folders[0]), [], []
+    for number, folder in enumerate(folders):
+        contestants.append(together.enter_checkpoint(number, folder))
+        if number == 0 and together.scorer and cfg.best_of:
+            by_n = together.enter_best_of(contestants[0].sft_loss)
+            curve = [{"n": n, "kl": c.kl, "reward": mean(c.reward), "judge": mean(c.judge)} for n, c in by_n.items()]
+            contestants.append(by_n[max(by_n)])                     # only the largest n competes
+    return contestants, together.prompts, curve
+
+
+# ------------------------------------------------------------------------------------ the report
 
 def table(report):
     """The report's models as lines of Markdown."""
@@ -140,8 +206,22 @@ def table(report):
     for name, m in report["models"].items():
         low, high = m["win_rate_interval"]
         reward = "–" if m["reward"] is None else f"{m['reward']:.2f}"
-        lines.append(f"| {name} | {m['judge']:.2f} | {m['win_rate']:.1%} ({low:.1%} to {high:.1%}) | {reward} | {m['kl']:.1f} "
-                     f"| {m['length']:.1f} | {m['ended']:.0%} | {m['distinct2']:.2f} | {m['sft_loss']:.2f} |")
+        lines.append(f"| {name} | {m['judge']:.2f} | {m['win_rate']:.1%} ({low:.1%} to {high:.1%}) | {reward} "
+                     f"| {m['kl']:.1f} | {m['length']:.1f} | {m['ended']:.0%} | {m['distinct2']:.2f} "
+                     f"| {m['sft_loss']:.2f} |")
+    return lines
+
+
+def side_by_side(contestants, prompts, n, count):
+    """Lines of Markdown: the first answer of each contestant to `count` prompts spread over all of them, with the judge's
+    score and the learned reward: where the two part, the reward is being hacked."""
+    lines = []
+    every = max(1, len(prompts) // max(1, count))
+    for i in range(0, len(prompts), every)[:count]:
+        lines += ["", "**" + "** / **".join(m["content"] for m in prompts[i] if m["role"] == "user") + "**", ""]
+        for c in contestants:
+            reward = f", reward {c.reward[i * n]:.2f}" if c.reward else ""
+            lines.append(f"- {c.name} (judge {c.judge[i * n]:.2f}{reward}): {c.texts[i * n]}")
     return lines
 
 
@@ -149,50 +229,65 @@ def seconds(out, names):
     """Wall-clock seconds of each stage from its run.json, and of all together; stages that overlap count once."""
     spans, found = [], {}
     for name in ("world", "sft", "reward_model", *names):
-        try:
-            with open(os.path.join(out, name, "run.json"), encoding="utf-8") as f:
-                about = json.load(f)
+        about = read_run(os.path.join(out, name))
+        if about.keys() >= {"seconds", "started", "ended"}:
             found["data" if name == "world" else name] = about["seconds"]
             spans.append((about["started"], about["ended"]))
-        except (OSError, ValueError, KeyError):
-            continue
-    now = runtime.time.time()
-    found["evaluate"] = round(now - runtime.STARTED, 1)
+    now = time.time()
+    found["evaluate"] = round(now - STARTED, 1)
     total, reached = 0.0, 0.0
-    for start, end in sorted([*spans, (runtime.STARTED, now)]):
+    for start, end in sorted([*spans, (STARTED, now)]):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return found | {"total": round(total, 1)}
 
 
-def side_by_side(contestants, prompts, n, count):
-    """Lines of Markdown: the first answer of each contestant to `count` prompts spread over all of them."""
-    lines = []
-    for i in range(0, len(prompts), max(1, len(prompts) // count))[:count] if count else ():
-        lines += ["", "**" + "** / **".join(m["content"] for m in prompts[i] if m["role"] == "user") + "**", ""]
-        lines += [f"- {c.name} ({c.judge[i * n]:.2f}): {c.texts[i * n]}" for c in contestants]
-    return lines
+def read_run(folder):
+    """What a run wrote about itself, or {}."""
+    try:
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
+            about = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def summarize(cfg, contestants, prompts, curve):
+    """All numbers of the report, as report.json holds them."""
+    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed, "models": {}}
+    for c in contestants:
+        rate, low, high = win_rate(c.judge, contestants[0].judge, cfg.samples)
+        report["models"][c.name] = {
+            "judge": mean(c.judge), "reward": mean(c.reward), "win_rate": round(rate, 4),
+            "win_rate_interval": [round(low, 4), round(high, 4)], "kl": round(c.kl, 3) + 0.0, "length": mean(c.lengths),
+            "ended": mean(c.ended), "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
+        if c.name == "best_of_n":
+            report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
+    about = read_run(cfg.reward)
+    if "held_out" in about:
+        report["reward_model"] = about["held_out"]
+    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
+    return report
 
 
 def plot(path, out, report, curve):
-    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line a run, the same colour in both."""
+    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line per run, of one colour in both."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"), ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
         metrics = os.path.join(out, name, "metrics.jsonl")
-        if name in report["models"] and os.path.exists(metrics):
-            with open(metrics, encoding="utf-8") as f:
-                steps = [json.loads(line) for line in f]
-            root = [math.sqrt(max(0.0, s["kl"])) for s in steps]
-            for axis, key in zip(axes, ("score", "judge")):
-                if key in steps[0]:
-                    axis.plot(root, [s[key] for s in steps], color=colour, alpha=0.6, linewidth=1.2)
-                m = report["models"][name]
-                axis.plot(math.sqrt(max(0.0, m["kl"])), m["reward" if key == "score" else "judge"], "o", color=colour, label=label)
+        if name not in report["models"] or not os.path.exists(metrics):
+            continue
+        with open(metrics, encoding="utf-8") as f:
+            steps = [json.loads(line) for line in f]
+        root, m = [math.sqrt(max(0.0, s["kl"])) for s in steps], report["models"][name]
+        for axis, in_rollout, held_out in zip(axes, ("score", "judge"), ("reward", "judge")):
+            if in_rollout in steps[0]:
+                axis.plot(root, [s[in_rollout] for s in steps], color=colour, alpha=0.6, linewidth=1.2)
+            axis.plot(math.sqrt(max(0.0, m["kl"])), m[held_out], "o", color=colour, label=label)
     for axis, key in zip(axes, ("reward", "judge")):
-        if curve:
-            axis.plot([math.sqrt(c["kl"]) for c in curve], [c[key] for c in curve], "s-", color="#555555", markersize=4,
-                      label=f"best of n, n up to {curve[-1]['n']}")
-        axis.set_xlabel("√KL(π ‖ SFT), nats an answer")
+        axis.plot([math.sqrt(c["kl"]) for c in curve], [c[key] for c in curve], "s-", color="#555555", markersize=4,
+                  label=f"best of n, n up to {curve[-1]['n']}")
+        axis.set_xlabel("√KL(π ‖ SFT), nats per answer")
         axis.grid(alpha=0.25)
     axes[0].set_title("What PPO sees: the learned reward")
     axes[1].set_title("What is true: the judge's score")
@@ -203,12 +298,37 @@ def plot(path, out, report, curve):
     figure.savefig(path, dpi=150)
 
 
-# ---------------------------------------------------------------------------------------- talking
+def write_report(cfg, contestants, prompts, curve):
+    """report.json, report.md and the figure; prints the table and some answers."""
+    report, image = summarize(cfg, contestants, prompts, curve), []
+    if plt and curve:
+        plot(os.path.join(cfg.out, "overoptimization.png"), cfg.out, report, curve)
+        image = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
+    write_json(os.path.join(cfg.out, "report.json"), report)
+    facts = [f"{len(prompts)} held-out prompts, {cfg.samples} answers each, judged by {cfg.judge}."]
+    reward_model = report.get("reward_model", {})
+    if "accuracy" in reward_model:
+        facts.append(f"Reward model: {reward_model['accuracy']:.1%} of {reward_model['pairs']} held-out pairs.")
+    if "ceiling" in reward_model:
+        facts.append(f"The best that any scorer could reach is {reward_model['ceiling']:.1%}.")
+    facts.append("Seconds: " + ", ".join(f"{name} {taken:.0f}" for name, taken in report["seconds"].items()) + ".")
+    lines = table(report) + [""] + facts
+    with open(os.path.join(cfg.out, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(["# Report", "", *lines, *image, "", "## Side by side",
+                           *side_by_side(contestants, prompts, cfg.samples, 24)]) + "\n")
+    print("\n".join(side_by_side(contestants, prompts, cfg.samples, cfg.show)))
+    print("\n" + "\n".join(lines))
+    print(f"wrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if image else ""))
+
+
+# ------------------------------------------------------------------------------------ talking
 
 @torch.no_grad()
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
-    tokenizer, model, messages = Tokenizer.load(folder), GPT.load(folder, device=runtime.pick_device(cfg.device)), []
+    tokenizer, model, messages = Tokenizer.load(folder), GPT.load(folder, device=pick_device(cfg.device)), []
+    if model.head_kind != "lm":
+        raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
     print(f"talking to {folder}; an empty line starts anew, Ctrl-D ends")
     while True:
         try:
@@ -216,128 +336,41 @@ def chat(cfg, folder):
         except EOFError:
             print()
             return
+        if not sys.stdin.isatty():                                  # a pipe does not show what it sends
+            print(text)
         if not text:
             messages = []
             continue
         messages.append({"role": "user", "content": text})
         ids = tokenizer.prompt(messages)
-        if len(ids) >= model.config.block_size:
+        room = min(cfg.max_new_tokens, model.config.block_size - len(ids))
+        if room < 1:
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        room = min(cfg.max_new_tokens, model.config.block_size - len(ids))
-        tokens, mask, _ = model.generate(torch.tensor([ids], device=model.device), torch.tensor([len(ids)], device=model.device),
-                                         room, cfg.temperature, stop_token=tokenizer.end)
-        messages.append({"role": "assistant", "content": tokenizer.decode(tokens[0][mask[0]].tolist())})
+        prompt, length = torch.tensor([ids], device=model.device), torch.tensor([len(ids)], device=model.device)
+        tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
+        messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
         print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
 
 
-# ---------------------------------------------------------------------------------------- all together
-
-def contest(cfg, folders):
-    """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
-    device = runtime.pick_device(cfg.device)
-
-    def load(folder):
-        net = parallel.load(folder).requires_grad_(False)
-        return parallel.spread(net, parallel.choose(cfg.parallel, [net] * 4, device), device)      # four are there at once
-
-    tokenizer, reference = Tokenizer.load(folders[0]), load(folders[0])
-    prompts = loading.fit(loading.load("prompts", cfg.data)[1], lambda p: len(tokenizer.prompt(p)),
-                          reference.config.block_size - cfg.max_new_tokens, "held-out prompts")
-    ids = [tokenizer.prompt(p) for p in prompts]
-    examples = [tokenizer.chat(m) for m in loading.load("demonstrations", cfg.demonstrations)[1]]
-    examples = loading.fit(examples, lambda e: len(e[0]), reference.config.block_size, "held-out demonstrations")
-    scorer = load(cfg.reward) if os.path.exists(cfg.reward) else None
-    judge_net = load(cfg.judge) if cfg.judge != "world" else None
-    for folder, net in ((cfg.reward, scorer), (cfg.judge, judge_net)):
-        if net is not None:
-            runtime.require_reward_model(folder, net, tokenizer)
-    contestants, curve, n = [], [], cfg.samples
-
-    def add(name, rows, starts, ended, kl, loss):
-        texts = [tokenizer.decode(row[start:]) for row, start in zip(rows, starts)]
-        c = Contestant(name, texts, [len(r) - s for r, s in zip(rows, starts)], ended,
-                       rewards(cfg, scorer, rows) if scorer else [], kl, loss)
-        c.judge = (rewards(cfg, judge_net, rows) if judge_net else
-                   [world.judge(prompts[i // n], text) for i, text in enumerate(texts)])
-        contestants.append(c)
-        return c
-
-    for k, folder in enumerate(folders):
-        model = load(folder)
-        print(f"{folder} answers {len(ids)} prompts {n} times ...", flush=True)
-        rows, starts, ended, kl = answer(cfg, model, reference, tokenizer, ids, n, salt=k)
-        add(os.path.basename(os.path.normpath(folder)), rows, starts, ended, sum(kl) / len(kl), sft_loss(cfg, model, examples))
-        if k == 0 and scorer and cfg.best_of:
-            many = n * cfg.best_of
-            print(f"best of {cfg.best_of}: {many} answers to each prompt ...", flush=True)
-            rows, starts, ended, _ = answer(cfg, model, None, tokenizer, ids, many, salt=999)
-            scores = rewards(cfg, scorer, rows)
-            pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(ids))]
-            size = 1
-            while size <= cfg.best_of:                          # n answers to each prompt at every size
-                won = best_of(pool, size, n)
-                c = add("best_of_n", [rows[i] for i in won], [starts[i] for i in won], [ended[i] for i in won],
-                        math.log(size) - (size - 1) / size, contestants[0].sft_loss)    # KL: Stiennon et al. 2020
-                curve.append({"n": size, "kl": c.kl, "reward": sum(c.reward) / len(c.reward), "judge": sum(c.judge) / len(c.judge)})
-                size *= 2
-                if size <= cfg.best_of:
-                    contestants.pop()                           # only the largest n competes
-    return contestants, prompts, curve
-
+# ------------------------------------------------------------------------------------ all together
 
 def evaluate(cfg):
     if cfg.chat:
         folder = cfg.models[0] if cfg.models else "out/ppo"
-        runtime.require(folder, os.path.basename(folder))
+        require(folder, os.path.basename(folder))
         return chat(cfg, folder)
-    folders = list(cfg.models) or [f for f in ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl") if os.path.exists(f"{f}/config.json")]
-    for folder in folders or ["out/sft"]:
-        runtime.require(folder, os.path.basename(folder))
+    folders = list(cfg.models) or [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or ["out/sft"]
+    for folder in folders:
+        require(folder, os.path.basename(folder))
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows the world's prompts alone: name a reward model with --judge")
-    os.makedirs(cfg.out, exist_ok=True)                         # before the work, so that none is lost
+    os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
     contestants, prompts, curve = contest(cfg, folders)
-    if parallel.rank():                                         # the first process writes
-        return
-
-    def mean(values):
-        return round(sum(values) / len(values), 4) if values else None
-
-    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed, "models": {}}
-    for c in contestants:
-        rate, low, high = win_rate(c.judge, contestants[0].judge, cfg.samples)
-        report["models"][c.name] = {
-            "judge": mean(c.judge), "reward": mean(c.reward), "win_rate": round(rate, 4),
-            "win_rate_interval": [round(low, 4), round(high, 4)], "kl": round(c.kl, 3) + 0.0, "length": mean(c.lengths),
-            "ended": mean(c.ended), "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
-        if c.name == "best_of_n":
-            report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
-    try:
-        with open(os.path.join(cfg.reward, "run.json"), encoding="utf-8") as f:
-            report["reward_model"] = json.load(f)["held_out"]
-    except (OSError, ValueError, KeyError):
-        pass
-    drawn = bool(plt and curve)
-    if drawn:
-        plot(os.path.join(cfg.out, "overoptimization.png"), cfg.out, report, curve)
-    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
-    runtime.write_json(os.path.join(cfg.out, "report.json"), report)
-    rm, took = report.get("reward_model", {}), report["seconds"]
-    facts = [f"{len(prompts)} held-out prompts, {cfg.samples} answers each, judged by {cfg.judge}."]
-    if "accuracy" in rm:
-        facts.append(f"Reward model: {rm['accuracy']:.1%} of {rm['pairs']} held-out pairs"
-                     + (f"; the best any scorer could reach is {rm['ceiling']:.1%}." if "ceiling" in rm else "."))
-    facts.append("Seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in took.items()) + ".")
-    lines = table(report) + [""] + facts
-    with open(os.path.join(cfg.out, "report.md"), "w", encoding="utf-8") as f:
-        image = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if drawn else []
-        f.write("\n".join(["# Report", "", *lines, *image, "", "## Side by side",
-                           *side_by_side(contestants, prompts, cfg.samples, 24)]) + "\n")
-    print("\n".join(side_by_side(contestants, prompts, cfg.samples, cfg.show)))
-    print("\n" + "\n".join(lines) + f"\nwrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if drawn else ""))
+    if is_first():
+        write_report(cfg, contestants, prompts, curve)
 
 
 if __name__ == "__main__":
-    runtime.main(Config, evaluate, __doc__)
+    main(Config, evaluate, __doc__)

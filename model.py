@@ -9,8 +9,10 @@ The defaults are GPT-2 (Radford et al. 2019). Switches in the config turn the sa
 network: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
 
 One layout everywhere: `tokens` (B, T) is right-padded, so causal attention never sees padding and needs no
-mask: what stands to the right of a token cannot reach it. B rows, T tokens, V vocabulary, C channels,
-H heads, D channels a head, L layers.
+mask: what stands to the right of a token cannot reach it.
+
+Letters in shapes: B rows, T tokens, V vocabulary, C channels, H heads, D channels per head, L layers; S
+positions of the cache, b rows that are still being sampled, n positions that a mask names.
 
 Left out: dropout (small data is read a few times here, and PPO has to do without it, because the new
 log-probabilities must differ from the old ones by the update alone), and biases of attention scores.
@@ -31,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 @dataclass
 class GPTConfig:
     """All of a network's shape. Raises ValueError naming the first field that cannot be."""
-    vocab_size: int = 50304        # GPT-2's 50,257, padded to a multiple of 64; the chat tokens live in the padding
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64; the chat tokens live in the padding
     block_size: int = 1024         # longest sequence
     n_layer: int = 12
     n_head: int = 12
@@ -65,10 +67,10 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig.{big} {getattr(self, big)} is not a multiple of "
                                  f"{small} {getattr(self, small)}")
         if self.positions == "rotary" and (self.n_embd // self.n_head) % 2:
-            raise ValueError("GPTConfig: rotary positions need an even number of channels a head")
+            raise ValueError("GPTConfig: rotary positions need an even number of channels per head")
 
 
-# ------------------------------------------------------------------------------------------ the network
+# -------------------------------------------------------------------------------------- the network
 
 def make_norm(config):
     if config.norm == "rmsnorm":
@@ -77,11 +79,12 @@ def make_norm(config):
 
 
 def rotate(x, positions, theta):
-    """Rotary positions (Su et al. 2021, eq. 34): turn channel pairs (i, i + D/2) of x (B, H, T, D) by p·theta^(-2i/D).
+    """Rotary positions (Su et al. 2021, eq. 34): turn channel pairs (i, i + D/2) of x (B, H, T, D) by
+    p·theta^(-2i/D).
 
     positions is (T,), or (B, 1) when each row stands somewhere else. Pairs are split by halves, as Llama's
-    published weights have them. Angles are computed in at least float32: bfloat16 cannot tell late positions apart.
-    """
+    published weights have them. Angles are computed in at least float32: bfloat16 cannot tell late positions
+    apart. """
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
@@ -103,8 +106,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, positions, cache=None):
-        """x (B, T, C). positions (T,): a whole sequence, kept in the cache if there is one. positions (B, 1): one
-        new token a row, T = 1, which looks back through the cache (2, B, H_kv, S, D)."""
+        """x (B, T, C). positions (T,): whole sequences, whose keys and values are kept in the cache if there
+        is one. positions (B, 1): one new token per row, T = 1, which looks back through the cache (2, B,
+        H_kv, S, D)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).split([C, self.kv_width, self.kv_width], dim=-1)
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))      # (B, H, T, D)
@@ -113,20 +117,21 @@ class Attention(nn.Module):
         if positions.dim() == 2:
             y = self.look_back(q, k, v, positions, cache)
         else:
-            if cache is not None:
+            if cache is not None:       # padding writes keys too: look_back masks them, until tokens overwrite them
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def look_back(self, q, k, v, positions, cache):
-        """Attention of one query a row: q (B, H, 1, D) over the row's cached keys up to its own position. Written
-        out, because for a single query plain products beat the fused kernel, and each row has its own length."""
+        """Attention of one query per row: q (B, H, 1, D) over the row's cached keys up to its own position.
+        Written out, because for a single query plain products beat the fused kernel, and each row has its own
+        length."""
         rows = torch.arange(len(q), device=q.device)
         cache[0][rows, :, positions[:, 0]] = k[:, :, 0]
         cache[1][rows, :, positions[:, 0]] = v[:, :, 0]
         keys, values = cache
-        q = q.view(len(q), keys.shape[1], -1, self.head_dim)                                # (B, H_kv, H/H_kv, D)
-        scores = q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)                      # (B, H_kv, H/H_kv, S)
+        q = q.view(len(q), keys.shape[1], -1, self.head_dim)                            # (B, H_kv, H/H_kv, D)
+        scores = q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)                  # (B, H_kv, H/H_kv, S)
         future = torch.arange(keys.shape[2], device=q.device) > positions                   # (B, S)
         weights = scores.masked_fill(future[:, None, None], -torch.inf).softmax(dim=-1)
         return (weights @ values).reshape(len(q), -1, 1, self.head_dim)
@@ -153,22 +158,22 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, positions, cache=None, again=False):
-        if again:       # in here, so that what is wrapped around a block (FSDP, torch.compile) is not done again
+    def forward(self, x, positions, cache=None, recompute=False):
+        if recompute:   # in here, so that what is wrapped around a block (FSDP, torch.compile) is not done twice
             return checkpoint(self.forward, x, positions, use_reentrant=False)
         x = x + self.attention(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """head="lm" scores the next token; head="scalar" says one number a position (a reward or a value)."""
+    """head="lm" scores the next token; head="scalar" gives one number per position (a reward or a value)."""
 
     def __init__(self, config, head="lm"):
         super().__init__()
         if head not in ("lm", "scalar"):
             raise ValueError(f'GPT: head must be "lm" or "scalar", not {head!r}')
         self.config, self.head_kind = config, head
-        self.checkpoint_blocks = False  # True computes activations again in the backward pass, in place of keeping them
+        self.checkpoint_blocks = False  # True: recompute a block's activations in the backward pass, do not keep them
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -188,8 +193,10 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if self.head_kind == "scalar" and module is self.head:      # a reward starts with deviation 1 over random
-            nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))       # states: Stiennon et al. 2020
+        if self.head_kind == "scalar" and module is self.head:
+            # Scores of random hidden states start with a standard deviation of about 1 (Stiennon et al.
+            # 2020).
+            nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))
 
     @property
     def device(self):
@@ -204,9 +211,9 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
-        again = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
+        recompute = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, None if cache is None else cache[i], again)
+            x = block(x, positions, None if cache is None else cache[i], recompute)
         return self.norm(x)
 
     def unembed(self, x):
@@ -216,7 +223,7 @@ class GPT(nn.Module):
         return F.linear(x, self.token_embedding.weight if self.config.tied else self.head.weight)
 
     def forward(self, tokens):
-        """tokens (B, T) int64, right-padded: logits (B, T, V), or one scalar a position (B, T)."""
+        """tokens (B, T) int64, right-padded: logits (B, T, V), or one scalar per position (B, T)."""
         x = self.hidden(tokens)
         if self.head_kind == "lm":
             return self.unembed(x)
@@ -224,97 +231,118 @@ class GPT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(exact), self.head.weight.to(exact), self.head.bias.to(exact)).squeeze(-1)
 
-    def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
+    def score(self, tokens, lengths):
+        """The scalar at each row's last token, (B,): it alone has seen the whole row. tokens (B, T)
+        right-padded, lengths (B,)."""
+        return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]
+
+    def logprobs(self, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False):
         """Log-probability of each token that the mask names, given those before it.
 
-        tokens (B, T) int64; mask (B, T) bool, its first column is ignored (nothing precedes it).
-        Returns (B, T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With
-        entropy=True also the entropy of each of those distributions, (B, T), without a graph behind it unless
-        gradients are on. Logits exist only for the positions that the mask names: n × V numbers, not B × T × V.
-        """
+        tokens (B, T) int64; mask (B, T) bool, its first column is ignored (nothing precedes it). Returns (B,
+        T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
+        also the entropy of each of those distributions, (B, T); only entropy_grad=True keeps what its
+        gradient would need. Logits exist only for the positions that the mask names: n × V numbers, not B × T
+        × V. """
         mask = mask.clone()
         mask[:, 0] = False
+        # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
-        logits = self.unembed(x).float() if x.dtype != torch.float64 else self.unembed(x)
+        logits = self.unembed(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logp = F.log_softmax(logits / temperature, dim=-1)                                  # (n, V)
         chosen = logp.gather(-1, tokens[mask][:, None])[:, 0]
-        out = torch.zeros(tokens.shape, dtype=logp.dtype, device=tokens.device).masked_scatter(mask, chosen)
+        zeros = torch.zeros(tokens.shape, dtype=logp.dtype, device=tokens.device)
+        out = zeros.masked_scatter(mask, chosen)
         if not entropy:
             return out
-        return out, torch.zeros_like(out).masked_scatter(mask, -(logp.exp() * logp).sum(-1))
+        if not entropy_grad:
+            logp = logp.detach()
+        return out, zeros.masked_scatter(mask, -(logp.exp() * logp).sum(-1))
 
-    # ------------------------------------------------------------------------------------ sampling
+    # ------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
-    def generate(self, prompts, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 stop_token=None, seeds=None, anyone=None):
+    def generate(self, prompts, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
+                 seeds=None):
         """Continue each prompt until stop_token (kept) or for max_new_tokens.
 
-        prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy. top_k 0 and
-        top_p 1 leave the distribution whole. seeds (B,) int64 give each row its own noise: a row's answer depends
-        on its prompt and its seed, not on its neighbours, the batch or the process; None draws them from
-        torch's generator. anyone: for networks that several processes can only run together, a function from this
-        process's number of unfinished rows to that of all; sampling goes on until it is 0.
+        prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy. top_k 0
+        and top_p 1 leave the distribution whole. seeds (B,) int64 give each row its own noise: a row's answer
+        depends on its prompt and its seed, not on its neighbours, the batch or the process; None draws them
+        from torch's generator.
 
         Returns tokens (B, T'), prompt then answer then zeros; mask (B, T') bool, true on what was generated;
-        logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature 0:
-        at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens, and for
-        settings out of range.
-        """
+        logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature
+        0: at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens, and
+        for settings out of range. """
         if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
             raise ValueError("generate: temperature and top_k must be at least 0, and top_p above 0 and at most 1")
         B, T = prompts.shape
         longest = int(lengths.max())
-        span = longest + max_new_tokens
+        S = longest + max_new_tokens                                  # positions that any row may come to use
         if not 1 <= int(lengths.min()) or longest > T:
             raise ValueError(f"generate: lengths must lie between 1 and {T}")
-        if span > self.config.block_size:
+        if S > self.config.block_size:
             raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
                              f"block_size {self.config.block_size}")
         if seeds is None:
             seeds = torch.randint(2 ** 62, (B,)).to(prompts.device)
+        column = torch.arange(S, device=prompts.device)
         tokens = F.pad(prompts[:, :longest], (0, max_new_tokens))
-        column = torch.arange(span, device=tokens.device)
         tokens.masked_fill_(column >= lengths[:, None], 0)
-        exact = torch.promote_types(self.norm.weight.dtype, torch.float32)              # bfloat16 is too coarse for them
-        logprobs = torch.zeros(B, span, dtype=exact, device=tokens.device)
-        ends = lengths.clone()                                      # one past each row's last token
-        cache = [torch.zeros(2, B, self.config.n_kv_head, span, self.config.n_embd // self.config.n_head,
-                             dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
-        x = self.hidden(tokens[:, :longest], cache=cache)
-        rows = torch.arange(B, device=tokens.device)                # the rows still in the batch
-        x = x[rows, lengths - 1]                                    # (b, C): the state that chooses the next token
-        running = torch.ones_like(rows, dtype=torch.bool)
+        ends = lengths.clone()                                          # one past each row's last token
+        x, cache = self.prefill(tokens[:, :longest], lengths, S)
+        logprobs = torch.zeros(B, S, dtype=torch.promote_types(x.dtype, torch.float32), device=tokens.device)
+        rows = torch.arange(B, device=tokens.device)                    # (b,): the rows still in the batch
+        running = torch.ones_like(rows, dtype=torch.bool)               # (b,): those that have not ended
         for step in range(max_new_tokens):
             position = lengths[rows] + step
             logits = self.unembed(x).to(logprobs.dtype)
             chosen = sample(logits, temperature, top_k, top_p, uniform(seeds[rows], step))
-            logp = logits.div(temperature or 1.0).log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-            live = rows[running]
-            tokens[live, position[running]] = chosen[running]
-            logprobs[live, position[running]] = logp[running]
-            ends[live] += 1
+            logp = F.log_softmax(logits / (temperature or 1.0), dim=-1).gather(-1, chosen[:, None])[:, 0]
+            tokens[rows[running], position[running]] = chosen[running]
+            logprobs[rows[running], position[running]] = logp[running]
+            ends[rows[running]] += 1
             if stop_token is not None:
                 running = running & (chosen != stop_token)
-                alive = int(running.sum())
-                if (anyone(alive) if anyone else alive) == 0:
-                    break
-                if 0 < alive <= 0.8 * len(rows):                        # finished rows leave; copying the cache costs
-                    rows, chosen, position = rows[running], chosen[running], position[running]     # about a step,
-                    cache = [layer[:, running] for layer in cache]                      # so not at every one of them
-                    running = running[running]
-            if step + 1 < max_new_tokens:
-                reach = longest + step + 1                          # no row's position is beyond this
-                x = self.hidden(chosen[:, None], position[:, None], [c[:, :, :, :reach] for c in cache])[:, 0]
+            alive = int(running.sum())
+            if self.rows_left(alive) == 0 or step + 1 == max_new_tokens:
+                break
+            # Rows that have ended leave the batch, and cost nothing from then on. Copying the cache for it
+            # takes about as long as a step, so they leave when a fifth of the batch has ended, not one by
+            # one.
+            if 0 < alive <= 0.8 * len(rows):
+                rows, chosen, position = rows[running], chosen[running], position[running]
+                cache = [layer[:, running] for layer in cache]
+                running = running[running]
+            reach = longest + step + 1                                  # no row's position is beyond this
+            x = self.hidden(chosen[:, None], position[:, None], [layer[:, :, :, :reach] for layer in cache])[:, 0]
         T = int(ends.max())
         mask = (column >= lengths[:, None]) & (column < ends[:, None])
         return tokens[:, :T], mask[:, :T], logprobs[:, :T]
 
-    # ------------------------------------------------------------------------------------ files
+    def prefill(self, tokens, lengths, S):
+        """Read whole prompts: the state (B, C) at each one's last token, which chooses the next, and a cache
+        with room for S positions, (2, B, H_kv, S, D) for each layer."""
+        dtype = self.norm.weight.dtype
+        if torch.is_autocast_enabled(tokens.device.type):        # keys and values come out of matrix products
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        shape = (2, len(tokens), self.config.n_kv_head, S, self.config.n_embd // self.config.n_head)
+        cache = [torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in self.blocks]
+        x = self.hidden(tokens, cache=cache)
+        return x[torch.arange(len(tokens), device=tokens.device), lengths - 1], cache
+
+    def rows_left(self, alive):
+        """How many rows go on, of `alive` here. Processes that can only sample together count all of
+        theirs."""
+        return alive
+
+    # ---------------------------------------------------------------------------------------- files
 
     def save(self, folder, whole=lambda x: x):
-        """Write config.json and model.safetensors into the folder, made if need be. whole: what makes an ordinary tensor of
-        a parameter that is sharded over processes."""
+        """Write config.json and model.safetensors into the folder, made if need be. whole: what makes an
+        ordinary tensor of a parameter that is sharded over processes."""
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
             json.dump({"head": self.head_kind, **asdict(self.config)}, f, indent=1)
@@ -322,9 +350,10 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, folder, head=None, device="cpu", mapped=False):
-        """The network that save() wrote. head: as saved if None; another kind starts that head anew on the saved
-        trunk (a reward model from a language model). mapped: leave the weights in the file, which must then stay as it is,
-        and in its precision, to be read where they are used. Raises ValueError saying which file does not fit, and how."""
+        """The network that save() wrote. head: as saved if None; another kind starts that head anew on the
+        saved trunk (a reward model from a language model). mapped: leave the weights in the file, which must
+        then stay as it is, and in its precision, to be read where they are used. Raises ValueError saying
+        which file does not fit, and how."""
         path = os.path.join(folder, "config.json")
         try:
             with open(path, encoding="utf-8") as f:
@@ -364,9 +393,10 @@ class GPT(nn.Module):
 
 
 def uniform(seeds, step):
-    """One number in (0, 1) a row from seeds (b,) int64 and the step: the SplitMix64 finaliser (Steele et al. 2014).
-    A counter in place of a generator's state makes a row's noise independent of batch, process and device."""
-    def shift(z, n):                                                # logical shift right: int64 has only the other
+    """One number in (0, 1) per row from seeds (b,) int64 and the step: the SplitMix64 finaliser (Steele et
+    al. 2014). A counter in place of a generator's state makes a row's noise independent of batch, process and
+    device."""
+    def shift(z, n):                                           # logical shift right: int64 has only the other
         return (z >> n) & ((1 << (64 - n)) - 1)
     z = seeds * -7046029254386353131 + (step + 1) * -7723592293110705685 % 2 ** 63
     z = (z ^ shift(z, 30)) * -4658895280553007687
@@ -378,7 +408,7 @@ def uniform(seeds, step):
 
 
 def sample(logits, temperature, top_k, top_p, u):
-    """One token a row from logits (b, V), by inverting the cumulative distribution at u (b,) in (0, 1).
+    """One token per row from logits (b, V), by inverting the cumulative distribution at u (b,) in (0, 1).
 
     top_k keeps the k likeliest; top_p then the fewest whose probability reaches p (Holtzman et al. 2020)."""
     if temperature == 0:
@@ -394,12 +424,13 @@ def sample(logits, temperature, top_k, top_p, u):
         ranked = ranked.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    # Reaching u of the total, which rounding leaves a hair beside 1, always lands on a token of probability > 0.
+    # Reaching u of the total, which rounding leaves a hair beside 1, always lands on a token of probability >
+    # 0.
     target = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------- tensor files
+# ------------------------------------------------------------------------------------- tensor files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -407,8 +438,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def save_tensors(path, tensors, whole=lambda x: x):
-    """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, raw numbers.
-    A reader needs no code from the file. The file appears whole or not at all. whole() is asked for one tensor at a time."""
+    """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, raw numbers. A
+    reader needs no code from the file. The file appears whole or not at all. whole() is asked for one tensor
+    at a time."""
     header, offset, kind = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -431,8 +463,8 @@ def save_tensors(path, tensors, whole=lambda x: x):
 
 
 def load_tensors(path):
-    """{name: tensor} of a safetensors file. They stay in it, mapped into memory, until they are read; what is written to
-    them does not reach the file. Raises ValueError if it is not one, or is cut short."""
+    """{name: tensor} of a safetensors file. They stay in it, mapped into memory, until they are read; what is
+    written to them does not reach the file. Raises ValueError if it is not one, or is cut short."""
     try:
         with open(path, "rb") as f:
             body = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)

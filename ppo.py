@@ -3,33 +3,40 @@
     python ppo.py                                          from out/sft and out/reward_model, on the embedded world
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl          the same with nothing to hold it back
 
-One step: the policy π answers a batch of prompts (rollout); the reward model scores each answer; every token pays for
-leaving the reference π_ref, −β·(log π − log π_ref), and the last one earns the score; generalised advantage
-estimation compares what followed with what the critic expected; then a few epochs of clipped updates. β adapts so
-that π stays about `kl_target` nats an answer away from π_ref (Ziegler et al. 2019).
+Four networks. The policy π ("actor") starts as the SFT model, and so does the frozen reference π_ref. The
+critic V starts as the reward model, and so does the frozen reward. An action is one token; a state is all the
+tokens before it.
 
-Four networks: the actor π and the reference start as the SFT model, the critic V and the frozen reward start as the
-reward model. An action is a token: column t of every (B, T) array speaks of the choice of tokens[:, t], made in the
-state tokens[:, :t].
+One step of the loop, in the order of this file:
 
-Of the implementation details that Huang et al. (2024, arXiv 2403.17031) and its 2023 precursor list, here are: critic
-from the reward model, no dropout, scores normalised on SFT samples, the temperature in every log-probability, per-token
-KL in the reward, a fixed score for an answer that does not end, rewards whitened without moving their mean, advantages
-whitened, both clipped losses, Adam's ε of 1e-5, a decaying learning rate, adaptive KL. Left out: dummy padding tokens
-and left padding (rows are right-padded and masked), rejection of answers without a given token (the chat format has
-<|im_end|>), and a shared trunk for policy and value (separate networks do better there, and read better).
+    1. rollout     the policy answers a batch of prompts; the other networks read the answers
+    2. rewards     every token pays for leaving the reference, −β·(log π − log π_ref), and the last one earns the score
+    3. advantages  generalised advantage estimation compares what followed each token with what the critic expected
+    4. update      a few epochs of clipped optimiser steps on these answers
+    5. β           adapts, so that π stays about `kl_target` nats per answer away from π_ref
+
+Why stay close at all? The reward model was trained on answers like the SFT model's. Far from them its score
+is a guess, and a policy that climbs it finds the places where the guess is too high: the score goes up and
+the answers get worse (reward hacking). The KL penalty is what keeps the policy where the score means
+something.
+
+Every (B, T) array is right-padded, and its column t speaks of the choice of tokens[:, t], made in the state
+tokens[:, :t]. `mask` (B, T) is true on the tokens that the policy chose.
 """
-import sys
+import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-import parallel
-import runtime
 from data import loading, world
+from data.batches import fit
 from data.tokenizer import Tokenizer
-from flags import Training, flag
+from runtime.compute import pad, select
+from runtime.flags import Training, flag
+from runtime.launch import main, warn
+from runtime.models import load, load_reward_model, require
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 
 @dataclass
@@ -38,38 +45,36 @@ class Config(Training):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
-    steps: int = flag(54, "rounds of rollout and update", 1)
-    batch: int = flag(128, "prompts a rollout", 2)
+    steps: int = flag(54, "steps of rollout and update", 1)
+    batch: int = flag(128, "prompts per rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
-    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered, if they fit; off, block by block")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
-    no_end_score: float = flag(-3.0, "score of an answer that never ends, in place of the reward model's")
+    no_end_score: float = flag(-3.0, "score of an answer that does not end, in place of the reward model's")
     epochs: int = flag(2, "passes over a rollout", 1)
-    minibatches: int = flag(2, "optimiser steps an epoch", 1)
-    micro_batch: int = flag(32, "answers a forward pass; the gradient is the same", 1)
+    minibatches: int = flag(2, "optimiser steps per epoch", 1)
     lr: float = flag(1e-3, "the policy's peak learning rate", 0)
     critic_lr: float = flag(1e-3, "the critic's", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of both learning rates, to 0", choices=("constant", "linear", "cosine"))
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
-    kl_coef: float = flag(0.1, "β, the price of a nat; where it starts if it adapts", 0)
-    adaptive_kl: bool = flag(True, "steer β towards kl_target")
-    kl_target: float = flag(3.5, "nats an answer between policy and reference", 1e-6)
+    kl_coef: float = flag(0.1, "β, the KL penalty; where it starts if it adapts", 0)
+    adaptive_kl: bool = flag(True, "adapt β, to keep the KL near kl_target")
+    kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6)
     kl_horizon: int = flag(1000, "answers over which β adapts", 1)
-    gamma: float = flag(1.0, "discount a token", 0, 1)
-    lam: float = flag(0.95, "λ of GAE: 1 trusts what happened, 0 the critic", 0, 1)
-    clip: float = flag(0.2, "of the policy's ratio, ε", 0)
-    value_clip: float = flag(0.2, "of the critic's move", 0)
-    entropy_coef: float = flag(0.0, "bonus a nat of entropy", 0)
-    whiten_rewards: bool = flag(False, "give rewards deviation 1, their mean unmoved")
-    whiten_advantages: bool = flag(True, "give advantages mean 0 and deviation 1")
-    update_kl: float = flag(0.1, "stop a step's updates once the policy has moved so many nats a token; 0 never stops", 0)
+    gamma: float = flag(1.0, "discount per token", 0, 1)
+    lam: float = flag(0.95, "λ of GAE: 1 trusts what followed, 0 the critic", 0, 1)
+    clip: float = flag(0.2, "ε: how far the policy's ratio may move and still learn", 0)
+    value_clip: float = flag(0.2, "how far a value may move and still learn", 0)
+    entropy_coef: float = flag(0.0, "bonus per nat of entropy", 0)
+    whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, their mean unmoved")
+    whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
+    update_kl: float = flag(0.1, "end an update once the policy has moved so many nats per token; 0 never does", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
-    ptx_batch: int = flag(32, "demonstrations an optimiser step", 1)
+    ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
 
 
-# ---------------------------------------------------------------------------------------- the mathematics
+# -------------------------------------------------------------------------------------------- means
 
 def masked_mean(x, mask):
     """Mean of x over the true places of the mask: a scalar, whatever stands in the others."""
@@ -77,18 +82,70 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Give x (B, T) deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside the mask."""
+    """Give x (B, T) standard deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside the
+    mask.
+
+    Advantages are shifted too: half of the actions then count as better than usual and half as worse, and a
+    step's size does not depend on the scale of the rewards. Rewards are only scaled: a reward that is the
+    same for every token says whether longer answers pay, and to shift it would change which policy is best.
+    """
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
 
 
-def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """What each action earns: −β·(log π − log π_ref), and the last one the score besides (Ziegler et al. 2019, eq. 2).
+# --------------------------------------------------------------------------------------- 1. rollout
 
-    scores (B,); logprobs, ref_logprobs (B, T) in nats, of the tokens that were taken; mask (B, T) bool; kl_coef β.
-    Returns (B, T), 0 outside the mask.
-    """
+def state_values(critic, tokens, mask):
+    """V of the state in which each action is chosen, (B, T). The critic's output at column t − 1 has read
+    tokens[:, :t], which is that state for column t; its output at t already knows the action. Hence the shift
+    by one."""
+    out = critic(tokens)
+    return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
+
+
+def rollout(cfg, run, prompts, nets, tokenizer):
+    """Let the policy answer the prompts (lists of ids), and measure all that the update needs to know of the
+    answers.
+
+    Returns a dict of tensors, a row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, old_values,
+    and (B,) scores, lengths (prompt and answer, in tokens) and ended (does the answer end with the end
+    token?). """
+    batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
+                       stop_token=tokenizer.end)
+    batch["old_logprobs"] = batch.pop("logprobs")          # π_old: the policy that sampled, before the update
+
+    def measure(rows):
+        b = select(batch, rows)
+        tokens, mask = b["tokens"], b["mask"]
+        found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature),
+                 "old_values": state_values(nets["critic"], tokens, mask),
+                 "scores": nets["reward"].score(tokens, b["lengths"])}
+        if run.bfloat16:
+            # One token at a time, bfloat16 rounds otherwise than in the update's passes over whole answers.
+            # The ratio π/π_old must be 1 before the first step, so π_old is computed again in the way π will
+            # be.
+            found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
+        return found
+
+    batch |= run.map(measure, range(len(prompts)), batch["lengths"])
+    # The reward model has never seen an answer without an end. A fixed low score teaches the policy to end.
+    batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
+    return batch
+
+
+# --------------------------------------------------------------------------------------- 2. rewards
+
+def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """What each action earns: −β·(log π − log π_ref), and the last one also the score (Ziegler et al. 2019,
+    eq. 2).
+
+    scores (B,); logprobs, ref_logprobs (B, T) in nats, of the tokens that were chosen; mask (B, T) bool;
+    kl_coef β. Returns (B, T), 0 outside the mask.
+
+    KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples, so the log-ratios of sampled tokens, added
+    up over an answer, estimate it without bias, and each token is charged for its own part. Where π is what
+    π_ref is, it is free. """
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                    # the last true column of each row
@@ -96,58 +153,171 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards
 
 
+# ------------------------------------------------------------------------------------ 3. advantages
+
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over the actions of each row:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over the actions of each
+    row:
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + V_t
 
-    rewards, values, mask: (B, T); values[:, t] is the state's in which action t is chosen; what follows the last
-    action is worth 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a graph.
-    """
-    rewards, values = (torch.where(mask, x.detach(), 0) for x in (rewards, values))
+    rewards, values, mask: (B, T); values[:, t] is that of the state in which action t is chosen; what follows
+    the last action is worth 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a
+    graph.
+
+    The score comes at the end of an answer, so which token earned it? λ = 1 credits each action with all that
+    followed: right on average, but as noisy as the rest of the answer. λ = 0 asks the critic what the next
+    state is worth: hardly any noise, but wrong by as much as the critic is. """
+    rewards, values = torch.where(mask, rewards.detach(), 0), torch.where(mask, values.detach(), 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # Columns between two turns of a row are skipped: the state before them is followed by the one after them.
+        # Columns between two turns of a row are skipped: the state before them is followed by the one after
+        # them.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
-        advantages[:, t] = advantage * mask[:, t]
-    return advantages, (advantages + values) * mask
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0)
+    return advantages, torch.where(mask, advantages + values, 0)
 
+
+def estimate(cfg, batch, kl_coef):
+    """A rollout together with what the update learns from: advantages and returns, both (B, T)."""
+    mask = batch["mask"]
+    rewards = kl_rewards(batch["scores"], batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
+    if cfg.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return batch | {"advantages": advantages, "returns": returns}
+
+
+# ---------------------------------------------------------------------------------------- 4. update
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised: −E[min(ρA, clip(ρ, 1 ± ε)A)], with
-    ρ = π/π_old a token.
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised: −E[min(ρA, clip(ρ, 1 ± ε)·A)],
+    with ρ = π/π_old per token.
 
     All (B, T), gradients flow through logprobs alone. Returns the scalar mean over the mask's tokens, and the
-    fraction of them where the clipped term is the smaller one (there the gradient is 0).
-    """
+    fraction of them where the clipped term is the one that counts.
+
+    −ρA pushes good actions (A > 0) up and bad ones down, for as long as it is asked; but answers that π_old
+    gave say little about a policy far away. So the gradient of a token is exactly zero once it has moved far
+    enough in its own direction: A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Taking the min keeps it alive in
+    the other two cases, where ρ is beyond the range on the wrong side and ρA is the worse of the two: such a
+    move must be undone, not frozen. """
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -masked_mean(torch.min(free, clipped), mask), masked_mean((clipped < free).float(), mask).detach()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -masked_mean(torch.min(unclipped, clipped), mask)
+    return loss, masked_mean((clipped < unclipped).float(), mask).detach()
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """½·mean of the larger of (V − return)² and (V_clipped − return)², where V_clipped moves at most `clip` from the
-    old value (the clipped value loss of OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values
-    alone; a scalar."""
+    """½·mean of the larger of (V − return)² and (V_clipped − return)², where V_clipped moves at most `clip`
+    from the old value (the clipped value loss of OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow
+    through values alone; a scalar.
+
+    The max is the policy's min, seen as a loss: of two estimates the pessimistic one counts. A value that has
+    moved by more than `clip` towards its return learns no more from this rollout; one that has moved away
+    from it is called back. """
     values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values.detach(), returns.detach()))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
+def approximate_kl(logprobs, old_logprobs, mask):
+    """KL(π_old ‖ π) per token, from tokens that π_old sampled: the mean of ρ − 1 − log ρ, called k3 (Schulman
+    2020).
+
+    −log ρ has the same mean, since E[ρ] = 1, but is negative on half of the tokens, and for two policies so
+    close its noise is larger than the KL. k3 is never negative, and far less noisy. """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
+
+
+def ppo_loss(cfg, nets, b):
+    """The loss of some answers of a rollout, and what a person watches: {name: mean over their tokens}."""
+    mask = b["mask"]
+    logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True,
+                                               entropy_grad=cfg.entropy_coef > 0)
+    values = state_values(nets["critic"], b["tokens"], mask)
+    policy, clipped = policy_loss(logprobs, b["old_logprobs"], b["advantages"], mask, cfg.clip)
+    value = value_loss(values, b["old_values"], b["returns"], mask, cfg.value_clip)
+    entropy = masked_mean(entropy, mask)
+    value_clipped = masked_mean(((values - b["old_values"]).abs() > cfg.value_clip).float(), mask)
+    return {"loss": policy - cfg.entropy_coef * entropy + value,   # two networks: their gradients do not meet
+            "policy_loss": policy, "value_loss": value, "entropy": entropy, "clipped": clipped,
+            "value_clipped": value_clipped, "approx_kl": approximate_kl(logprobs, b["old_logprobs"], mask)}
+
+
+def ptx_loss(cfg, run, actor, demonstrations):
+    """ptx_coef times the SFT loss on some demonstrations (ids, learn): it keeps the policy a good language
+    model, where the reward does not care (Ouyang et al. 2022, eq. 2)."""
+    ids, learn = zip(*demonstrations)
+    mask = pad(learn).to(run.device)
+    return {"loss": -cfg.ptx_coef * masked_mean(actor.logprobs(pad(ids).to(run.device), mask), mask)}
+
+
+def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
+    """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over their tokens},
+    and whether the step was taken: it is not, if the policy has already moved too far from the one that gave
+    the answers."""
+    stats = run.accumulate(lambda some: ppo_loss(cfg, nets, select(batch, some)), rows,
+                           weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
+    if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
+        optimizers["actor"].zero_grad()
+        optimizers["critic"].zero_grad()
+        return stats, False
+    if cfg.ptx_coef > 0:
+        chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
+        run.accumulate(lambda some: ptx_loss(cfg, run, nets["actor"], some), chosen,
+                       weights=[sum(learn) for _, learn in chosen], lengths=[len(ids) for ids, _ in chosen])
+    factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
+    run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"answers {rows} (policy)")
+    run.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, stats["value_loss"], f"answers {rows} (critic)")
+    return stats, True
+
+
+def update(cfg, run, batch, nets, optimizers, demonstrations):
+    """A few epochs of optimiser steps on one rollout with its advantages and returns. Returns {name: mean
+    over steps}, and "updates", the number of steps taken. When the policy has moved too far, the step that
+    shows it and those still to come are dropped; the steps before it are kept."""
+    found, updates, taken = [], 0, True
+    for _ in range(cfg.epochs):
+        for rows in torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches):
+            if taken:
+                stats, taken = optimizer_step(cfg, run, batch, rows.tolist(), nets, optimizers, demonstrations)
+                found.append(stats)
+                updates += taken
+    means = {name: sum(stats[name] for stats in found) / len(found) for name in found[0]}
+    return means | {"updates": updates}
+
+
+def explained_variance(values, returns, mask):
+    """1 − Var[return − V] / Var[return] over the mask: 1 is a perfect critic, 0 one no better than a
+    constant."""
+    residual = (returns - values)[mask].var()
+    return 1 - residual / returns[mask].var().clamp(min=1e-8)
+
+
+# --------------------------------------------------------------------------------------------- 5. β
+
 class AdaptiveKL:
     """A proportional controller of β (Ziegler et al. 2019, section 2.2):
-    e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon)."""
+    e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon).
+
+    Which β leads to which KL nobody knows in advance: it depends on the reward model. The KL that one wants
+    is easier to name. The clip keeps one odd batch from throwing β off; the product keeps β positive, and
+    moves it in proportion."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl, episodes):
-        """kl: nats an answer, measured on this many answers."""
+        """kl: nats per answer, measured on this many answers."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * episodes / self.horizon
 
@@ -158,189 +328,81 @@ class AdaptiveKL:
         self.coef = state["coef"].item()
 
 
-# ---------------------------------------------------------------------------------------- rollout
-
-def state_values(critic, tokens, mask):
-    """V of the state in which each action is chosen: (B, T). The critic reads tokens[:, :t] up to column t − 1."""
-    out = critic(tokens)
-    return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
-
-
-@torch.no_grad()
-def rollout(cfg, run, prompts, nets, tokenizer):
-    """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers. Each
-    process answers its share of them, and gets all answers.
-
-    Returns a dict of (B, T) tensors tokens, mask, logprobs, ref_logprobs, values, and (B,) scores, ends and ended.
-    """
-    prompts, seeds = parallel.share(prompts), parallel.share(run.seeds(len(prompts)))
-    lengths = torch.tensor([len(p) for p in prompts], device=run.device)
-    with parallel.gathered(nets["actor"], cfg.gather_at_once) as anyone:
-        tokens, mask, logprobs = nets["actor"].generate(
-            loading.pad(prompts).to(run.device), lengths, cfg.max_new_tokens, cfg.temperature, stop_token=tokenizer.end,
-            seeds=seeds, anyone=anyone)
-    ends = lengths + mask.sum(1)
-    ended = tokens.gather(1, ends[:, None] - 1)[:, 0] == tokenizer.end
-    batch = parallel.gather_batch({"tokens": tokens, "mask": mask, "logprobs": logprobs, "ends": ends, "ended": ended})
-    parts, order = [], batch["ends"].argsort()                  # neighbours in length: little of a micro-batch is padding
-    with parallel.at_hand(run, nets["reference"], nets["reward"]):
-        for rows, live in parallel.micro_batches(order, cfg.micro_batch, cfg.micro_tokens, lambda i: int(batch["ends"][i])):
-            ends = batch["ends"][rows]
-            t, m = batch["tokens"][rows, :ends[-1]], batch["mask"][rows, :ends[-1]]
-            with run.autocast():
-                reference = nets["reference"].logprobs(t, m, cfg.temperature)
-                score = nets["reward"](t).gather(1, ends[:, None] - 1)[:, 0]
-                values = state_values(nets["critic"], t, m)
-                # In bfloat16 sampling rounds otherwise than the update, which old log-probabilities are held against.
-                old = nets["actor"].logprobs(t, m, cfg.temperature) if run.bfloat16 else batch["logprobs"][rows, :t.shape[1]]
-            rest = batch["mask"].shape[1] - t.shape[1]
-            parts.append([x[:live * len(x)] for x in (*(F.pad(x, (0, rest)) for x in (old, reference, values)), score)])
-    found = parallel.gather_batch(dict(zip(("logprobs", "ref_logprobs", "values", "scores"), map(torch.cat, zip(*parts)))))
-    batch |= {name: x[order.argsort()] for name, x in found.items()}
-    batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
-    return batch
-
-
-def estimate(cfg, batch, kl_coef):
-    """A rollout with what the update learns from besides: advantages and returns, both (B, T)."""
-    mask = batch["mask"]
-    rewards = kl_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
-    if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, batch["values"], mask, cfg.gamma, cfg.lam)
-    if cfg.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return batch | {"advantages": advantages, "returns": returns}
-
-
-# ---------------------------------------------------------------------------------------- update
-
-def imitate(cfg, run, actor, demonstrations):
-    """Add to the actor's gradient that of ptx_coef times the SFT loss on some demonstrations, (ids, learn) each: PPO-ptx
-    (Ouyang et al. 2022, eq. 2)."""
-    chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-    total = sum(sum(learn) for _, learn in chosen)
-    for rows, live in parallel.micro_batches(chosen, cfg.micro_batch):
-        ids, learn = (loading.pad(column).to(run.device) for column in zip(*rows))
-        with run.autocast():
-            logprobs = actor.logprobs(ids, learn)
-        (-cfg.ptx_coef * logprobs.sum() / total * live).backward()
-
-
-def update(cfg, run, batch, nets, optimizers, demonstrations):
-    """A few epochs of clipped steps on one rollout with its advantages and returns. Returns {name: mean over steps}."""
-    factor = runtime.schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
-    steps, updates, ends = [], 0, batch["ends"]
-    for rows in [r for _ in range(cfg.epochs) for r in torch.randperm(len(ends)).to(run.device).chunk(cfg.minibatches)]:
-        total = batch["mask"][rows].sum()                           # tokens of the whole optimiser step
-        sums = torch.zeros(6, device=run.device)
-        rows = rows[ends[rows].argsort()]                           # neighbours in length
-        for micro, live in parallel.micro_batches(rows, cfg.micro_batch, cfg.micro_tokens, lambda i: int(ends[i])):
-            width = int(ends[micro[-1]])
-            b = {k: v[micro, :width] if v.dim() == 2 else v[micro] for k, v in batch.items()}
-            mask, share = b["mask"], live * b["mask"].sum() / total     # a micro-batch's share of the mean over tokens
-            with run.autocast():
-                logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True)
-                values = state_values(nets["critic"], b["tokens"], mask)
-            policy, policy_clipped = policy_loss(logprobs, b["logprobs"], b["advantages"], mask, cfg.clip)
-            value = value_loss(values, b["values"], b["returns"], mask, cfg.value_clip)
-            entropy = masked_mean(entropy, mask)
-            ((policy - cfg.entropy_coef * entropy + value) * share).backward()      # two networks, two gradients
-            with torch.no_grad():
-                log_ratio = (logprobs - b["logprobs"]) * mask
-                moved = masked_mean(log_ratio.exp() - 1 - log_ratio, mask)          # KL(π_old ‖ π), Schulman's k3
-                value_clipped = masked_mean(((values - b["values"]).abs() > cfg.value_clip).float(), mask)
-                sums += share * torch.stack([policy, value, entropy, policy_clipped, value_clipped, moved])
-        sums = parallel.total(sums)
-        steps.append(sums)
-        if cfg.update_kl and sums[-1] > cfg.update_kl:              # too far from the data: drop this step and the rest
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
-            break
-        if cfg.ptx_coef:
-            imitate(cfg, run, nets["actor"], demonstrations)
-        where = f"minibatch {len(steps)} of its rollout"
-        run.descend(optimizers["actor"], cfg.lr * factor, cfg.max_norm, sums[0].item(), where + " (policy)")
-        run.descend(optimizers["critic"], cfg.critic_lr * factor, cfg.max_norm, sums[1].item(), where + " (critic)")
-        updates += 1
-    names = ("policy_loss", "value_loss", "entropy", "clipped", "value_clipped", "approx_kl")
-    return dict(zip(names, torch.stack(steps).mean(0).tolist())) | {"updates": updates}
-
-
-def explained_variance(values, returns, mask):
-    """1 − Var[return − V] / Var[return] over the mask: 1 is a perfect critic, 0 one no better than a constant."""
-    residual = (returns - values)[mask].var()
-    return 1 - residual / returns[mask].var().clamp(min=1e-8)
-
-
-# ---------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 def warnings(cfg, metrics):
     """Signs of a collapsing policy in a step's metrics, in words that say what to change: a set of texts."""
-    signs = {
-        "answers leave nothing to chance (entropy near 0): raise --entropy_coef or --kl_coef, or lower --lr":
-            metrics["entropy"] < 0.01,
-        "KL is far beyond its target: lower --lr, or start with a higher --kl_coef":
-            cfg.adaptive_kl and metrics["kl"] > 4 * cfg.kl_target,
-        "hardly an answer ends: raise --max_new_tokens, or lower --no_end_score": metrics["ended"] < 0.1,
-    }
-    return {text for text, seen in signs.items() if seen}
+    found = set()
+    if metrics["entropy"] < 0.01:
+        found.add("answers leave nothing to chance (entropy near 0): raise --entropy_coef or --kl_coef, or lower --lr")
+    if cfg.adaptive_kl and metrics["kl"] > 4 * cfg.kl_target:
+        found.add("KL is far beyond its target: lower --lr, or start with a higher --kl_coef")
+    if metrics["ended"] < 0.1:
+        found.add("hardly an answer ends: raise --max_new_tokens, or lower --no_end_score")
+    return found
 
 
 def judged(prompts, batch, tokenizer):
-    """The world's own verdict on answers to its prompts, for the reader's eyes only: training never sees it."""
-    answers = (tokenizer.decode(t[m].tolist()) for t, m in zip(batch["tokens"], batch["mask"]))
-    return sum(world.judge(p, a) for p, a in zip(prompts, answers)) / len(prompts)
+    """The world's own verdict on answers to its prompts, for the reader's eyes only: training never sees
+    it."""
+    answers = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(batch["tokens"], batch["mask"])]
+    return sum(world.judge(prompt, answer) for prompt, answer in zip(prompts, answers)) / len(prompts)
+
+
+def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations):
+    """One step of PPO on some prompts (message lists). Returns its metrics."""
+    began = time.time()
+    batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
+    batch = estimate(cfg, batch, controller.coef)
+    stats = update(cfg, run, batch, nets, optimizers, demonstrations)
+    kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()      # nats per answer, see kl_rewards
+    metrics = {"score": batch["scores"].mean(), "kl": kl, "kl_coef": controller.coef} | stats
+    if cfg.data == "world":
+        metrics["judge"] = judged(prompts, batch, tokenizer)
+    if cfg.adaptive_kl:
+        controller.update(kl, len(prompts))
+    answer_tokens = batch["mask"].sum()
+    return metrics | {
+        "explained_variance": explained_variance(batch["old_values"], batch["returns"], batch["mask"]),
+        "length": answer_tokens / len(prompts), "ended": batch["ended"].float().mean(),
+        "tokens_per_second": answer_tokens / (time.time() - began)}
 
 
 def train(cfg):
-    runtime.require(cfg.init, "sft")
-    runtime.require(cfg.reward, "reward_model")
+    require(cfg.init, "sft")
+    require(cfg.reward, "reward_model")
     tokenizer = Tokenizer.load(cfg.init)
-    nets = {"actor": parallel.load(cfg.init), "reference": parallel.load(cfg.init).requires_grad_(False),
-            "critic": parallel.load(cfg.reward), "reward": parallel.load(cfg.reward).requires_grad_(False)}
-    runtime.require_reward_model(cfg.reward, nets["reward"], tokenizer)
-    if cfg.batch // cfg.minibatches < parallel.world():
-        raise ValueError(f"{parallel.world()} processes need --batch and --minibatches that leave a minibatch a row for each")
-    room = nets["actor"].config.block_size - cfg.max_new_tokens
+    tokenizer.check_same(cfg.reward)
+    nets = {"actor": load(cfg.init), "reference": load(cfg.init).requires_grad_(False),
+            "critic": load_reward_model(cfg.reward), "reward": load_reward_model(cfg.reward).requires_grad_(False)}
+    block_size = nets["actor"].config.block_size
     prompts, _ = loading.load("prompts", cfg.data)
-    prompts = loading.fit(prompts, lambda p: len(tokenizer.prompt(p)), room, "prompts")
+    loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
+    prompts = fit(prompts, lambda p: len(tokenizer.prompt(p)), block_size - cfg.max_new_tokens, "prompts")
     demonstrations = None
-    if cfg.ptx_coef:
-        demonstrations = loading.fit([tokenizer.chat(m) for m in loading.load("demonstrations", cfg.ptx_data)[0]],
-                                     lambda e: len(e[0]), nets["actor"].config.block_size, "demonstrations")
-    run = runtime.Run(cfg, cfg.steps)
-    parallel.prepare(run, *nets.values())
-    optimizers = {"actor": runtime.make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
-                  "critic": runtime.make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
+    if cfg.ptx_coef > 0:
+        demonstrations, _ = loading.load("demonstrations", cfg.ptx_data)
+        demonstrations = [tokenizer.chat(messages) for messages in demonstrations]
+        demonstrations = fit(demonstrations, lambda d: len(d[0]), block_size, "demonstrations")
+
+    run = Run(cfg, cfg.steps)
+    run.place(*nets.values())
+    optimizers = {"actor": make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
+                  "critic": make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(actor=nets["actor"], critic=nets["critic"], actor_optimizer=optimizers["actor"],
                critic_optimizer=optimizers["critic"], controller=controller)
     warned = set()
     while run.step < cfg.steps:
-        clock = runtime.time.time()
-        asked = run.rng.choices(prompts, k=cfg.batch)
-        batch = rollout(cfg, run, [tokenizer.prompt(p) for p in asked], nets, tokenizer)
-        batch = estimate(cfg, batch, controller.coef)
-        mask = batch["mask"]
-        kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()       # nats an answer
-        metrics = {"score": batch["scores"].mean(), "kl": kl, "kl_coef": controller.coef}
-        if cfg.data == "world":
-            metrics["judge"] = judged(asked, batch, tokenizer)
-        metrics |= update(cfg, run, batch, nets, optimizers, demonstrations)
-        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)
-        metrics |= {"explained_variance": explained_variance(batch["values"], batch["returns"], mask),
-                    "length": mask.sum() / len(mask), "ended": batch["ended"].float().mean(),
-                    "tokens_per_second": mask.sum() / (runtime.time.time() - clock)}
+        chosen = run.rng.choices(prompts, k=cfg.batch)
+        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations)
         found = warnings(cfg, metrics)
         for text in sorted(found - warned):                     # once, until it passes and comes back
-            if run.first_process:
-                print(f"warning, step {run.step + 1}: {text}", file=sys.stderr, flush=True)
+            warn(f"step {run.step + 1}: {text}")
         warned = found
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)
 
 
 if __name__ == "__main__":
-    runtime.main(Config, train, __doc__)
+    main(Config, train, __doc__)

@@ -3,25 +3,35 @@
     python reward_model.py                                    from out/sft, on the embedded world's rankings
     python reward_model.py --init out/other --data pairs.jsonl
 
-People compare answers more reliably than they grade them. Bradley & Terry (1952) turn comparisons into a score: the
-answer y⁺ is preferred to y⁻ with probability σ(r(x, y⁺) − r(x, y⁻)). The model is the SFT network with a new head
-that says one number; the number at the response's last token is the score r(x, y) of the whole answer.
+People compare answers more reliably than they grade them. Bradley & Terry (1952) turn comparisons into a
+score: the answer y⁺ is preferred to y⁻ with probability σ(r(x, y⁺) − r(x, y⁻)). The model is the SFT network
+with a new head that gives one number per token. The number at the answer's last token is the score r(x, y) of
+the whole answer: the network reads from left to right, so that this position alone has seen all of it.
 
-All K answers that were ranked for one prompt stay in one batch, so that each is read once and counts in K − 1 pairs
-(Ouyang et al. 2022, section 3.5). A comparison only fixes differences of r; after training r is shifted and scaled so
-that samples of the SFT model score 0 on average with deviation 1, which lets PPO's settings carry over.
-"""
+All K answers that were ranked for one prompt stay in one batch, so that each is read once and counts in K − 1
+pairs. Shuffled over many batches, the same answers would be learnt from K − 1 times per epoch, and be
+overfitted (Ouyang et al. 2022, section 3.5).
+
+A comparison fixes only differences of r: with r(x, y) + c(x) in place of r(x, y), for any c, the loss is the
+same. So after training r is shifted and scaled until samples of the SFT model score 0 on average, with
+standard deviation 1. The order of any two scores stays what it was, since both are shifted and divided alike;
+but PPO's settings, above all β, then mean the same for every reward model. """
+import math
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
-import parallel
-import runtime
 from data import annotators, loading
+from data.batches import batches, encode, fit
 from data.tokenizer import Tokenizer
-from flags import Training, flag
+from runtime.compute import pad, select
+from runtime.flags import Training, flag
+from runtime.launch import main
+from runtime.models import load, require
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 
 @dataclass
@@ -31,171 +41,173 @@ class Config(Training):
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     epochs: int = flag(1, "passes over the preferences: a second one overfits the noise in them", 1)
-    batch: int = flag(8, "prompts an optimiser step, each with all its answers", 1)
-    micro_batch: int = flag(8, "prompts a forward pass; the gradient is the same", 1)
+    batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
-    normalize: int = flag(256, "SFT samples that set the score's mean and deviation; 0 leaves it as trained", 0)
+    normalize: int = flag(256, "SFT samples that set the score's mean and standard deviation; 0 leaves it as trained", 0)
 
 
-# ---------------------------------------------------------------------------------------- the losses
+# --------------------------------------------------------------------------------------- the losses
 
 def pairwise_loss(chosen, rejected, margin=0.0):
-    """Bradley-Terry: mean of −log σ(r⁺ − r⁻ − m).
+    """Bradley-Terry: mean of −log σ(r⁺ − r⁻ − m), the negative log-likelihood of the choices that were made.
 
-    chosen, rejected: scores (B,); margin: number or (B,), how much r⁺ should win by (Touvron et al. 2023, eq. 2).
-    Returns a scalar in nats; log 2 for a model that knows nothing.
-    """
+    chosen, rejected: scores (B,); margin m: number or (B,), of use where people say by how much the better
+    answer is better: then r⁺ must win by m before the loss is satisfied (Touvron et al. 2023, eq. 2). Returns
+    a scalar in nats; log 2 for a model that knows nothing. """
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
 def ranking_loss(scores, ranks, margin=None):
-    """K-way: −log σ(r_i − r_j) over every pair that the ranking orders, averaged per prompt, then over prompts
-    (Ouyang et al. 2022, eq. 1). With K = 2 it is the pairwise loss.
+    """K-way: −log σ(r_i − r_j) over every pair that the ranking orders, averaged per prompt, then over
+    prompts (Ouyang et al. 2022, eq. 1). With K = 2 it is the pairwise loss. Averaged over all pairs alike, a
+    prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
 
-    scores (B, K); ranks (B, K) int64, 1 is best, equal ranks are ties and give no pair, 0 marks an answer that is
-    not there; margin (B,) or None. Each row must order at least one pair. Returns a scalar in nats.
+    scores (B, K); ranks (B, K) int64, 1 is best, equal ranks are ties and give no pair, 0 marks an answer
+    that is not there; margin (B,) or None. Each row must order at least one pair. Returns a scalar in nats.
     """
     scores = torch.where(ranks > 0, scores, 0)
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     if margin is not None:
         gaps = gaps - margin[:, None, None]
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # i is ranked above j
+    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # i is there, and ranked above j
     return -((F.logsigmoid(gaps) * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
 
-# ---------------------------------------------------------------------------------------- scores
-
-def score(model, tokens, lengths):
-    """r(x, y) of each row, (B,): the scalar at its last token. tokens (B, T) right-padded, lengths (B,)."""
-    return model(tokens).gather(1, lengths[:, None] - 1)[:, 0]
-
-
-def batch_scores(model, run, group):
-    """Scores (B, K) and ranks (B, K) of B records of (rows, ranks, margin), 0 where a record has fewer than K."""
-    rows = [row for rows, _, _ in group for row in rows]
-    lengths = torch.tensor([len(row) for row in rows], device=run.device)
-    with run.autocast():
-        flat = score(model, loading.pad(rows).to(run.device), lengths)
-    ranks = loading.pad([ranks for _, ranks, _ in group]).to(run.device)
-    return torch.zeros(ranks.shape, device=run.device).masked_scatter(ranks > 0, flat), ranks
+def best_beats_worst(scores, ranks):
+    """The share of prompts whose best answer scores above the worst: (B, K) both, as in ranking_loss; a
+    scalar."""
+    absent = ranks == 0
+    best = ranks.masked_fill(absent, ranks.max() + 1).argmin(dim=1, keepdim=True)
+    worst = ranks.argmax(dim=1, keepdim=True)
+    return (scores.gather(1, best) > scores.gather(1, worst)).float().mean()
 
 
-def encode(tokenizer, preferences):
-    """Preferences to (rows of ids, ranks, margin), one row an answer."""
-    out = []
-    for p in preferences:
-        prompt = tokenizer.prompt(p.prompt)
-        out.append(([prompt + tokenizer.response(r) for r in p.responses], p.ranks, p.margin))
-    return out
+# ---------------------------------------------------------------------------- scores of comparisons
+
+def score_answers(model, run, comparisons):
+    """Scores (B, K) and ranks (B, K) of B Comparisons, both 0 where a prompt has fewer than K answers."""
+    sequences = [ids for c in comparisons for ids in c.sequences]
+    lengths = torch.tensor([len(ids) for ids in sequences], device=run.device)
+    ranks = pad([c.ranks for c in comparisons]).to(run.device)
+    found = model.score(pad(sequences).to(run.device), lengths)                # one after another, (answers,)
+    return torch.zeros(ranks.shape, dtype=found.dtype, device=run.device).masked_scatter(ranks > 0, found), ranks
 
 
-@torch.no_grad()
-def evaluate(model, run, held_out):
-    """Judge the model on held-out records: {name: number}, and the calibration as rows of (predicted, won, pairs)."""
-    gaps, longer = [], []                       # r⁺ − r⁻ of each pair, and by how many tokens the winner is longer
-    held_out = sorted(held_out, key=lambda e: max(map(len, e[0])))              # neighbours in length: little padding
-    for group, live in parallel.micro_batches(held_out, run.cfg.micro_batch):
-        scores, _ = batch_scores(model, run, group)
-        group = group * live
-        for (rows, ranks, _), r in zip(group, scores.tolist()):
-            for a, b in combinations(range(len(rows)), 2):
-                if ranks[a] != ranks[b]:
-                    w, l = (a, b) if ranks[a] < ranks[b] else (b, a)
-                    gaps.append(r[w] - r[l])
-                    longer.append(len(rows[w]) - len(rows[l]))
-    gaps, longer = (torch.tensor([x for part in parallel.everyone(mine) for x in part]) for mine in (gaps, longer))
+def evaluate(model, run, comparisons):
+    """Judge the model on held-out Comparisons: {name: number}, and its calibration, rows of (predicted, won,
+    pairs)."""
+    scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons,
+                     lengths=[c.lengths for c in comparisons])["scores"].tolist()
+    gaps, longer = [], []                 # of each pair: r⁺ − r⁻, and by how many tokens the winner is longer
+    for c, r in zip(comparisons, scores):
+        for winner, loser in c.pairs:
+            gaps.append(r[winner] - r[loser])
+            longer.append(c.lengths[winner] - c.lengths[loser])
+    gaps, longer = torch.tensor(gaps), torch.tensor(longer)
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
-    out = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
-    for name, chosen in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4), ("winner_longer", longer > 4)):
+    found = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
+    # Accuracy by length tells whether the model has learnt more than that long answers win.
+    for name, chosen in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
+                         ("winner_longer", longer > 4)):
         if chosen.any():
-            out[f"accuracy_{name}"] = right[chosen].mean().item()
-    # Calibration: the model says that the higher score wins with probability σ(|gap|); how often does it?
-    said, won = torch.sigmoid(gaps.abs()), (gaps > 0).float()
-    calibration = []
-    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
-        chosen = (said >= low) & (said < low + 0.1 + (low == 0.9))
+            found[f"accuracy_{name}"] = right[chosen].mean().item()
+    return found, calibration(gaps)
+
+
+def calibration(gaps):
+    """Does the model know how sure it may be? It says that the higher score wins with probability σ(|r⁺ −
+    r⁻|).
+
+    gaps: r⁺ − r⁻ of each pair. Returns a row (mean of what it said, share that won, pairs) per tenth from 0.5
+    to 1. Measured before the score is rescaled: a factor on r leaves the order, but changes every such
+    probability. """
+    said, won, rows = torch.sigmoid(gaps.abs()), (gaps > 0).float(), []
+    edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ itself reaches 1
+    for low, high in zip(edges, edges[1:]):
+        chosen = (said >= low) & (said < high)
         if chosen.any():
-            calibration.append((said[chosen].mean().item(), won[chosen].mean().item(), int(chosen.sum())))
-    return out, calibration
+            rows.append((said[chosen].mean().item(), won[chosen].mean().item(), int(chosen.sum())))
+    return rows
 
 
 @torch.no_grad()
 def normalize(model, sft, tokenizer, run, prompts):
-    """Shift and scale the head so that SFT samples have mean score 0 and deviation 1. Returns the old (mean, deviation)."""
-    prompts, seeds = [tokenizer.prompt(p) for p in run.rng.choices(prompts, k=run.cfg.normalize)], run.seeds(run.cfg.normalize)
-    room = min(64, model.config.block_size // 2)                # the prompts leave as much
-    scores = []
-    for rows, live in parallel.micro_batches(range(len(prompts)), 64):
-        part = [prompts[i] for i in rows]
-        lengths = torch.tensor([len(p) for p in part], device=run.device)
-        with parallel.gathered(sft) as anyone:
-            tokens, mask, _ = sft.generate(loading.pad(part).to(run.device), lengths, room, stop_token=tokenizer.end,
-                                           seeds=seeds[list(rows)], anyone=anyone)
-        scores += score(model, tokens, lengths + mask.sum(1)).tolist() * live
-    scores = torch.tensor(parallel.gather(scores))
+    """Shift and scale the head so that the SFT model's samples have mean score 0 and standard deviation 1.
+    prompts: lists of ids. Returns the mean and the standard deviation that they had."""
+    samples = run.sample(sft, prompts, run.seeds(len(prompts)), sample_room(model), stop_token=tokenizer.end)
+
+    def score(rows):
+        b = select(samples, rows)
+        return {"scores": model.score(b["tokens"], b["lengths"])}
+    scores = run.map(score, range(len(prompts)), lengths=samples["lengths"])["scores"]
     mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)
     model.head.weight.div_(deviation)
     model.head.bias.sub_(mean).div_(deviation)
     return mean, deviation
 
 
+def sample_room(model):
+    """Tokens of an answer that sets the scale; prompts may take the rest of a block."""
+    return min(64, model.config.block_size // 2)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
 def train(cfg):
-    runtime.require(cfg.init, "sft")
+    require(cfg.init, "sft")
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     tokenizer = Tokenizer.load(cfg.init)
+    loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     torch.manual_seed(cfg.seed)                                 # before the new head is drawn
-    model = parallel.load(cfg.init, head="scalar")
-    size, length = model.config.block_size, lambda e: max(map(len, e[0]))
-    examples = loading.fit(encode(tokenizer, preferences), length, size, "preferences")
-    held_out = loading.fit(encode(tokenizer, held_out_preferences), length, size, "held-out preferences")
+    model = load(cfg.init, head="scalar")
+    block_size = model.config.block_size
+    examples = fit(encode(tokenizer, preferences), lambda c: max(c.lengths), block_size, "preferences")
+    held_out = fit(encode(tokenizer, held_out_preferences), lambda c: max(c.lengths), block_size, "held-out preferences")
+    prompts = []
+    if cfg.normalize:
+        prompts = fit([tokenizer.prompt(p.prompt) for p in preferences], len, block_size - sample_room(model),
+                      "prompts to sample from")
+    steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
-    prompts = loading.fit([p.prompt for p in preferences], lambda p: len(tokenizer.prompt(p)), size - min(64, size // 2),
-                          "prompts to sample from") if cfg.normalize else []
-    steps = cfg.epochs * -(-len(examples) // cfg.batch)
-    run = runtime.Run(cfg, steps)
-    parallel.prepare(run, model)
-    optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
+    run = Run(cfg, steps)
+    run.place(model)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
 
-    def width(i):
-        """Tokens of a prompt with all its answers, padding included."""
-        return len(examples[i][0]) * length(examples[i])
+    def loss(comparisons):
+        scores, ranks = score_answers(model, run, comparisons)
+        margin = torch.tensor([c.margin for c in comparisons], device=run.device)
+        return {"loss": ranking_loss(scores, ranks, margin), "best_beats_worst": best_beats_worst(scores, ranks)}
 
-    for batch in loading.batches([length(e) for e in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        loss = accuracy = 0.0
-        for rows, live in parallel.micro_batches(batch, cfg.micro_batch, cfg.micro_tokens, width):
-            group = [examples[i] for i in rows]
-            share = live * len(group) / len(batch)              # of the step: the loss is a mean over prompts
-            scores, ranks = batch_scores(model, run, group)
-            margin = torch.tensor([m for _, _, m in group], device=run.device)
-            part = ranking_loss(scores, ranks, margin) * share
-            part.backward()
-            loss += part.item()
-            best, worst = scores.gather(1, ranks.masked_fill(ranks == 0, 99).argmin(1, True)), scores.gather(1, ranks.argmax(1, True))
-            accuracy += (best > worst).float().mean().item() * share
-        lr = cfg.lr * runtime.schedule(run.step, steps, cfg.warmup, cfg.decay)
-        loss, accuracy = parallel.total(loss), parallel.total(accuracy)
-        norm = run.descend(optimizer, lr, cfg.max_norm, loss, f"preferences {batch}")
-        run.log({"loss": loss, "best_beats_worst": accuracy, "grad_norm": norm, "lr": lr})
+    for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
+        rows = [examples[i] for i in batch]
+        metrics = run.accumulate(loss, rows, weights=[1] * len(rows), lengths=[c.lengths for c in rows])
+        lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
+        norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
+        run.log(metrics | {"grad_norm": norm, "lr": lr})
 
-    found, calibration = evaluate(model, run, held_out)
+    found, calibrated = evaluate(model, run, held_out)
     if cfg.data == "world":
+        # The ceiling: people who disagree cannot all be predicted. It is what a scorer would reach that knew
+        # exactly how often each annotator prefers which answer.
         found["ceiling"] = annotators.ceiling(held_out_preferences)
         found["judge_agreement"] = annotators.agreement(held_out_preferences)
-    print("held out:  " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
-    print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibration))
+    shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())
+    print("held out:  " + "  ".join(shown))
+    print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated))
     if cfg.normalize:
-        sft = parallel.load(cfg.init).requires_grad_(False)
-        parallel.prepare(run, sft)
-        mean, deviation = normalize(model, sft, tokenizer, run, prompts)
-        print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: SFT samples now have mean 0 and deviation 1")
+        sft = load(cfg.init).requires_grad_(False)
+        run.place(sft)
+        mean, deviation = normalize(model, sft, tokenizer, run, run.rng.choices(prompts, k=cfg.normalize))
+        print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: "
+              "SFT samples now have mean 0 and standard deviation 1")
         found |= {"sft_mean": mean, "sft_deviation": deviation}
-    run.finish(model, tokenizer, held_out=found, calibration=calibration)
+    run.finish(model, tokenizer, held_out=found, calibration=calibrated)
 
 
 if __name__ == "__main__":
-    runtime.main(Config, train, __doc__)
+    main(Config, train, __doc__)

@@ -7,22 +7,23 @@ import random
 import time
 from dataclasses import dataclass
 
-import runtime
 from data import loading, world
-from flags import flag
+from runtime.files import write_json
+from runtime.flags import WORLD, flag
+from runtime.launch import STARTED, main
 
 
 @dataclass
 class Config:
-    out: str = flag(loading.WORLD, "folder to write")
+    out: str = flag(WORLD, "folder to write")
     seed: int = flag(0, "seed of everything drawn", 0, 2 ** 31)
     show: int = flag(0, "write nothing; print so many prompts of each family", 0, 20)
     debug: bool = flag(False, "show the traceback of an error")
 
 
 def show(n, seed):
-    """Print n prompts of each family, each with what four people of the crowd answered, how an annotator ranked it,
-    and what the judge says."""
+    """Print n prompts of each family, each with what four people of the crowd answered, how an annotator
+    ranked it, and what the judge says."""
     rng = random.Random(seed)
     families = {}
     for item in world.items():
@@ -44,12 +45,11 @@ def show(n, seed):
 def make(cfg):
     if cfg.show:
         return show(cfg.show, cfg.seed)
-    started = runtime.STARTED
     loading.make_world(cfg.out, cfg.seed)
-    seconds = time.time() - started
-    runtime.write_json(f"{cfg.out}/run.json", {"started": started, "ended": started + seconds, "seconds": round(seconds, 1)})
-    print(f"wrote {cfg.out}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")
+    ended = time.time()
+    write_json(f"{cfg.out}/run.json", {"started": STARTED, "ended": ended, "seconds": round(ended - STARTED, 1)})
+    print(f"wrote {cfg.out}/ after {ended - STARTED:.0f} s; to read some of it: python -m data --show 1")
 
 
 if __name__ == "__main__":
-    runtime.main(Config, make, __doc__)
+    main(Config, make, __doc__)

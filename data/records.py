@@ -1,15 +1,15 @@
-"""The record formats: one JSON object a line (.jsonl, .jsonl.gz), or a list of them (.json).
+"""The record formats: one JSON object per line (.jsonl, .jsonl.gz), or a list of them (.json).
 
     demonstrations   {"messages": [{"role", "content"}, ...]}, {"prompt", "response"}, or {"instruction", "input", "output"}
     preferences      {"prompt", "chosen", "rejected"} with an optional "margin"; {"prompt", "responses", "ranks"};
                      {"instruction", "input", "chosen", "rejected"}; or Anthropic HH's {"chosen", "rejected"} transcripts
     prompts          {"prompt"}
 
-A prompt is text or a list of messages whose last is the user's. Each reader returns all records of a file or raises
-RecordError naming file, line and field: a bad record stops a run before it trains on anything.
-"""
+A prompt is text or a list of messages whose last is the user's. Each reader returns all records of a file or
+raises RecordError naming file, line and field: a bad record stops a run before it trains on anything. """
 import gzip
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -29,34 +29,43 @@ class Preference:
     margin: float = 0.0     # how much the chosen one should win by (pairs only)
 
 
+class UnknownShape(RecordError):
+    """A field is missing: the record is of no shape that is read, and the line says which there are."""
+
+
 def read_demonstrations(path):
     """Conversations to imitate: a list of message lists, each with something the assistant says."""
-    return _read(path, _demonstration)
+    return _read(path, _demonstration, "demonstrations have messages, prompt and response, or instruction and output")
 
 
 def read_preferences(path):
     """Comparisons: a list of Preference."""
-    return _read(path, _preference)
+    return _read(path, _preference, "preferences have prompt, chosen and rejected; prompt, responses and ranks; "
+                                    "instruction, chosen and rejected; or chosen and rejected as transcripts")
 
 
 def read_prompts(path):
     """Questions alone: a list of message lists. Records with more than a prompt serve too."""
-    return _read(path, _prompt)
+    return _read(path, _prompt, "prompts have prompt, or instruction")
 
 
 def write(path, records):
-    """Write records (dicts), one a line."""
-    with open(path, "w", encoding="utf-8") as f:
+    """Write records (dicts), one per line."""
+    aside = f"{path}.{os.getpid()}.tmp"                   # the file appears whole, whoever else writes it too
+    with open(aside, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    os.replace(aside, path)
 
 
-def _read(path, parse):
+def _read(path, parse, shapes):
     out = []
     for where, record in _objects(path):
         try:
             if not isinstance(record, dict):
                 raise RecordError(f"expected an object, found {_kind(record)}")
             out.append(parse(record))
+        except UnknownShape as e:
+            raise RecordError(f"{path}, {where}: {e} ({shapes})") from None
         except RecordError as e:
             raise RecordError(f"{path}, {where}: {e}") from None
     if not out:
@@ -99,7 +108,7 @@ def _text(record, field, where="", empty=False):
     """A field that must be text, and not blank unless empty is allowed."""
     name = f"{where}{field}"
     if field not in record:
-        raise RecordError(f'field "{name}" is missing')
+        raise (RecordError if where else UnknownShape)(f'field "{name}" is missing')
     value = record[field]
     if not isinstance(value, str):
         raise RecordError(f'field "{name}": expected text, found {_kind(value)}')

@@ -1,9 +1,8 @@
 """Text to tokens and back, and conversations as ChatML.
 
-A tokenizer is a byte-level BPE run by tiktoken: "gpt2", or one learnt from any text by `learn`. Both get three
-control tokens behind their vocabulary. Text is data: a message that spells "<|im_end|>" is encoded as those ten
-characters and controls nothing.
-"""
+A tokenizer is a byte-level BPE run by tiktoken: "gpt2", or one learnt from any text by `learn`. Both get
+three control tokens behind their vocabulary. Text is data: a message that spells "<|im_end|>" is encoded as
+those ten characters and controls nothing. """
 import base64
 import json
 import os
@@ -14,8 +13,8 @@ import tiktoken
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
-# How a learnt tokenizer cuts text before merging: a word or a number with the space before it, or what is left.
-# Written in the part of the syntax that Python's re and tiktoken's engine share.
+# How a learnt tokenizer cuts text before merging: a word or a number with the space before it, or what is
+# left. Written in the part of the syntax that Python's re and tiktoken's engine share.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 
 
@@ -44,7 +43,8 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i not in control and i < known])
 
     def chat(self, messages):
-        """A conversation to (ids, learn): learn[t] is true on what the assistant says, its <|im_end|> included."""
+        """A conversation to (ids, learn): learn[t] is true on what the assistant says, its <|im_end|>
+        included."""
         ids, learn = [], []
         for i, message in enumerate(messages):
             header, content = self.headers[message["role"]], self.encode(message["content"]) + [self.end]
@@ -61,7 +61,7 @@ class Tokenizer:
         """An answer as ids: what follows a prompt, with the <|im_end|> that closes it."""
         return self.encode(text) + [self.end]
 
-    # ------------------------------------------------------------------------------------ files
+    # ---------------------------------------------------------------------------------------- files
 
     def save(self, folder):
         """Write tokenizer.tiktoken (tiktoken's own format: base64 of the bytes, rank) and tokenizer.json."""
@@ -75,33 +75,48 @@ class Tokenizer:
     @classmethod
     def load(cls, source):
         """"gpt2", or a folder that save() wrote. Raises ValueError naming what cannot be read."""
+        if source == "gpt2":
+            return cls.gpt2()
         try:
-            if source == "gpt2":
-                gpt2 = tiktoken.get_encoding("gpt2")
-                special = {END_OF_TEXT: 50256, IM_START: 50257, IM_END: 50258}
-                return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special)
             with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as f:
                 about = json.load(f)
             with open(os.path.join(source, "tokenizer.tiktoken"), encoding="ascii") as f:
                 ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
             special = about["special"]
             # tiktoken panics on vocabularies with holes, so they are refused before it sees them.
-            if (sorted(ranks.values()) + sorted(special.values()) != list(range(len(ranks) + len(special)))
-                    or not {END_OF_TEXT, IM_START, IM_END} <= special.keys() or not all(bytes([b]) in ranks for b in range(256))):
+            in_order = sorted(ranks.values()) + sorted(special.values()) == list(range(len(ranks) + len(special)))
+            has_controls = {END_OF_TEXT, IM_START, IM_END} <= special.keys()
+            has_all_bytes = all(bytes([b]) in ranks for b in range(256))
+            if not (in_order and has_controls and has_all_bytes):
                 raise ValueError("the vocabulary has holes, or ids used twice")
             return cls(about["name"], about["pattern"], ranks, special)
         except FileNotFoundError as e:
             raise ValueError(f"{source}: no tokenizer here ({os.path.basename(e.filename)} is missing)") from None
-        except Exception as e:                      # tiktoken raises its own kinds: a download that failed, a bad file
+        except Exception as e:                      # tiktoken raises its own kinds for a bad file
             raise ValueError(f"{source}: not a readable tokenizer: {e}") from None
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's vocabulary, from tiktoken's cache or its download."""
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as e:                    # of the network, in as many kinds as there are ways to fail
+            raise ValueError(f"gpt2: its vocabulary is not on this machine and cannot be downloaded ({type(e).__name__}): "
+                             "let TIKTOKEN_CACHE_DIR name a folder where tiktoken has put it, on any machine") from None
+        special = {END_OF_TEXT: 50256, IM_START: 50257, IM_END: 50258}
+        return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special)
+
+    def check_same(self, folder):
+        """Raise ValueError if the model in a folder reads other tokens than these."""
+        if Tokenizer.load(folder).ranks != self.ranks:
+            raise ValueError(f"{folder} was trained with another tokenizer than the policy")
 
 
 def learn(texts, vocab_size, name="world"):
     """Learn a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) from an iterable of texts.
 
-    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the different words
-    with their counts, so that the work does not grow with the corpus.
-    """
+    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the different
+    words with their counts, so that the work does not grow with the corpus. """
     counts = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     ranks = {bytes([b]): b for b in range(256)}
     words = {word: [bytes([b]) for b in word] for word in counts}
@@ -112,7 +127,7 @@ def learn(texts, vocab_size, name="world"):
                 seen[pair] += counts[word]
         if not seen:
             break
-        a, b = max(seen, key=lambda pair: (seen[pair], pair))           # the pair breaks ties, not the order of a dict
+        a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
         for word, parts in words.items():
             if a in parts:

@@ -1,4 +1,5 @@
-"""How much memory a stage needs on each device, and how much it sends, on paper, before a cluster is asked for.
+"""How much memory a stage needs on each device, and how much it sends, on paper, before a cluster is asked
+for.
 
     python plan.py --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied --vocab_size 128256
@@ -85,8 +86,8 @@ def activations(shape, b):
 
 
 def plan(cfg):
-    """{what: bytes on each device, or sent by it}. The peak is the largest of three: in a backward pass, at its end, where
-    the embeddings' gradients are, and while sampling."""
+    """{what: bytes on each device, or sent by it}. The peak is the largest of three: in a backward pass, at
+    its end, where the embeddings' gradients are, and while sampling."""
     shape, b, N = cfg.shape, cfg.bytes, cfg.processes
     trained, frozen = ([parameters(shape, head) for head in heads] for heads in NETWORKS[cfg.stage])
     shards = N if cfg.parallel == "fsdp" else 1
@@ -107,12 +108,13 @@ def plan(cfg):
     numbers = lm * tokens * cfg.learnt * shape.vocab_size * 4               # a tensor of logits; PPO's entropy has its own
     saved, more = (2 * numbers, 3 * numbers) if cfg.stage == "ppo" else (numbers, 2 * numbers)
     embedding = shape.vocab_size * shape.n_embd * (b if N > 1 else 4)
-    # What has been gathered is there twice for a moment: as it came, and as it is used. fsdp gathers a block ahead.
+    # What has been gathered is there twice for a moment: as it came, and as it is used. fsdp gathers a block
+    # ahead.
     def at_hand(ends):
         return 0 if N == 1 else max(2 * ends + block, ends + 2 * block * (shards > 1)) * b
     cast = P_trained * b if N == 1 and b < 4 else 0                         # autocast's copies, which the backward pass uses
-    # In a block's backward pass: gradients of what is inside; with other processes its parameters' gradients, and in
-    # float32 those of the block before, on their way.
+    # In a block's backward pass: gradients of what is inside; with other processes its parameters' gradients,
+    # and in float32 those of the block before, on their way.
     inside = again + tokens * (shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1) + 2 * shape.n_embd) * b
     inside += block * (b + 4) * (N > 1)
     waiting, moments = kept * len(trained) + saved, []
@@ -168,9 +170,9 @@ MODELS = {
 
 
 def table():
-    """Lines of Markdown for SFT and PPO under fsdp, in bfloat16 with recomputed blocks: what each device holds, and what it
-    sends for a step on eight of them. Eight rows of 1,024 tokens a device, one a forward pass; the policy is gathered at
-    once to sample if that is less than 40 GB."""
+    """Lines of Markdown for SFT and PPO under fsdp, in bfloat16 with recomputed blocks: what each device
+    holds, and what it sends for a step on eight of them. Eight rows of 1,024 tokens a device, one a forward
+    pass; the policy is gathered at once to sample if that is less than 40 GB."""
     def size(n):
         unit, name = (1e12, "TB") if n >= 1e13 else (GB, "GB")
         return f"{n / unit:.0f} {name}" if n >= 10 * unit else f"{n / unit:.1f} {name}"

@@ -1,0 +1,69 @@
+"""Records as tokens, those that fit, and their order in batches."""
+import itertools
+import random
+from dataclasses import dataclass
+
+
+@dataclass
+class Comparison:
+    """One prompt with its K ranked answers, as tokens."""
+    sequences: list             # K lists of ids, prompt and answer
+    start: int                  # where the answers begin
+    ranks: list                 # K whole numbers, 1 for the best; equal numbers are ties
+    margin: float               # how much the better one should win by
+    ref_logprobs: list = None   # K numbers, if a stage needs them: the reference's log-probability of each answer
+
+    @property
+    def lengths(self):
+        return [len(ids) for ids in self.sequences]
+
+    @property
+    def pairs(self):
+        """(better, worse) of every two answers that the ranks tell apart, as indices."""
+        return [(i, j) for i, j in itertools.permutations(range(len(self.ranks)), 2) if self.ranks[i] < self.ranks[j]]
+
+
+def encode(tokenizer, preferences):
+    """Preferences (records.Preference) to Comparisons."""
+    out = []
+    for p in preferences:
+        prompt = tokenizer.prompt(p.prompt)
+        sequences = [prompt + tokenizer.response(response) for response in p.responses]
+        out.append(Comparison(sequences, len(prompt), p.ranks, p.margin))
+    return out
+
+
+def fit(examples, length, block_size, what):
+    """The examples whose length(example) is at most block_size; says how many are left out. ValueError if
+    none is left."""
+    if not examples:
+        raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, "
+                         "and has fewer than 10")
+    kept = [e for e in examples if length(e) <= block_size]
+    if not kept:
+        raise ValueError(f"none of the {len(examples)} {what} fits into {block_size} tokens (block_size)")
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} {what} are longer than {block_size} tokens (block_size): "
+              "left out")
+    return kept
+
+
+def batches(lengths, size, epochs, seed, start=0):
+    """by_length's batches of every epoch in turn, from number `start` on: the order depends on the seed and
+    the epoch alone, so that a run can go on where it stopped."""
+    whole = (batch for epoch in range(epochs) for batch in by_length(lengths, size, random.Random(f"{seed}/{epoch}")))
+    return itertools.islice(whole, start, None)
+
+
+def by_length(lengths, size, rng):
+    """Indices in batches of `size` neighbours in length, so that little is padding, in random order. rng:
+    random.Random. Examples are sorted inside random pools of 32 batches: neighbours change from epoch to
+    epoch."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    found = []
+    for i in range(0, len(order), 32 * size):
+        pool = sorted(order[i:i + 32 * size], key=lambda j: lengths[j])
+        found += [pool[j:j + size] for j in range(0, len(pool), size)]
+    rng.shuffle(found)
+    return found

@@ -1,0 +1,199 @@
+"""What a run remembers while it trains, on disk: written in the background, and there whole or not at all.
+
+    out/ppo/resume.safetensors      where each process holds all of it (one process, or ddp)
+    out/ppo/resume/STEP/            where it is sharded (fsdp): each process writes its part, by torch.distributed.checkpoint
+
+Any number of processes reads either of them. Reading runs no code from the files.
+"""
+import contextlib
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from model import load_tensors, save_tensors
+from runtime.processes import is_first, total, world_size
+from runtime.sharding import distribute_like, is_sharded, local_tensor
+
+
+class Checkpoints:
+    """The checkpoint of the run in a folder: only the last one is kept."""
+
+    def __init__(self, folder, timeout=600):
+        self.whole, self.shards = os.path.join(folder, "resume.safetensors"), os.path.join(folder, "resume")
+        self.writing = None             # (future, path) of the save that is under way
+        self.pool = ThreadPoolExecutor(1)
+        self.group = None               # of the processes, apart from what training sends
+        if world_size() > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def last(self):
+        """The newest one that is complete, a path, or None."""
+        complete = [name for name in listdir(self.shards) if os.path.exists(os.path.join(self.shards, name, ".metadata"))]
+        if complete:
+            return os.path.join(self.shards, max(complete))
+        return self.whole if os.path.exists(self.whole) else None
+
+    def save(self, parts, step):
+        """Begin to write the state of some parts ({name: network, optimiser, ...}) after a step, unless
+        numbers in it have run off to infinity. All processes call it together, and change nothing before it
+        returns: then it has copies."""
+        self.wait()
+        state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
+        if not is_finite(state):
+            return
+        state["step"] = torch.tensor(step)
+        if any(is_sharded(x) for x in state.values()):
+            import torch.distributed.checkpoint as dcp          # a second to import
+            path = os.path.join(self.shards, f"{step:08}")
+            # Two threads: a single one works through CUDA, and would take room on the first GPU for every
+            # process.
+            writer = dcp.FileSystemWriter(path, thread_count=2)
+            self.writing = dcp.async_save(state, storage_writer=writer, process_group=self.group), path
+        elif is_first():
+            copies = {key: local_tensor(x).detach().to("cpu", copy=True) for key, x in state.items()}
+            self.writing = self.pool.submit(save_tensors, self.whole, copies), self.whole
+
+    def wait(self):
+        """Until what save() began is on the disk, and what it replaces is gone. Raises OSError if it could
+        not be written."""
+        if not self.writing:
+            return
+        (future, path), self.writing = self.writing, None
+        try:
+            future.result()
+        except BaseException as e:
+            raise one_failure(e)
+        if is_first():
+            self.remove(but=path)
+
+    def remove(self, but=None):
+        """Delete all checkpoints, but one."""
+        if but != self.whole:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.whole)
+        for name in listdir(self.shards):
+            path = os.path.join(self.shards, name)
+            if path != but:
+                with contextlib.suppress(FileNotFoundError):    # first what makes it a checkpoint
+                    os.remove(os.path.join(path, ".metadata"))
+                shutil.rmtree(path)
+        if os.path.isdir(self.shards) and not os.listdir(self.shards):
+            os.rmdir(self.shards)
+
+    def load(self, parts):
+        """Put the last checkpoint into the parts, and return its step. Raises ValueError if it does not fit
+        or cannot be read."""
+        path = self.last()
+        try:
+            tensors = load_tensors(path) if path == self.whole else load_shards(path, parts)
+            for name, part in parts.items():
+                restore(part, {key.removeprefix(f"{name}/"): x for key, x in tensors.items() if key.startswith(f"{name}/")})
+            return int(tensors["step"])
+        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(f"{path} does not fit this run ({reason}): add --no-resume") from None
+
+
+def listdir(folder):
+    """Names in a folder, none if it is not there."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def one_failure(e):
+    """torch.distributed.checkpoint's own kind of error holds one exception per process: one of them says
+    it."""
+    return next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
+
+
+def flatten(part):
+    """What a part of training remembers, as {name: tensor}: a network's weights, an optimiser's moments
+    ("7.exp_avg")."""
+    state = part.state_dict()
+    if not isinstance(part, torch.optim.Optimizer):
+        return state
+    return {f"{i}.{key}": x for i, moments in state["state"].items() for key, x in moments.items()}
+
+
+def restore(part, tensors):
+    """The reverse of flatten."""
+    now = part.state_dict()
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict({name: distribute_like(now[name], x) for name, x in tensors.items()})
+        return
+    state, parameters = {}, trained_parameters(part)
+    for name, x in tensors.items():
+        i, key = name.split(".")
+        value = x.clone()
+        if x.shape == parameters[int(i)].shape:                 # a moment, and not the number of steps
+            value = distribute_like(parameters[int(i)], value)
+        state.setdefault(int(i), {})[key] = value
+    part.load_state_dict({"state": state, "param_groups": now["param_groups"]})
+
+
+def trained_parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def is_finite(tensors):
+    """Whether all numbers are, in the shards of all processes. All call it together."""
+    bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors.values())
+    return total(bad) == 0
+
+
+def load_shards(path, parts):
+    """Read a folder of shards, whatever the number of processes that wrote it, each tensor sharded as the
+    parts are."""
+    import torch.distributed.checkpoint as dcp
+    shapes = {}                                              # {key: a tensor that is sharded in the same way}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            shapes |= {f"{name}/{i}": p for i, p in enumerate(trained_parameters(part))}
+        else:
+            shapes |= {f"{name}/{key}": x for key, x in part.state_dict().items()}
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            with open(os.path.join(path, ".metadata"), "rb") as f:
+                metadata = Metadata(f).load()
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    state = {}
+    for key, saved in Reader(path).read_metadata().state_dict_metadata.items():
+        of_parameter = key.rsplit(".", 1)[0]            # of an optimiser's "7.exp_avg": the seventh parameter
+        like = shapes.get(key, shapes.get(of_parameter))
+        if like is not None and like.shape == saved.size:
+            state[key] = torch.empty_like(like)
+        else:
+            state[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    try:
+        dcp.load(state, storage_reader=Reader(path), no_dist=world_size() == 1)
+    except dcp.api.CheckpointException as e:
+        raise ValueError(str(one_failure(e))) from None
+    return state
+
+
+class Metadata(pickle.Unpickler):
+    """The table of contents of torch.distributed.checkpoint is a pickle: read it without letting it name
+    anything but what such a table is made of."""
+    ALLOWED = {("torch", "Size"), ("torch.serialization", "_get_layout"),
+               ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+               ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+               *(("torch.distributed.checkpoint.metadata", name) for name in (
+                   "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+                   "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"))}
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a table of contents may not name {module}.{name}")

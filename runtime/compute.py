@@ -1,0 +1,226 @@
+"""Where networks run, and how rows go through them: any number of rows, in micro-batches, on any number of
+processes.
+
+A stage says what it computes for some rows; two ideas do the rest. A weighted mean over rows is a loss
+(Compute.accumulate) or an evaluation (Compute.average). A map over rows (Compute.map) computes something for
+every row: samples, scores, log-probabilities. How rows are cut into micro-batches and shared out over
+processes never changes the result, apart from rounding.
+
+Processes go through networks together (a sharded network gathers its blocks in all of them), so all must run
+as many forward passes. What a stage hands over must therefore not decide by the data whether to call a
+network. """
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from runtime.processes import gather, is_distributed, rank, total, world_size
+from runtime.sharding import choose, is_frozen, shard, to_device
+
+
+def pick_device(name):
+    """"auto" to the best device there is. Raises ValueError for one that is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d in there if there[d])
+    if not there[name]:
+        raise ValueError(f"--device {name}: this machine or this build of PyTorch has none")
+    return name
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+def pad(rows):
+    """Lists of different lengths to one tensor (B, T), right-padded with 0: int64, float, or bool, as the
+    lists are."""
+    first = torch.tensor(rows[0][:1])
+    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=first.dtype)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.tensor(row)
+    return out
+
+
+def concatenate(parts):
+    """Tensors (b, t) with t of each one's own, or (b,), to one with all rows, right-padded with 0."""
+    if parts[0].dim() == 2:
+        width = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+    return torch.cat(parts)
+
+
+def select(batch, rows):
+    """Some rows of a batch (a dict of tensors (B, T) or (B,), with "lengths" among them), without the columns that only
+    longer rows need."""
+    width = int(batch["lengths"][rows].max())
+    return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
+
+
+def row_seeds(rng, n):
+    """A seed for the noise of each of n rows, drawn from a random.Random: a row's sample then depends neither
+    on its neighbours nor on the process."""
+    return [rng.getrandbits(62) for _ in range(n)]
+
+
+def sequences_and_longest(length):
+    """A row is one sequence, given by its number of tokens, or several, given by a list of them."""
+    return (1, length) if isinstance(length, int) else (len(length), max(length))
+
+
+def micro_batches(lengths, micro_batch, micro_tokens, ranks):
+    """Cut rows into micro-batches for each of so many processes: a list per process of lists of row numbers.
+
+    lengths: of each row, a number of tokens, or a list of them for a row of several sequences. A micro-batch
+    holds at most micro_batch sequences, and if micro_tokens is not 0, at most so many tokens with their
+    padding; a row that is larger comes alone. Rows are taken in order of length, so that little is padding,
+    and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order. """
+    order = sorted(range(len(lengths)), key=lambda i: sequences_and_longest(lengths[i])[1])
+    return [cut(order[r::ranks], lengths, micro_batch, micro_tokens) for r in range(ranks)]
+
+
+def cut(rows, lengths, micro_batch, micro_tokens):
+    pieces, sequences = [], 0
+    for i in rows:
+        more, longest = sequences_and_longest(lengths[i])           # rows come by length: this one is the longest so far
+        too_many = sequences + more > micro_batch
+        too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
+        if not pieces or too_many or too_long:
+            pieces.append([])
+            sequences = 0
+        pieces[-1].append(i)
+        sequences += more
+    return pieces
+
+
+# ----------------------------------------------------------------------- networks and rows together
+
+class Compute:
+    """A device, a precision, the networks placed there, and the rows that go through them. cfg:
+    flags.Settings."""
+
+    def __init__(self, cfg):
+        self.cfg, self.device = cfg, pick_device(cfg.device)
+        self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
+        self.kind = None                # "ddp" or "fsdp", from the first networks on that are placed
+        self.copies = []                # trained networks of which each process has its own copy
+        self.fetched = []             # networks that --offload keeps on the CPU, while they are on the device
+
+    def place(self, *models):
+        """Put networks on the device, spread over the processes, compiled and economical as the flags say.
+        Comes before their optimisers are made."""
+        cfg = self.cfg
+        self.kind = self.kind or choose(cfg.parallel, models, self.device)
+        for model in models:
+            if not is_frozen(model):
+                model.checkpoint_blocks = cfg.checkpoint_blocks
+            if cfg.compile:
+                for block in model.blocks:
+                    block.compile(dynamic=True)
+            if is_distributed() and (self.kind == "fsdp" or not is_frozen(model)):
+                shard(model, self.kind, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
+                if self.kind == "ddp":
+                    self.copies.append(model)
+            elif cfg.offload and is_frozen(model):
+                to_device(model, "cpu")
+                model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
+            else:
+                to_device(model, self.device)
+
+    def fetch(self, model):
+        """Bring an offloaded network to the device: its embedding, where every use of it begins, asks for
+        it."""
+        if model not in self.fetched:
+            self.fetched.append(model.to(self.device))
+
+    def send_back(self):
+        """Return the networks that were fetched to the CPU."""
+        for model in self.fetched:
+            model.to("cpu")
+        self.fetched.clear()
+
+    def autocast(self):
+        """Matrix products in bfloat16, if so chosen. (Sharded networks hold bfloat16 weights for it
+        besides.)"""
+        return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def passes(self, lengths, micro_batch):
+        """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
+        one that has no row left goes along with another's row, whose result does not count."""
+        everyone = micro_batches(lengths, micro_batch, self.cfg.micro_tokens, world_size())
+        passes = [(piece, False) for piece in everyone[rank()]]
+        while len(passes) < max(len(theirs) for theirs in everyone):
+            passes.append((everyone[0][0][:1], True))           # the shortest row of all
+        return passes
+
+    def accumulate(self, loss, rows, weights, lengths):
+        """Add the gradient of a weighted mean over rows to the parameters, and return the mean.
+
+        loss: a function from a list of some of the rows to {"loss": scalar, name: scalar, ...}, each a mean
+        over these rows, where a row counts as much as its weight says. rows: anything that can be indexed.
+        weights: of each row, numbers. lengths: of each row, see micro_batches. Returns {name: float}, means
+        over all rows. """
+        return self.weighted_mean(loss, rows, weights, lengths, backward=True)
+
+    @torch.no_grad()
+    def average(self, loss, rows, weights, lengths):
+        """accumulate() without gradients: an evaluation."""
+        return self.weighted_mean(loss, rows, weights, lengths, backward=False)
+
+    def weighted_mean(self, loss, rows, weights, lengths, backward):
+        weights, lengths = as_list(weights), as_list(lengths)
+        passes, sums = self.passes(lengths, self.cfg.micro_batch), {}
+        for number, (piece, is_filler) in enumerate(passes, 1):
+            share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
+            with self.autocast():
+                means = loss([rows[i] for i in piece])
+            if backward:
+                for model in self.copies:            # the last backward pass adds all processes' gradients up
+                    model.set_requires_all_reduce(number == len(passes))
+                (means["loss"] * share).backward()
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0) + mean.detach() * share
+        self.send_back()
+        return dict(zip(sums, total(torch.stack(list(sums.values()))).tolist()))
+
+    @torch.no_grad()
+    def map(self, function, rows, lengths, micro_batch=None):
+        """What a function computes for every row, in the rows' order, on every process.
+
+        function: from a list of b of the rows to a dict of tensors (b,) or (b, t). lengths: of each row, see
+        micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for all
+        rows; tensors (b, t) are padded with 0 to the same width. """
+        order, parts = [], []
+        for piece, is_filler in self.passes(as_list(lengths), micro_batch or self.cfg.micro_batch):
+            with self.autocast():
+                found = function([rows[i] for i in piece])
+            if not is_filler:
+                order += piece
+                parts.append(found)
+        self.send_back()
+        mine = {name: concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        if world_size() > 1:
+            everyone = gather((order, {name: x.cpu() for name, x in mine.items()}))
+            order = [i for theirs, _ in everyone for i in theirs]
+            held = [tensors for _, tensors in everyone if tensors]
+            mine = {name: concatenate([tensors[name] for tensors in held]).to(self.device) for name in held[0]}
+        back = torch.tensor(order).argsort()
+        return {name: x[back.to(x.device)] for name, x in mine.items()}
+
+    def sample(self, model, prompts, seeds, max_new_tokens, temperature=1.0, stop_token=None):
+        """GPT.generate for any number of prompts (lists of ids), each with a seed. Returns the dict of
+        tensors tokens, mask and logprobs (B, T), and lengths (B,), of prompt and answer together, and ended
+        (B,), whether an answer ends with stop_token."""
+        def answer(rows):
+            ids, seed = zip(*rows)
+            lengths = torch.tensor([len(x) for x in ids], device=self.device)
+            tokens, mask, logprobs = model.generate(
+                pad(ids).to(self.device), lengths, max_new_tokens, temperature, stop_token=stop_token,
+                seeds=torch.tensor(seed, device=self.device))
+            lengths = lengths + mask.sum(1)
+            last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+            return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths, "ended": last == stop_token}
+        room = [len(prompt) + max_new_tokens for prompt in prompts]
+        return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
+
+
+def as_list(x):
+    return x.tolist() if isinstance(x, torch.Tensor) else list(x)

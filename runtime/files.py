@@ -1,0 +1,76 @@
+"""Files of a run: written whole or not at all, one run per folder, and checksums of what it reads."""
+import json
+import os
+import zlib
+
+from runtime.flags import WORLD
+from runtime.processes import gather, rank, world_size
+
+try:
+    import fcntl
+except ImportError:                     # Windows has none: there, two runs in one folder go unnoticed
+    fcntl = None
+
+_locks = {}                             # the locks that this process holds: {folder: open file}
+
+
+def write_json(path, value):
+    """The file appears whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def lock(folder):
+    """Claim a folder for this process until it ends, however it ends. Raises ValueError if another process
+    has it."""
+    folder = os.path.realpath(folder)
+    if fcntl is None or folder in _locks:
+        return
+    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{folder}: another run is at work here (process {file.read().strip() or 'unknown'}): "
+                         "wait for it, or name another --out") from None
+    except OSError:                     # a file system without locks
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[folder] = file
+
+
+def fingerprints(cfg):
+    """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a
+    checkpoint folder. A run goes on only over the same ones. The processes, which call it together, share the
+    reading."""
+    chunk = 1 << 22
+    chunks = [(path, start) for path in named_files(cfg) for start in range(0, os.path.getsize(path) or 1, chunk)]
+    mine, found = {}, {}
+    for path, start in chunks[rank()::world_size()]:
+        with open(path, "rb") as f:
+            f.seek(start)
+            mine[path, start] = zlib.crc32(f.read(chunk))
+    everyone = {piece: checksum for theirs in gather(mine) for piece, checksum in theirs.items()}
+    for path, start in chunks:
+        found[path] = zlib.crc32(everyone[path, start].to_bytes(4, "big"), found.get(path, 0))
+    return {path: f"{checksum:08x}" for path, checksum in found.items()}
+
+
+def named_files(cfg):
+    """The input files that settings name, sorted: a setting is a file, or a folder of a checkpoint or of the
+    world."""
+    found = set()
+    for name, value in vars(cfg).items():
+        if name == "out" or not isinstance(value, str) or not value:
+            continue
+        endings = (".safetensors", ".tiktoken")
+        if value == "world":
+            value, endings = WORLD, (*endings, ".jsonl")
+        if os.path.isdir(value):
+            found.update(os.path.join(value, n) for n in os.listdir(value) if n.endswith(endings))
+        elif os.path.isfile(value):
+            found.add(value)
+    return sorted(found)

@@ -1,0 +1,88 @@
+"""From the command line to a stage and back: flags, the other processes, signals, and errors in one line."""
+import contextlib
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from runtime import processes
+from runtime.compute import pick_device
+from runtime.flags import parse, program
+
+
+def process_started():
+    """When this process began, imports included: what a person waits for. Where Linux does not say so,
+    now."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            ticks = int(stat.read().rsplit(")", 1)[1].split()[19])          # since the machine was started
+            age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        age = 0
+    return time.time() - (age if 0 < age < 60 else 0)
+
+
+STARTED = process_started()
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+at_work = None                          # the Run whose training loop goes on, for a signal to find
+
+
+def main(config, train, doc):
+    """Run a script from the command line. config: a dataclass of flags; train(cfg): what it does. What a user
+    can put right is one line and status 1, any other error keeps its traceback."""
+    cfg = parse(config, doc)
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    try:
+        if hasattr(cfg, "timeout"):                             # a script that can work with others
+            processes.start(pick_device(cfg.device), cfg.timeout)
+        if not processes.is_first():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")            # the first process speaks for all
+        train(cfg)
+        processes.stop()
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        line = explain(e, cfg)
+        if cfg.debug or line is None:
+            raise
+        if not processes.is_first_to_fail():
+            sys.exit(1)
+        if isinstance(e, BrokenPipeError):                      # or Python would complain again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{program()}: {line}")                        # status 1
+    except KeyboardInterrupt:
+        kept = at_work and at_work.checkpoints.last()
+        with contextlib.suppress(OSError):
+            print(f"\n{program()}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""),
+                  file=sys.stderr)
+        sys.exit(130)
+
+
+def explain(e, cfg):
+    """An error as a line that says what to do, or None for a mistake of ours."""
+    if processes.is_lost_connection(e):
+        return f"process {processes.rank()} has lost another one, or waited {cfg.timeout:.0f} s for it (--timeout)"
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+        return "out of memory: a lower --micro_batch, --sample_batch or --batch may fit"
+    if isinstance(e, BrokenPipeError):
+        return "nobody reads the output any more"
+    if isinstance(e, OSError):
+        return f"{e.filename or cfg.out}: {e.strerror or e}"
+    return str(e) if isinstance(e, ValueError) else None
+
+
+def on_signal(number, frame):
+    """Ctrl-C, a closed terminal, a scheduler's SIGTERM: a run at work finishes its step and saves; the same
+    signal once more, or one at any other time, stops at once."""
+    if at_work is None or at_work.stop_signal == number:
+        raise KeyboardInterrupt
+    at_work.stop_signal = number
+    with contextlib.suppress(OSError):
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def warn(text):
+    """One line to stderr, from the first process alone."""
+    if processes.is_first():
+        print(f"{program()}: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,28 @@
+"""Networks from checkpoint folders."""
+import os
+
+from model import GPT
+from runtime import processes
+
+STAGES = ("sft", "reward_model", "dpo", "ppo")
+
+
+def require(folder, stage):
+    """Raise ValueError saying what to run first if a checkpoint folder is not there."""
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        first = f"run `python {stage}.py` first, or " if stage in STAGES else ""
+        raise ValueError(f"no model in {folder}: {first}name another folder")
+
+
+def load(folder, head=None):
+    """GPT.load. Where there are several processes, each one leaves the weights in the file until they are
+    placed: it never holds more than it will keep, and a block for a moment."""
+    return GPT.load(folder, head, mapped=processes.world_size() > 1)
+
+
+def load_reward_model(folder):
+    """A network that gives scores. Raises ValueError for any other."""
+    model = load(folder)
+    if model.head_kind != "scalar":
+        raise ValueError(f"{folder} is no reward model: it has no score")
+    return model

@@ -1,0 +1,244 @@
+"""A Run is one stage at work: it owns the output folder, writes metrics.jsonl (one line per step) and, if
+TensorBoard is installed, its event files, prints one tidy line now and then with the time left, and keeps a
+checkpoint to go on from. """
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+
+import torch
+
+from runtime import launch, processes
+from runtime.checkpoints import Checkpoints, is_finite
+from runtime.compute import Compute, row_seeds
+from runtime.files import fingerprints, lock, write_json
+from runtime.flags import program
+from runtime.launch import STARTED, warn
+from runtime.sharding import full_tensor
+
+try:                                    # an extra: pip install tensorboard
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
+
+# What may change when a run goes on, because it does not change the weights (but for rounding).
+FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload", "micro_batch",
+        "micro_tokens", "sample_batch", "checkpoint_blocks", "compile", "gather_at_once"}
+
+
+class Run(Compute):
+    """One stage at work: output folder, randomness, checkpoints, metrics and progress, on top of what
+    computes.
+
+    A run that was killed goes on from its last checkpoint with the same command, and ends with the weights
+    that it would have had. So all that a step draws at random comes from the seed and the step's number
+    (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`. """
+
+    def __init__(self, cfg, total):
+        """cfg: a stage's flags.Training; total: steps in all."""
+        super().__init__(cfg)
+        self.total, self.parts, self.stop_signal = total, {}, None
+        self.failed_in_a_row = Counter()                   # by optimiser: its last steps that were not finite
+        self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
+                      "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        os.makedirs(cfg.out, exist_ok=True)
+        if processes.is_first():
+            lock(cfg.out)
+        self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
+        if cfg.resume and self.checkpoints.last():
+            self.must_be_the_same()
+        elif processes.is_first():
+            self.checkpoints.remove()                   # first, so that it never meets another run's settings
+            write_json(os.path.join(cfg.out, "run.json"), self.about)
+        processes.barrier()                                   # all have looked before the first one writes on
+        self.begin(0)
+        shown = (f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != "")
+        print(f"{self.about['stage']} on {self.device}: " + "  ".join(shown), flush=True)
+        if getattr(cfg, "warmup", 0) > total:
+            warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: the learning rate never reaches --lr")
+
+    def must_be_the_same(self):
+        """Raise ValueError if the unfinished run in the folder is not this one."""
+        what_now = "go on with its own command, name another --out, or add --no-resume to start anew"
+        now = self.about["settings"] | self.about["inputs"]
+        try:
+            with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
+                old = json.load(f)
+            was = old["settings"] | old["inputs"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): "
+                             f"{what_now}") from None
+        for name in sorted((was.keys() | now.keys()) - FREE):
+            if name in now and was.get(name) != json.loads(json.dumps(now[name])):
+                raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
+                                 f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
+
+    # --------------------------------------------------------------------- before and between steps
+
+    def begin(self, step):
+        """Get ready for the step after `step`, whose randomness depends on the seed and on its number
+        alone."""
+        self.step = step
+        self.rng = random.Random(f"{self.cfg.seed}/{step}")
+        torch.manual_seed(self.rng.getrandbits(63))
+
+    def seeds(self, n):
+        """A seed for the noise of each of n rows: a row's sample depends on the run's seed, the step and its
+        place."""
+        return row_seeds(self.rng, n)
+
+    def resume(self, **parts):
+        """Name what training changes (networks, optimisers, a controller: each with a state_dict of tensors),
+        and go on from the last checkpoint if there is one. Comes right before the training loop."""
+        self.parts, last = parts, self.checkpoints.last()
+        if last and all(theirs == last for theirs in processes.gather(last)):
+            self.begin(self.checkpoints.load(parts))
+        if any(theirs != (last, self.step) for theirs in processes.gather((last, self.step))):
+            raise ValueError(f"the processes do not see the same checkpoint in {self.cfg.out}: "
+                             "machines must share that folder")
+        if self.step:
+            print(f"going on after step {self.step} of {self.total}", flush=True)
+        self.open_metrics()
+        self.clock, self.first_step, self.saved, self.save_took = time.time(), self.step, time.time(), 0.0
+        launch.at_work = self
+
+    def open_metrics(self):
+        """metrics.jsonl, without the steps after the checkpoint, which will come again."""
+        path, lines, self.board = os.path.join(self.cfg.out, "metrics.jsonl"), [], None
+        if not processes.is_first():
+            self.metrics = open(os.devnull, "a", encoding="utf-8")
+            return
+        if self.step:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(lines)
+        os.replace(path + ".tmp", path)
+        self.metrics = open(path, "a", encoding="utf-8")
+        if SummaryWriter:
+            self.board = SummaryWriter(self.cfg.out, purge_step=self.step + 1)
+
+    # --------------------------------------------------------------------------------------- a step
+
+    def optimizer_step(self, optimizer, lr, loss, rows):
+        """One optimiser step, from gradients that are there: clip their norm at --max_norm (0 never clips),
+        step, forget them. Returns the norm before clipping.
+
+        A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
+        after three in a row raises ValueError. """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_norm or math.inf)).item()
+        if math.isfinite(norm) and math.isfinite(loss):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            self.failed_in_a_row[id(optimizer)] = 0
+        else:
+            self.failed_in_a_row[id(optimizer)] += 1
+            self.report_failure(f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {rows}",
+                                self.failed_in_a_row[id(optimizer)])
+        optimizer.zero_grad()
+        return norm
+
+    def report_failure(self, what, in_a_row):
+        if in_a_row < 3:
+            warn(f"{what}: not finite, no update made")
+            return
+        self.checkpoints.wait()
+        kept = "the last good checkpoint is kept" if self.checkpoints.last() else "nothing was good enough to keep"
+        raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
+
+    def log(self, metrics, show=None):
+        """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or
+        where show says so. Saves a checkpoint now and then, and stops here after Ctrl-C."""
+        metrics, step = {name: float(value) for name, value in metrics.items()}, self.step + 1
+        finite = {name: round(v, 6) if math.isfinite(v) else None for name, v in metrics.items()}       # JSON has no NaN
+        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        self.metrics.flush()
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
+        self.begin(step)
+        self.save_if_due()
+        if show is None:
+            show = step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        self.print_progress(step, metrics, show)
+
+    def print_progress(self, step, metrics, show):
+        """A line with the time left. On a terminal every step passes by on one line, and those to show
+        stay."""
+        terminal = sys.stdout.isatty()
+        if not show and not terminal:
+            return
+        numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}" for name, v in metrics.items())
+        left = int((time.time() - self.clock) / (step - self.first_step) * (self.total - step))
+        line = f"step {step:{len(str(self.total))}}/{self.total}  {'  '.join(numbers)}  {left // 60}:{left % 60:02} left"
+        if terminal:
+            line = "\r\033[K" + line                            # over what stands there
+        print(line, end="\n" if show else "", flush=True)
+
+    # ----------------------------------------------------------------------------------- what stays
+
+    def save_if_due(self):
+        """Save every save_seconds, less often where that would take more than a twentieth of the time, or on
+        a signal. The processes decide together: they save together."""
+        wait = max(self.cfg.save_seconds, 20 * self.save_took) if self.cfg.save_seconds else 0
+        due = processes.is_first() and time.time() - self.saved >= wait
+        stop, due = processes.total(torch.tensor([self.stop_signal is not None, due], dtype=torch.int32)).tolist()
+        if stop or due:
+            self.save()
+        if stop:
+            self.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    def save(self):
+        """Begin to write the checkpoint that a resume goes on from, unless a step has just failed."""
+        began = time.time()
+        if not any(self.failed_in_a_row.values()):
+            if processes.is_first():
+                os.fsync(self.metrics.fileno())
+            self.checkpoints.save(self.parts, self.step)
+        self.saved = time.time()
+        self.save_took = self.saved - began
+
+    def finish(self, model, tokenizer, **facts):
+        """Save the model with its tokenizer, and what the run found out, with the seconds that it took. All
+        files are written aside first: what stood in the folder before stays until they are whole."""
+        launch.at_work = None
+        self.checkpoints.wait()
+        if not is_finite(model.state_dict()):
+            raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
+        if processes.is_first():
+            self.write(model, tokenizer, facts)
+        else:
+            for x in model.state_dict().values():               # the first one asks for them in this order
+                collect(x)
+        processes.barrier()                                     # nobody leaves before the files are there
+        print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
+
+    def write(self, model, tokenizer, facts):
+        aside = os.path.join(self.cfg.out, "new")
+        model.save(aside, collect)
+        tokenizer.save(aside)
+        for name in sorted(os.listdir(aside)):
+            os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
+        os.rmdir(aside)
+        self.metrics.close()
+        if self.board:
+            self.board.close()
+        ended = time.time()
+        write_json(os.path.join(self.cfg.out, "run.json"),
+                   {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
+        self.checkpoints.remove()                     # last: killed before, the run goes on and ends the same
+
+
+def collect(x):
+    """A whole tensor from its shards, after the first process has written the one before: the others wait for
+    one tensor at a time, however large the network."""
+    processes.barrier()
+    return full_tensor(x)

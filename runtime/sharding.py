@@ -1,0 +1,120 @@
+"""Networks that several processes hold and train together.
+
+Every process draws the same batch and works through its share of the rows. Its loss is its share of the mean
+over the whole batch, and PyTorch adds the gradients up. fully_shard (FSDP2) does this for both ways of going
+parallel, on a mesh of N copies of one shard, or of N shards:
+
+    ddp              every process keeps the whole training state, and gradients are added up
+    fsdp             every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
+                     parameters when it is the block's turn
+"""
+import torch
+
+from runtime.processes import total, world_size
+
+
+def is_frozen(model):
+    return not any(p.requires_grad for p in model.parameters())
+
+
+def choose(kind, models, device):
+    """"auto" to "fsdp" if the training state of these models, at 16 bytes per trained parameter and 4 per
+    frozen one, would fill more than half of a GPU's memory, which activations and samples need too; else to
+    "ddp"."""
+    if kind != "auto":
+        return kind
+    if device != "cuda":
+        return "ddp"
+    need = sum(p.numel() * (16 if p.requires_grad else 4) for m in models for p in m.parameters())
+    return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
+
+
+def to_device(model, device):
+    """Move a network, one parameter at a time. Parameters that a file still holds are copied out of it."""
+    for p in model.parameters():
+        p.data = p.data.to(device, torch.get_default_dtype(), copy=world_size() > 1)
+
+
+def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=True):
+    """Spread a network over the processes ("ddp" or "fsdp"), in place. A block at a time moves to the device,
+    so that no device need hold the whole. offload: the shards of a frozen network wait on the CPU.
+
+    Gradients are added up, not averaged: a loss must be divided by what the whole batch holds."""
+    from torch.distributed.device_mesh import init_device_mesh         # a second to import, and seldom needed
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+                                        register_fsdp_forward_method)
+    if kind == "ddp":
+        mesh = init_device_mesh(device, (world_size(), 1), mesh_dim_names=("copies", "shards"))
+    else:
+        mesh = init_device_mesh(device, (world_size(),), mesh_dim_names=("shards",))
+    precision, waiting = MixedPrecisionPolicy(), OffloadPolicy()
+    if bfloat16:
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload and is_frozen(model):
+        waiting = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for module in (*model.blocks, model):
+        for p in module.parameters():
+            if p.dtype != torch.get_default_dtype():       # a file of bfloat16 is not widened before its turn
+                p.data = p.data.to(device).to(torch.get_default_dtype())
+        # Resharded after every forward pass, the root too: an optimiser must never be given gathered
+        # parameters.
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
+    for name in ("logprobs", "score", "generate"):
+        register_fsdp_forward_method(model, name)
+    whole_bytes = sum(p.numel() for p in model.parameters()) * (2 if bfloat16 else 4)
+    sample_from_shards(model, whole_bytes, gather_at_once)
+
+
+def sample_from_shards(model, whole_bytes, gather_at_once):
+    """Let `generate` gather each block once for all tokens, where the whole network fits: then parameters
+    travel once, not once per token, and no process waits for the others' rows. Where it does not fit, blocks
+    are gathered at every token, and all processes must go on until the last row of all has ended."""
+    generate, rows_left = model.generate, model.rows_left
+
+    def generate_together(*args, **kwargs):
+        at_once = gather_at_once and fits(whole_bytes, model.device)
+        for block in model.blocks:
+            block.set_reshard_after_forward(not at_once)
+        model.rows_left = rows_left if at_once else total
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            for block in model.blocks:
+                block.set_reshard_after_forward(True)
+                block.reshard()
+    model.generate = generate_together
+
+
+def fits(size, device):
+    """Whether every process's GPU has room for so many bytes besides what is there, and a fifth to spare."""
+    if device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return total(int(size > 0.8 * free)) == 0
+
+
+# ---------------------------------------------------------------------- tensors that may be sharded
+
+def full_tensor(x):
+    """An ordinary tensor of the whole. All processes must call it together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local_tensor(x):
+    """What this process holds."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def is_sharded(x):
+    """Whether no process holds all of it."""
+    return hasattr(x, "full_tensor") and x.device_mesh["shards"].size() > 1
+
+
+def distribute_like(x, value):
+    """An ordinary tensor cut to shards as x is, if x is."""
+    if not hasattr(x, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
