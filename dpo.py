@@ -34,14 +34,9 @@ import torch
 import torch.nn.functional as F
 
 from data import loading
-from data.batches import batches, encode, fit
+from data.batches import batches, encode_comparisons
 from data.tokenizer import Tokenizer
-from runtime.compute import pad
-from runtime.flags import Training, flag
-from runtime.launch import main
-from runtime.models import load, require
-from runtime.optimizer import make_optimizer, schedule
-from runtime.run import Run
+from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -54,9 +49,9 @@ class Config(Training):
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=LOSSES)
     beta: float = flag(0.5, "β, the KL penalty: a small one lets the policy go far from the reference", 1e-6)
-    label_smoothing: float = flag(0.0, "share of pairs taken to be the wrong way round (cDPO; sigmoid only)", 0, 0.499)
-    nll_coef: float = flag(None, "weight of −log p per token of each prompt's best answer; none: 2 with sigmoid, 0 with "
-                           "the other losses; 0 is DPO on its own", 0)
+    label_smoothing: float = flag(0.0, "share of pairs that are the wrong way round (cDPO; sigmoid only)", 0, 0.499)
+    nll_coef: float = flag(None, "weight of −log p per token of each prompt's best answer; "
+                           "none: 2 with sigmoid, 0 with the other losses", 0)
     length_normalize: bool = flag(False, "compare mean log-probabilities per token, not sums")
     records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
@@ -64,7 +59,6 @@ class Config(Training):
     lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
-    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
 
     def __post_init__(self):
         if self.nll_coef is None:
@@ -73,15 +67,16 @@ class Config(Training):
 
 # ----------------------------------------------------------------------------------------- the loss
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
+             label_smoothing=0.0):
     """The loss of B pairs from the log-probabilities of whole answers, all (B,), in nats.
 
     With h = (log π − log π_ref)(y⁺) − (log π − log π_ref)(y⁻), the margin by which the policy prefers y⁺ more
     than the reference does, and ε = label_smoothing:
 
-        sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)     Rafailov et al. 2023, eq. 7; with ε, cDPO (Mitchell 2023)
-        ipo       (h − 1/(2β))²                         Azar et al. 2023, eq. 17
-        hinge     max(0, 1 − βh)                        SLiC (Zhao et al. 2023)
+        sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)    Rafailov et al. 2023, eq. 7; with ε, cDPO (Mitchell 2023)
+        ipo       (h − 1/(2β))²                        Azar et al. 2023, eq. 17
+        hinge     max(0, 1 − βh)                       SLiC (Zhao et al. 2023)
 
     Where all annotators agree, the sigmoid is never satisfied, and h grows without end. IPO's margin is to be
     hit, not exceeded; the hinge stops once βh has reached 1; ε lets the sigmoid stop at a finite h.
@@ -113,10 +108,10 @@ def answer_logprobs(model, run, comparisons):
     tokens = pad(sequences)
     column = torch.arange(tokens.shape[1])
     mask = (column >= starts[:, None]) & (column < ends[:, None])            # true on answers, not on prompts
-    logprobs = model.logprobs(tokens.to(run.device), mask.to(run.device)).sum(1)        # one after another, (answers,)
+    found = model.logprobs(tokens.to(run.device), mask.to(run.device)).sum(1)  # one after another, (answers,)
     present = pad([c.ranks for c in comparisons]).to(run.device) > 0
-    zeros = torch.zeros(present.shape, dtype=logprobs.dtype, device=run.device)
-    return zeros.masked_scatter(present, logprobs), zeros.masked_scatter(present, mask.sum(1).to(zeros))
+    zeros = torch.zeros(present.shape, dtype=found.dtype, device=run.device)
+    return zeros.masked_scatter(present, found), zeros.masked_scatter(present, mask.sum(1).to(zeros))
 
 
 def add_reference(model, run, comparisons):
@@ -140,9 +135,10 @@ def pair_loss(cfg, model, run, comparisons):
     ref_logprobs = pad([c.ref_logprobs for c in comparisons]).to(logprobs)
     pairs = [(b, chosen, rejected) for b, c in enumerate(comparisons) for chosen, rejected in c.pairs]
     b, chosen, rejected = torch.tensor(pairs, device=run.device).T        # each pair's prompt and two answers
-    is_best = torch.tensor([comparisons[b].ranks[i] == min(comparisons[b].ranks) for b, i, _ in pairs], device=run.device)
-    sizes = tokens if cfg.length_normalize else torch.ones_like(tokens)
-    policy, reference = logprobs / sizes, ref_logprobs / sizes
+    is_best = torch.tensor([i in comparisons[b].best for b, i, _ in pairs], device=run.device)
+    policy, reference = logprobs, ref_logprobs
+    if cfg.length_normalize:
+        policy, reference = (x / tokens.clamp(min=1) for x in (logprobs, ref_logprobs))
 
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[b, chosen], policy[b, rejected], reference[b, chosen], reference[b, rejected],
@@ -158,15 +154,14 @@ def pair_loss(cfg, model, run, comparisons):
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(cfg):
-    require(cfg.init, "sft")
+    model, tokenizer = load(cfg.init), Tokenizer.load(cfg.init)
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
-    tokenizer = Tokenizer.load(cfg.init)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
-    model = load(cfg.init)
+    if cfg.records > 0:
+        preferences = preferences[:cfg.records]
     block_size = model.config.block_size
-    examples = encode(tokenizer, preferences[:cfg.records or None])
-    examples = fit(examples, lambda c: max(c.lengths), block_size, "preferences")
-    held_out = fit(encode(tokenizer, held_out_preferences), lambda c: max(c.lengths), block_size, "held-out preferences")
+    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences")
+    held_out = encode_comparisons(tokenizer, held_out_preferences, block_size, "held-out preferences")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
     run = Run(cfg, steps)

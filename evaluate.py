@@ -4,10 +4,10 @@
     python evaluate.py out/sft out/mine --judge out/reward_model --data prompts.jsonl
     python evaluate.py out/ppo --chat
 
-Each model answers every prompt a few times, by sampling. The first is the one to beat, and the reference of the KL.
-Prints a table and some answers next to each other; writes out/report.json, out/report.md and, if matplotlib is
-installed, out/overoptimization.png: the learned reward and the judge's score against √KL, as in Gao et al. (2022).
-"""
+Each model answers every prompt a few times, by sampling. The first is the one to beat, and the reference of
+the KL. Prints a table and some answers next to each other; writes out/report.json, out/report.md and, if
+matplotlib is installed, out/overoptimization.png: the learned reward and the judge's score against √KL, as in
+Gao et al. (2022). """
 import json
 import math
 import os
@@ -19,16 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from data import loading, world
-from data.batches import fit
+from data.batches import encode_demonstrations, fit
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime.compute import Compute, pick_device, row_seeds, select
+from runtime import Compute, Settings, flag, load, load_reward_model, main, require, select
+from runtime.compute import pick_device, row_seeds
 from runtime.files import write_json
-from runtime.flags import Settings, flag
-from runtime.launch import STARTED, main
-from runtime.models import load, load_reward_model, require
+from runtime.launch import STARTED
 from runtime.processes import is_first
-from sft import encode, mean_loss
+from sft import mean_loss
 
 try:                                        # an extra: pip install matplotlib
     import matplotlib
@@ -59,7 +58,8 @@ class Config(Settings):
 
 @dataclass
 class Contestant:
-    """A model's answers to P prompts, N times each; all lists run over prompt 0's answers, then prompt 1's, ..."""
+    """A model's answers to P prompts, N times each; all lists run over prompt 0's answers, then prompt 1's,
+    ..."""
     name: str
     texts: list
     lengths: list                           # of answers in tokens, <|im_end|> included
@@ -70,18 +70,18 @@ class Contestant:
     sft_loss: float                         # nats per token on held-out demonstrations
 
 
-# ------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 def distinct2(texts):
-    """Different word pairs as a share of all word pairs (Li et al. 2016): low when a model says the same thing over and
-    over."""
+    """Different word pairs as a share of all word pairs (Li et al. 2016): low when a model says the same
+    thing over and over."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 def win_rate(mine, theirs, n, resamples=2000):
-    """How often mine scores above theirs, a tie counting half, answer by answer: (rate, low, high), with a 95 %
-    interval by the bootstrap over prompts (n answers each), since answers to one prompt are alike."""
+    """How often mine scores above theirs, a tie counting half, answer by answer: (rate, low, high), with a 95
+    % interval by the bootstrap over prompts (n answers each), since answers to one prompt are alike."""
     points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, theirs)]
     wins = torch.tensor(points).view(-1, n).mean(1)
     picks = torch.randint(len(wins), (resamples, len(wins)), generator=torch.Generator().manual_seed(0))
@@ -90,12 +90,14 @@ def win_rate(mine, theirs, n, resamples=2000):
 
 
 def best_of(pool, n, keep):
-    """From pool[p], the (reward, index) of many answers to prompt p: `keep` winners among n each, as indices."""
+    """From pool[p], the (reward, index) of many answers to prompt p: `keep` winners among n each, as
+    indices."""
     return [max(answers[k * n:(k + 1) * n])[1] for answers in pool for k in range(keep)]
 
 
 def best_of_n_kl(n):
-    """KL(best of n ‖ the model that is sampled), nats per answer: log n − (n − 1)/n (Stiennon et al. 2020)."""
+    """KL(best of n ‖ the model that is sampled), nats per answer: log n − (n − 1)/n (Stiennon et al.
+    2020)."""
     return math.log(n) - (n - 1) / n
 
 
@@ -103,7 +105,7 @@ def mean(values):
     return round(sum(values) / len(values), 4) if values else None
 
 
-# ------------------------------------------------------------------------------------ the contest
+# -------------------------------------------------------------------------------------- the contest
 
 class Contest:
     """The networks, prompts and scores that all contestants share."""
@@ -122,7 +124,8 @@ class Contest:
         self.prompts = fit(prompts, lambda p: len(self.tokenizer.prompt(p)), block_size - cfg.max_new_tokens,
                            "held-out prompts")
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations)
-        self.demonstrations = encode(self.tokenizer, demonstrations, block_size, "held-out demonstrations")
+        self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
+                                                    "held-out demonstrations")
 
     def load_scorer(self, folder):
         self.tokenizer.check_same(folder)
@@ -142,7 +145,8 @@ class Contest:
         return self.compute.map(score, range(len(answers["lengths"])), answers["lengths"])["scores"].tolist()
 
     def kl(self, model, answers):
-        """Mean of log π − log π_ref over a model's own answers, nats per answer: an estimate of KL(π ‖ π_ref)."""
+        """Mean of log π − log π_ref over a model's own answers, nats per answer: an estimate of KL(π ‖
+        π_ref)."""
         def log_ratio(rows):
             b = select(answers, rows)
             log_ratios = model.logprobs(b["tokens"], b["mask"]) - self.reference.logprobs(b["tokens"], b["mask"])
@@ -170,8 +174,8 @@ class Contest:
         return self.enter(os.path.basename(os.path.normpath(folder)), answers, self.kl(model, answers), loss)
 
     def enter_best_of(self, sft_loss):
-        """The first model's best of n = 1, 2, 4, ... answers by the reward model, as Contestants; the same number of
-        them for every n, out of one pool."""
+        """The first model's best of n = 1, 2, 4, ... answers by the reward model, as Contestants; the same
+        number of them for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
         print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
         answers = self.answers(self.reference, many, noise="best_of_n")
@@ -197,7 +201,7 @@ def contest(cfg, folders):
     return contestants, together.prompts, curve
 
 
-# ------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 def table(report):
     """The report's models as lines of Markdown."""
@@ -213,8 +217,8 @@ def table(report):
 
 
 def side_by_side(contestants, prompts, n, count):
-    """Lines of Markdown: the first answer of each contestant to `count` prompts spread over all of them, with the judge's
-    score and the learned reward: where the two part, the reward is being hacked."""
+    """Lines of Markdown: the first answer of each contestant to `count` prompts spread over all of them, with
+    the judge's score and the learned reward: where the two part, the reward is being hacked."""
     lines = []
     every = max(1, len(prompts) // max(1, count))
     for i in range(0, len(prompts), every)[:count]:
@@ -226,7 +230,8 @@ def side_by_side(contestants, prompts, n, count):
 
 
 def seconds(out, names):
-    """Wall-clock seconds of each stage from its run.json, and of all together; stages that overlap count once."""
+    """Wall-clock seconds of each stage from its run.json, and of all together; stages that overlap count
+    once."""
     spans, found = [], {}
     for name in ("world", "sft", "reward_model", *names):
         about = read_run(os.path.join(out, name))
@@ -271,7 +276,8 @@ def summarize(cfg, contestants, prompts, curve):
 
 
 def plot(path, out, report, curve):
-    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line per run, of one colour in both."""
+    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line per run, of one colour in
+    both."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"), ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
         metrics = os.path.join(out, name, "metrics.jsonl")
@@ -321,7 +327,7 @@ def write_report(cfg, contestants, prompts, curve):
     print(f"wrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if image else ""))
 
 
-# ------------------------------------------------------------------------------------ talking
+# ------------------------------------------------------------------------------------------ talking
 
 @torch.no_grad()
 def chat(cfg, folder):
@@ -354,16 +360,16 @@ def chat(cfg, folder):
         print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
 
 
-# ------------------------------------------------------------------------------------ all together
+# ------------------------------------------------------------------------------------- all together
 
 def evaluate(cfg):
     if cfg.chat:
         folder = cfg.models[0] if cfg.models else "out/ppo"
-        require(folder, os.path.basename(folder))
+        require(folder)
         return chat(cfg, folder)
     folders = list(cfg.models) or [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or ["out/sft"]
     for folder in folders:
-        require(folder, os.path.basename(folder))
+        require(folder)
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows the world's prompts alone: name a reward model with --judge")
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost

@@ -78,6 +78,10 @@ def make_norm(config):
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x, positions, theta):
     """Rotary positions (Su et al. 2021, eq. 34): turn channel pairs (i, i + D/2) of x (B, H, T, D) by
     p·theta^(-2i/D).
@@ -227,9 +231,9 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if self.head_kind == "lm":
             return self.unembed(x)
-        exact = torch.promote_types(x.dtype, torch.float32)     # scores differ by less than bfloat16 can tell
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(exact), self.head.weight.to(exact), self.head.bias.to(exact)).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):      # scores differ by less than bfloat16 can tell
+            x, weight, bias = (at_least_float32(y) for y in (x, self.head.weight, self.head.bias))
+            return F.linear(x, weight, bias).squeeze(-1)
 
     def score(self, tokens, lengths):
         """The scalar at each row's last token, (B,): it alone has seen the whole row. tokens (B, T)
@@ -248,9 +252,7 @@ class GPT(nn.Module):
         mask[:, 0] = False
         # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
-        logits = self.unembed(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logp = F.log_softmax(logits / temperature, dim=-1)                                  # (n, V)
+        logp = F.log_softmax(at_least_float32(self.unembed(x)) / temperature, dim=-1)       # (n, V)
         chosen = logp.gather(-1, tokens[mask][:, None])[:, 0]
         zeros = torch.zeros(tokens.shape, dtype=logp.dtype, device=tokens.device)
         out = zeros.masked_scatter(mask, chosen)
@@ -298,7 +300,7 @@ class GPT(nn.Module):
         running = torch.ones_like(rows, dtype=torch.bool)               # (b,): those that have not ended
         for step in range(max_new_tokens):
             position = lengths[rows] + step
-            logits = self.unembed(x).to(logprobs.dtype)
+            logits = at_least_float32(self.unembed(x))
             chosen = sample(logits, temperature, top_k, top_p, uniform(seeds[rows], step))
             logp = F.log_softmax(logits / (temperature or 1.0), dim=-1).gather(-1, chosen[:, None])[:, 0]
             tokens[rows[running], position[running]] = chosen[running]

@@ -1,49 +1,48 @@
 """Stage 3, PPO: optimise the learned reward, and stay close to where it was learnt.
 
-    python ppo.py                                          from out/sft and out/reward_model, on the embedded world
-    python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl          the same with nothing to hold it back
+    python ppo.py                                                     on the embedded world
+    python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same with nothing to hold it back
 
-Four networks. The policy π ("actor") starts as the SFT model, and so does the frozen reference π_ref. The
-critic V starts as the reward model, and so does the frozen reward. An action is one token; a state is all the
-tokens before it.
+Four networks. The policy π ("actor") starts as the SFT model, and so does the frozen reference π_ref; the
+critic V starts as the reward model, and so does the frozen reward. An action is one token, a state all tokens
+before it. One step, in the order of this file:
 
-One step of the loop, in the order of this file:
+    1. rollout      the policy answers a batch of prompts, and the other networks read the answers
+    2. rewards      each token pays −β·(log π − log π_ref) for leaving the reference; the last earns the score
+    3. advantages   compare what followed each token with what the critic expected (GAE)
+    4. update       a few epochs of clipped optimiser steps on these answers
+    5. β            adapts, so that π stays about `kl_target` nats per answer away from π_ref
 
-    1. rollout     the policy answers a batch of prompts; the other networks read the answers
-    2. rewards     every token pays for leaving the reference, −β·(log π − log π_ref), and the last one earns the score
-    3. advantages  generalised advantage estimation compares what followed each token with what the critic expected
-    4. update      a few epochs of clipped optimiser steps on these answers
-    5. β           adapts, so that π stays about `kl_target` nats per answer away from π_ref
-
-Why stay close at all? The reward model was trained on answers like the SFT model's. Far from them its score
-is a guess, and a policy that climbs it finds the places where the guess is too high: the score goes up and
-the answers get worse (reward hacking). The KL penalty is what keeps the policy where the score means
-something.
+Why stay close at all? The reward model has learnt from answers like the SFT model's. Far from them its score
+is a guess, and a policy that climbs it finds the places where the guess is too high: the score goes up while
+the answers get worse (reward hacking). The KL penalty keeps the policy where the score means something.
 
 Every (B, T) array is right-padded, and its column t speaks of the choice of tokens[:, t], made in the state
-tokens[:, :t]. `mask` (B, T) is true on the tokens that the policy chose.
-"""
+tokens[:, :t]; `mask` (B, T) is true on the tokens that the policy chose.
+
+Of the implementation details that Huang et al. list (2024, arXiv 2403.17031, and its 2023 precursor), here
+are: critic from the reward model, no dropout, scores normalised on SFT samples, the temperature in every
+log-probability, KL in the reward per token, a fixed score for an answer without an end, rewards whitened
+without moving their mean, advantages whitened, both clipped losses, Adam's ε of 1e-5, a decaying learning
+rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are right-padded and masked),
+rejection of answers without a given token (the chat format has <|im_end|>), and a trunk that policy and value
+share. """
 import time
 from dataclasses import dataclass
 
 import torch
 
 from data import loading, world
-from data.batches import fit
+from data.batches import encode_demonstrations, fit
 from data.tokenizer import Tokenizer
-from runtime.compute import pad, select
-from runtime.flags import Training, flag
-from runtime.launch import main, warn
-from runtime.models import load, load_reward_model, require
-from runtime.optimizer import make_optimizer, schedule
-from runtime.run import Run
+from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
 
 
 @dataclass
 class Config(Training):
     out: str = flag("out/ppo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
-    reward: str = flag("out/reward_model", "reward model's checkpoint: the score, and where the critic starts")
+    reward: str = flag("out/reward_model", "reward model: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
     steps: int = flag(54, "steps of rollout and update", 1)
     batch: int = flag(128, "prompts per rollout", 2)
@@ -56,7 +55,6 @@ class Config(Training):
     critic_lr: float = flag(1e-3, "the critic's", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of both learning rates, to 0", choices=("constant", "linear", "cosine"))
-    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     kl_coef: float = flag(0.1, "β, the KL penalty; where it starts if it adapts", 0)
     adaptive_kl: bool = flag(True, "adapt β, to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6)
@@ -68,13 +66,11 @@ class Config(Training):
     entropy_coef: float = flag(0.0, "bonus per nat of entropy", 0)
     whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, their mean unmoved")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
-    update_kl: float = flag(0.1, "end an update once the policy has moved so many nats per token; 0 never does", 0)
+    update_kl: float = flag(0.1, "nats per token that the policy may move in one update; 0 sets no bound", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
     ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
 
-
-# -------------------------------------------------------------------------------------------- means
 
 def masked_mean(x, mask):
     """Mean of x over the true places of the mask: a scalar, whatever stands in the others."""
@@ -82,13 +78,11 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Give x (B, T) standard deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside the
-    mask.
+    """Give x (B, T) standard deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside it.
 
     Advantages are shifted too: half of the actions then count as better than usual and half as worse, and a
-    step's size does not depend on the scale of the rewards. Rewards are only scaled: a reward that is the
-    same for every token says whether longer answers pay, and to shift it would change which policy is best.
-    """
+    step's size does not depend on the scale of rewards. Rewards are only scaled: their mean, earned anew with
+    every token, says whether longer answers pay, and to shift it would change which policy is best. """
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -98,22 +92,21 @@ def whiten(x, mask, shift_mean=True):
 
 def state_values(critic, tokens, mask):
     """V of the state in which each action is chosen, (B, T). The critic's output at column t − 1 has read
-    tokens[:, :t], which is that state for column t; its output at t already knows the action. Hence the shift
-    by one."""
+    tokens[:, :t], the state for column t; its output at t knows the action already: hence the shift by
+    one."""
     out = critic(tokens)
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
 
 def rollout(cfg, run, prompts, nets, tokenizer):
-    """Let the policy answer the prompts (lists of ids), and measure all that the update needs to know of the
-    answers.
+    """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
 
-    Returns a dict of tensors, a row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, old_values,
-    and (B,) scores, lengths (prompt and answer, in tokens) and ended (does the answer end with the end
-    token?). """
+    Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs,
+    old_values, and (B,) scores, lengths (of prompt and answer, in tokens), ended (whether the end token is
+    there). """
     batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
                        stop_token=tokenizer.end)
-    batch["old_logprobs"] = batch.pop("logprobs")          # π_old: the policy that sampled, before the update
+    batch["old_logprobs"] = batch.pop("logprobs")       # π_old is the policy that sampled, before the update
 
     def measure(rows):
         b = select(batch, rows)
@@ -122,9 +115,8 @@ def rollout(cfg, run, prompts, nets, tokenizer):
                  "old_values": state_values(nets["critic"], tokens, mask),
                  "scores": nets["reward"].score(tokens, b["lengths"])}
         if run.bfloat16:
-            # One token at a time, bfloat16 rounds otherwise than in the update's passes over whole answers.
-            # The ratio π/π_old must be 1 before the first step, so π_old is computed again in the way π will
-            # be.
+            # Token by token, bfloat16 rounds otherwise than in the update's passes over whole answers.
+            # π/π_old must be 1 before the first step, so π_old is computed anew, in the way that π will be.
             found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
         return found
 
@@ -140,15 +132,14 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """What each action earns: −β·(log π − log π_ref), and the last one also the score (Ziegler et al. 2019,
     eq. 2).
 
-    scores (B,); logprobs, ref_logprobs (B, T) in nats, of the tokens that were chosen; mask (B, T) bool;
-    kl_coef β. Returns (B, T), 0 outside the mask.
+    scores (B,); logprobs, ref_logprobs (B, T) in nats, of the chosen tokens; mask (B, T) bool; kl_coef is β.
+    Returns (B, T), 0 outside the mask.
 
-    KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples, so the log-ratios of sampled tokens, added
-    up over an answer, estimate it without bias, and each token is charged for its own part. Where π is what
-    π_ref is, it is free. """
+    KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples. So the log-ratios of sampled tokens, added
+    up over an answer, estimate it without bias, and each token is charged for its own part. """
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * column).argmax(dim=1)                    # the last true column of each row
+    last = (mask * column).argmax(dim=1)                # the last true column of each row
     rewards[torch.arange(len(rewards), device=mask.device), last] += scores * mask.any(dim=1)
     return rewards
 
@@ -161,11 +152,11 @@ def gae(rewards, values, mask, gamma, lam):
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + V_t
 
-    rewards, values, mask: (B, T); values[:, t] is that of the state in which action t is chosen; what follows
-    the last action is worth 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a
+    rewards, values, mask (B, T); values[:, t] is that of the state in which action t is chosen; the value
+    after the last action is 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a
     graph.
 
-    The score comes at the end of an answer, so which token earned it? λ = 1 credits each action with all that
+    The score comes at the end of an answer: which token earned it? λ = 1 credits each action with all that
     followed: right on average, but as noisy as the rest of the answer. λ = 0 asks the critic what the next
     state is worth: hardly any noise, but wrong by as much as the critic is. """
     rewards, values = torch.where(mask, rewards.detach(), 0), torch.where(mask, values.detach(), 0)
@@ -174,8 +165,7 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # Columns between two turns of a row are skipped: the state before them is followed by the one after
-        # them.
+        # Columns between two turns of a row are skipped: what comes after them follows what came before.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
@@ -203,11 +193,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     All (B, T), gradients flow through logprobs alone. Returns the scalar mean over the mask's tokens, and the
     fraction of them where the clipped term is the one that counts.
 
-    −ρA pushes good actions (A > 0) up and bad ones down, for as long as it is asked; but answers that π_old
-    gave say little about a policy far away. So the gradient of a token is exactly zero once it has moved far
-    enough in its own direction: A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Taking the min keeps it alive in
-    the other two cases, where ρ is beyond the range on the wrong side and ρA is the worse of the two: such a
-    move must be undone, not frozen. """
+    −ρA pushes good actions (A > 0) up and bad ones down without end, but answers of π_old say little about a
+    policy far from it. So a token's gradient is exactly zero once it has moved far enough in the direction it
+    was pushed: A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Outside the range on the other side (A > 0 and ρ
+    < 1 − ε, or A < 0 and ρ > 1 + ε) the move was a mistake. There ρA is the smaller term: the min keeps its
+    gradient, to undo it. """
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -217,29 +207,29 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, clip):
     """½·mean of the larger of (V − return)² and (V_clipped − return)², where V_clipped moves at most `clip`
-    from the old value (the clipped value loss of OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow
-    through values alone; a scalar.
+    from the old value (OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values alone; a
+    scalar.
 
-    The max is the policy's min, seen as a loss: of two estimates the pessimistic one counts. A value that has
-    moved by more than `clip` towards its return learns no more from this rollout; one that has moved away
-    from it is called back. """
-    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values.detach(), returns.detach()))
+    The max is the policy's min, for a loss: of two errors the worse one counts. A value that has moved
+    towards its return by more than `clip` learns no more from this rollout; one that has moved away is called
+    back. """
+    old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
+    values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def approximate_kl(logprobs, old_logprobs, mask):
-    """KL(π_old ‖ π) per token, from tokens that π_old sampled: the mean of ρ − 1 − log ρ, called k3 (Schulman
-    2020).
+    """KL(π_old ‖ π) per token, from tokens that π_old sampled: mean of ρ − 1 − log ρ, k3 in Schulman (2020).
 
-    −log ρ has the same mean, since E[ρ] = 1, but is negative on half of the tokens, and for two policies so
-    close its noise is larger than the KL. k3 is never negative, and far less noisy. """
+    −log ρ has the same mean, for E[ρ] = 1, but is negative on about half of the tokens, and between two
+    policies so close its noise drowns the KL. k3 is never negative, and far less noisy. """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
 
 def ppo_loss(cfg, nets, b):
-    """The loss of some answers of a rollout, and what a person watches: {name: mean over their tokens}."""
+    """The loss on some answers of a rollout, and what a person watches: {name: mean over their tokens}."""
     mask = b["mask"]
     logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True,
                                                entropy_grad=cfg.entropy_coef > 0)
@@ -248,24 +238,23 @@ def ppo_loss(cfg, nets, b):
     value = value_loss(values, b["old_values"], b["returns"], mask, cfg.value_clip)
     entropy = masked_mean(entropy, mask)
     value_clipped = masked_mean(((values - b["old_values"]).abs() > cfg.value_clip).float(), mask)
-    return {"loss": policy - cfg.entropy_coef * entropy + value,   # two networks: their gradients do not meet
+    return {"loss": policy - cfg.entropy_coef * entropy + value,       # of two networks: gradients do not mix
             "policy_loss": policy, "value_loss": value, "entropy": entropy, "clipped": clipped,
             "value_clipped": value_clipped, "approx_kl": approximate_kl(logprobs, b["old_logprobs"], mask)}
 
 
 def ptx_loss(cfg, run, actor, demonstrations):
-    """ptx_coef times the SFT loss on some demonstrations (ids, learn): it keeps the policy a good language
-    model, where the reward does not care (Ouyang et al. 2022, eq. 2)."""
-    ids, learn = zip(*demonstrations)
-    mask = pad(learn).to(run.device)
-    return {"loss": -cfg.ptx_coef * masked_mean(actor.logprobs(pad(ids).to(run.device), mask), mask)}
+    """ptx_coef times the SFT loss on some demonstrations: what the reward does not ask for, and PPO would
+    forget, stays learnt (Ouyang et al. 2022, eq. 2)."""
+    tokens = pad([d.ids for d in demonstrations]).to(run.device)
+    mask = pad([d.learn for d in demonstrations]).to(run.device)
+    return {"loss": -cfg.ptx_coef * masked_mean(actor.logprobs(tokens, mask), mask)}
 
 
 def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
     """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over their tokens},
-    and whether the step was taken: it is not, if the policy has already moved too far from the one that gave
-    the answers."""
-    stats = run.accumulate(lambda some: ppo_loss(cfg, nets, select(batch, some)), rows,
+    and whether the step was taken: it is not, if the policy is already too far from the one that sampled."""
+    stats = run.accumulate(lambda rows: ppo_loss(cfg, nets, select(batch, rows)), rows,
                            weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
     if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
         optimizers["actor"].zero_grad()
@@ -273,34 +262,28 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
         return stats, False
     if cfg.ptx_coef > 0:
         chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-        run.accumulate(lambda some: ptx_loss(cfg, run, nets["actor"], some), chosen,
-                       weights=[sum(learn) for _, learn in chosen], lengths=[len(ids) for ids, _ in chosen])
+        run.accumulate(lambda rows: ptx_loss(cfg, run, nets["actor"], rows), chosen,
+                       weights=[sum(d.learn) for d in chosen], lengths=[len(d.ids) for d in chosen])
     factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
-    run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"answers {rows} (policy)")
-    run.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, stats["value_loss"], f"answers {rows} (critic)")
+    run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"actor on {rows}")
+    run.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, stats["value_loss"], f"critic on {rows}")
     return stats, True
 
 
 def update(cfg, run, batch, nets, optimizers, demonstrations):
     """A few epochs of optimiser steps on one rollout with its advantages and returns. Returns {name: mean
-    over steps}, and "updates", the number of steps taken. When the policy has moved too far, the step that
-    shows it and those still to come are dropped; the steps before it are kept."""
-    found, updates, taken = [], 0, True
+    over steps}, and "updates", how many were taken. The first step that finds the policy too far away is
+    dropped, and so are those still to come; the steps before it are kept."""
+    steps, updates, taken = [], 0, True
     for _ in range(cfg.epochs):
         for rows in torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches):
             if taken:
-                stats, taken = optimizer_step(cfg, run, batch, rows.tolist(), nets, optimizers, demonstrations)
-                found.append(stats)
-                updates += taken
-    means = {name: sum(stats[name] for stats in found) / len(found) for name in found[0]}
+                rows = rows.tolist()
+                stats, taken = optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations)
+                steps.append(stats)
+                updates += int(taken)
+    means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
     return means | {"updates": updates}
-
-
-def explained_variance(values, returns, mask):
-    """1 − Var[return − V] / Var[return] over the mask: 1 is a perfect critic, 0 one no better than a
-    constant."""
-    residual = (returns - values)[mask].var()
-    return 1 - residual / returns[mask].var().clamp(min=1e-8)
 
 
 # --------------------------------------------------------------------------------------------- 5. β
@@ -309,9 +292,9 @@ class AdaptiveKL:
     """A proportional controller of β (Ziegler et al. 2019, section 2.2):
     e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon).
 
-    Which β leads to which KL nobody knows in advance: it depends on the reward model. The KL that one wants
-    is easier to name. The clip keeps one odd batch from throwing β off; the product keeps β positive, and
-    moves it in proportion."""
+    Which β leads to which KL depends on the reward model, and nobody knows it in advance; the KL that one
+    wants is easier to name. The clip keeps one odd batch from throwing β off, and the product keeps β
+    positive."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
@@ -330,23 +313,22 @@ class AdaptiveKL:
 
 # ----------------------------------------------------------------------------------------- the loop
 
+def explained_variance(values, returns, mask):
+    """1 − Var[return − V] / Var[return] over the mask: 1 is a perfect critic, 0 no better than a constant."""
+    residual = (returns - values)[mask].var()
+    return 1 - residual / returns[mask].var().clamp(min=1e-8)
+
+
 def warnings(cfg, metrics):
-    """Signs of a collapsing policy in a step's metrics, in words that say what to change: a set of texts."""
-    found = set()
+    """Signs of a collapsing policy in a step's metrics, in words that say what to change: a list of texts."""
+    found = []
     if metrics["entropy"] < 0.01:
-        found.add("answers leave nothing to chance (entropy near 0): raise --entropy_coef or --kl_coef, or lower --lr")
+        found.append("answers leave nothing to chance (entropy near 0): raise --entropy_coef or --kl_coef")
     if cfg.adaptive_kl and metrics["kl"] > 4 * cfg.kl_target:
-        found.add("KL is far beyond its target: lower --lr, or start with a higher --kl_coef")
+        found.append("KL is far beyond its target: lower --lr, or start with a higher --kl_coef")
     if metrics["ended"] < 0.1:
-        found.add("hardly an answer ends: raise --max_new_tokens, or lower --no_end_score")
+        found.append("hardly an answer ends: raise --max_new_tokens, or lower --no_end_score")
     return found
-
-
-def judged(prompts, batch, tokenizer):
-    """The world's own verdict on answers to its prompts, for the reader's eyes only: training never sees
-    it."""
-    answers = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(batch["tokens"], batch["mask"])]
-    return sum(world.judge(prompt, answer) for prompt, answer in zip(prompts, answers)) / len(prompts)
 
 
 def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations):
@@ -355,35 +337,33 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
     batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
     batch = estimate(cfg, batch, controller.coef)
     stats = update(cfg, run, batch, nets, optimizers, demonstrations)
-    kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()      # nats per answer, see kl_rewards
-    metrics = {"score": batch["scores"].mean(), "kl": kl, "kl_coef": controller.coef} | stats
-    if cfg.data == "world":
-        metrics["judge"] = judged(prompts, batch, tokenizer)
+    mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
+    metrics = {"score": batch["scores"].mean(), "kl": log_ratio.sum(1).mean().item(),   # nats per answer
+               "kl_coef": controller.coef, **stats,
+               "explained_variance": explained_variance(batch["old_values"], batch["returns"], mask),
+               "length": mask.sum() / len(prompts), "ended": batch["ended"].float().mean(),
+               "tokens_per_second": mask.sum() / (time.time() - began)}
+    if cfg.data == "world":           # the world's own verdict, for the reader's eyes: training never sees it
+        answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], mask)]
+        metrics["judge"] = sum(world.judge(p, a) for p, a in zip(prompts, answers)) / len(prompts)
     if cfg.adaptive_kl:
-        controller.update(kl, len(prompts))
-    answer_tokens = batch["mask"].sum()
-    return metrics | {
-        "explained_variance": explained_variance(batch["old_values"], batch["returns"], batch["mask"]),
-        "length": answer_tokens / len(prompts), "ended": batch["ended"].float().mean(),
-        "tokens_per_second": answer_tokens / (time.time() - began)}
+        controller.update(metrics["kl"], len(prompts))
+    return metrics
 
 
 def train(cfg):
-    require(cfg.init, "sft")
-    require(cfg.reward, "reward_model")
+    nets = {"actor": load(cfg.init), "reference": load(cfg.init).requires_grad_(False),
+            "critic": load_reward_model(cfg.reward),
+            "reward": load_reward_model(cfg.reward).requires_grad_(False)}
+    block_size, demonstrations = nets["actor"].config.block_size, None
     tokenizer = Tokenizer.load(cfg.init)
     tokenizer.check_same(cfg.reward)
-    nets = {"actor": load(cfg.init), "reference": load(cfg.init).requires_grad_(False),
-            "critic": load_reward_model(cfg.reward), "reward": load_reward_model(cfg.reward).requires_grad_(False)}
-    block_size = nets["actor"].config.block_size
     prompts, _ = loading.load("prompts", cfg.data)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
     prompts = fit(prompts, lambda p: len(tokenizer.prompt(p)), block_size - cfg.max_new_tokens, "prompts")
-    demonstrations = None
     if cfg.ptx_coef > 0:
         demonstrations, _ = loading.load("demonstrations", cfg.ptx_data)
-        demonstrations = [tokenizer.chat(messages) for messages in demonstrations]
-        demonstrations = fit(demonstrations, lambda d: len(d[0]), block_size, "demonstrations")
+        demonstrations = encode_demonstrations(tokenizer, demonstrations, block_size, "demonstrations")
 
     run = Run(cfg, cfg.steps)
     run.place(*nets.values())
@@ -392,14 +372,10 @@ def train(cfg):
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(actor=nets["actor"], critic=nets["critic"], actor_optimizer=optimizers["actor"],
                critic_optimizer=optimizers["critic"], controller=controller)
-    warned = set()
     while run.step < cfg.steps:
         chosen = run.rng.choices(prompts, k=cfg.batch)
         metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations)
-        found = warnings(cfg, metrics)
-        for text in sorted(found - warned):                     # once, until it passes and comes back
-            warn(f"step {run.step + 1}: {text}")
-        warned = found
+        run.warn(warnings(cfg, metrics))
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)
 

@@ -24,14 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from data import annotators, loading
-from data.batches import batches, encode, fit
+from data.batches import batches, encode_comparisons, fit
 from data.tokenizer import Tokenizer
-from runtime.compute import pad, select
-from runtime.flags import Training, flag
-from runtime.launch import main
-from runtime.models import load, require
-from runtime.optimizer import make_optimizer, schedule
-from runtime.run import Run
+from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule, select
 
 
 @dataclass
@@ -46,8 +41,7 @@ class Config(Training):
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
-    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
-    normalize: int = flag(256, "SFT samples that set the score's mean and standard deviation; 0 leaves it as trained", 0)
+    normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0 leaves it as trained", 0)
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -73,7 +67,7 @@ def ranking_loss(scores, ranks, margin=None):
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     if margin is not None:
         gaps = gaps - margin[:, None, None]
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # i is there, and ranked above j
+    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # i is there, and above j
     return -((F.logsigmoid(gaps) * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
 
@@ -94,7 +88,7 @@ def score_answers(model, run, comparisons):
     lengths = torch.tensor([len(ids) for ids in sequences], device=run.device)
     ranks = pad([c.ranks for c in comparisons]).to(run.device)
     found = model.score(pad(sequences).to(run.device), lengths)                # one after another, (answers,)
-    return torch.zeros(ranks.shape, dtype=found.dtype, device=run.device).masked_scatter(ranks > 0, found), ranks
+    return torch.zeros_like(ranks, dtype=found.dtype).masked_scatter(ranks > 0, found), ranks
 
 
 def evaluate(model, run, comparisons):
@@ -134,53 +128,46 @@ def calibration(gaps):
     return rows
 
 
-@torch.no_grad()
-def normalize(model, sft, tokenizer, run, prompts):
-    """Shift and scale the head so that the SFT model's samples have mean score 0 and standard deviation 1.
-    prompts: lists of ids. Returns the mean and the standard deviation that they had."""
-    samples = run.sample(sft, prompts, run.seeds(len(prompts)), sample_room(model), stop_token=tokenizer.end)
-
-    def score(rows):
-        b = select(samples, rows)
-        return {"scores": model.score(b["tokens"], b["lengths"])}
-    scores = run.map(score, range(len(prompts)), lengths=samples["lengths"])["scores"]
-    mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)
-    model.head.weight.div_(deviation)
-    model.head.bias.sub_(mean).div_(deviation)
-    return mean, deviation
-
+# ---------------------------------------------------------------------------------------- the scale
 
 def sample_room(model):
     """Tokens of an answer that sets the scale; prompts may take the rest of a block."""
     return min(64, model.config.block_size // 2)
 
 
+def prompts_to_sample(tokenizer, model, preferences):
+    """The prompts (lists of ids) that leave room for an answer."""
+    prompts = [tokenizer.prompt(p.prompt) for p in preferences]
+    return fit(prompts, len, model.config.block_size - sample_room(model), "prompts to sample from")
+
+
+@torch.no_grad()
+def normalize(model, sft, tokenizer, run, prompts):
+    """Shift and scale the head so that the SFT model's samples have mean score 0 and standard deviation 1.
+    Returns the mean and the standard deviation that they had."""
+    samples = run.sample(sft, prompts, run.seeds(len(prompts)), sample_room(model), stop_token=tokenizer.end)
+
+    def score(rows):
+        b = select(samples, rows)
+        return {"scores": model.score(b["tokens"], b["lengths"])}
+    scores = run.map(score, range(len(prompts)), samples["lengths"])["scores"]
+    mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)
+    model.head.weight.div_(deviation)
+    model.head.bias.sub_(mean).div_(deviation)
+    return mean, deviation
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
-def train(cfg):
-    require(cfg.init, "sft")
-    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
-    tokenizer = Tokenizer.load(cfg.init)
-    loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
-    torch.manual_seed(cfg.seed)                                 # before the new head is drawn
-    model = load(cfg.init, head="scalar")
-    block_size = model.config.block_size
-    examples = fit(encode(tokenizer, preferences), lambda c: max(c.lengths), block_size, "preferences")
-    held_out = fit(encode(tokenizer, held_out_preferences), lambda c: max(c.lengths), block_size, "held-out preferences")
-    prompts = []
-    if cfg.normalize:
-        prompts = fit([tokenizer.prompt(p.prompt) for p in preferences], len, block_size - sample_room(model),
-                      "prompts to sample from")
-    steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
-
-    run = Run(cfg, steps)
-    run.place(model)
+def fit_to_preferences(model, run, examples, steps):
+    """The training loop over Comparisons."""
+    cfg = run.cfg
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
 
-    def loss(comparisons):
-        scores, ranks = score_answers(model, run, comparisons)
-        margin = torch.tensor([c.margin for c in comparisons], device=run.device)
+    def loss(rows):
+        scores, ranks = score_answers(model, run, rows)
+        margin = torch.tensor([c.margin for c in rows], device=run.device)
         return {"loss": ranking_loss(scores, ranks, margin), "best_beats_worst": best_beats_worst(scores, ranks)}
 
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
@@ -190,10 +177,26 @@ def train(cfg):
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
         run.log(metrics | {"grad_norm": norm, "lr": lr})
 
+
+def train(cfg):
+    torch.manual_seed(cfg.seed)                                 # before the new head is drawn
+    model, tokenizer = load(cfg.init, head="scalar"), Tokenizer.load(cfg.init)
+    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
+    loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
+    block_size = model.config.block_size
+    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences")
+    held_out = encode_comparisons(tokenizer, held_out_preferences, block_size, "held-out preferences")
+    prompts = prompts_to_sample(tokenizer, model, preferences) if cfg.normalize else []
+    steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
+
+    run = Run(cfg, steps)
+    run.place(model)
+    fit_to_preferences(model, run, examples, steps)
+
     found, calibrated = evaluate(model, run, held_out)
     if cfg.data == "world":
-        # The ceiling: people who disagree cannot all be predicted. It is what a scorer would reach that knew
-        # exactly how often each annotator prefers which answer.
+        # People who disagree cannot all be predicted. The ceiling is what a scorer would reach that knew how
+        # often the annotators prefer which answer.
         found["ceiling"] = annotators.ceiling(held_out_preferences)
         found["judge_agreement"] = annotators.agreement(held_out_preferences)
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())

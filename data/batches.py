@@ -5,32 +5,52 @@ from dataclasses import dataclass
 
 
 @dataclass
+class Demonstration:
+    """A conversation as tokens."""
+    ids: list                   # all turns
+    learn: list                 # bools: true on what the assistant says
+
+
+def encode_demonstrations(tokenizer, conversations, block_size, what):
+    """Conversations (message lists) as Demonstrations: those that fit into block_size tokens."""
+    examples = [Demonstration(*tokenizer.chat(messages)) for messages in conversations]
+    return fit(examples, lambda d: len(d.ids), block_size, what)
+
+
+@dataclass
 class Comparison:
     """One prompt with its K ranked answers, as tokens."""
     sequences: list             # K lists of ids, prompt and answer
     start: int                  # where the answers begin
     ranks: list                 # K whole numbers, 1 for the best; equal numbers are ties
     margin: float               # how much the better one should win by
-    ref_logprobs: list = None   # K numbers, if a stage needs them: the reference's log-probability of each answer
+    ref_logprobs: list = None   # K numbers, for DPO: the reference's log-probability of each answer
 
     @property
     def lengths(self):
         return [len(ids) for ids in self.sequences]
 
     @property
+    def best(self):
+        """The answers that none ranks above, as indices."""
+        return [i for i, rank in enumerate(self.ranks) if rank == min(self.ranks)]
+
+    @property
     def pairs(self):
         """(better, worse) of every two answers that the ranks tell apart, as indices."""
-        return [(i, j) for i, j in itertools.permutations(range(len(self.ranks)), 2) if self.ranks[i] < self.ranks[j]]
+        both_orders = itertools.permutations(range(len(self.ranks)), 2)
+        return [(i, j) for i, j in both_orders if self.ranks[i] < self.ranks[j]]
 
 
-def encode(tokenizer, preferences):
-    """Preferences (records.Preference) to Comparisons."""
-    out = []
+def encode_comparisons(tokenizer, preferences, block_size, what):
+    """Preferences (records.Preference) as Comparisons: those whose longest answer fits into block_size
+    tokens."""
+    examples = []
     for p in preferences:
         prompt = tokenizer.prompt(p.prompt)
         sequences = [prompt + tokenizer.response(response) for response in p.responses]
-        out.append(Comparison(sequences, len(prompt), p.ranks, p.margin))
-    return out
+        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin))
+    return fit(examples, lambda c: max(c.lengths), block_size, what)
 
 
 def fit(examples, length, block_size, what):

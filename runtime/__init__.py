@@ -1,0 +1,23 @@
+"""What surrounds an algorithm and contains none of it. A stage needs these names; the rest is behind them.
+
+    flags.py         flags as dataclasses
+    launch.py        from the command line to a stage and back: signals, errors in one line
+    run.py           a stage at work: randomness, metrics, progress, what stays on disk
+    compute.py       devices, and rows in micro-batches: a weighted mean over rows, a map over rows
+    optimizer.py     AdamW and its schedule
+    models.py        networks from folders
+    checkpoints.py   what an interrupted run goes on from
+    files.py         files that appear whole, one run per folder, checksums
+    processes.py     several processes as one
+    sharding.py      networks that several processes hold together: DDP and FSDP
+    plan.py          how much memory a stage takes, on paper: python -m runtime.plan
+"""
+from runtime.compute import Compute, pad, select
+from runtime.flags import Settings, Training, flag
+from runtime.launch import main
+from runtime.models import load, load_reward_model, require
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
+
+__all__ = ["Compute", "Run", "Settings", "Training", "flag", "load", "load_reward_model", "main", "make_optimizer",
+           "pad", "require", "schedule", "select"]

@@ -49,8 +49,8 @@ def concatenate(parts):
 
 
 def select(batch, rows):
-    """Some rows of a batch (a dict of tensors (B, T) or (B,), with "lengths" among them), without the columns that only
-    longer rows need."""
+    """Some rows of a batch (a dict of tensors (B, T) or (B,), with "lengths" among them), without the columns
+    that only longer rows need."""
     width = int(batch["lengths"][rows].max())
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
 

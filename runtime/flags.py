@@ -43,6 +43,7 @@ class Training(Settings):
     """The flags that all four stages share."""
     save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
+    max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
                                    "less memory, a third more time")
 

@@ -7,9 +7,11 @@ from runtime import processes
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 
-def require(folder, stage):
-    """Raise ValueError saying what to run first if a checkpoint folder is not there."""
+def require(folder):
+    """Raise ValueError if a checkpoint folder is not there, saying what to run first if a stage writes it by
+    default."""
     if not os.path.exists(os.path.join(folder, "config.json")):
+        stage = os.path.basename(os.path.normpath(folder))
         first = f"run `python {stage}.py` first, or " if stage in STAGES else ""
         raise ValueError(f"no model in {folder}: {first}name another folder")
 
@@ -17,6 +19,7 @@ def require(folder, stage):
 def load(folder, head=None):
     """GPT.load. Where there are several processes, each one leaves the weights in the file until they are
     placed: it never holds more than it will keep, and a block for a moment."""
+    require(folder)
     return GPT.load(folder, head, mapped=processes.world_size() > 1)
 
 

@@ -43,6 +43,7 @@ class Run(Compute):
         """cfg: a stage's flags.Training; total: steps in all."""
         super().__init__(cfg)
         self.total, self.parts, self.stop_signal = total, {}, None
+        self.warned = []                                        # what the last step was warned about
         self.failed_in_a_row = Counter()                   # by optimiser: its last steps that were not finite
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -152,6 +153,13 @@ class Run(Compute):
         self.checkpoints.wait()
         kept = "the last good checkpoint is kept" if self.checkpoints.last() else "nothing was good enough to keep"
         raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
+
+    def warn(self, texts):
+        """Say what is wrong once, until it passes and comes back."""
+        for text in texts:
+            if text not in self.warned:
+                warn(f"step {self.step + 1}: {text}")
+        self.warned = texts
 
     def log(self, metrics, show=None):
         """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or
