@@ -49,7 +49,7 @@ class Config(Training):
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=LOSSES)
     beta: float = flag(0.5, "β, the KL penalty: a small one lets the policy go far from the reference", 1e-6)
-    label_smoothing: float = flag(0.0, "share of pairs that are the wrong way round (cDPO; sigmoid only)", 0, 0.499)
+    label_smoothing: float = flag(0.0, "share of pairs assumed to be swapped (cDPO; sigmoid)", 0, 0.499)
     nll_coef: float = flag(None, "weight of −log p per token of each prompt's best answer; "
                            "none: 2 with sigmoid, 0 with the other losses", 0)
     length_normalize: bool = flag(False, "compare mean log-probabilities per token, not sums")
@@ -74,7 +74,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     With h = (log π − log π_ref)(y⁺) − (log π − log π_ref)(y⁻), the margin by which the policy prefers y⁺ more
     than the reference does, and ε = label_smoothing:
 
-        sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)    Rafailov et al. 2023, eq. 7; with ε, cDPO (Mitchell 2023)
+        sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)    Rafailov et al. 2023, eq. 7; ε: cDPO (Mitchell 2023)
         ipo       (h − 1/(2β))²                        Azar et al. 2023, eq. 17
         hinge     max(0, 1 − βh)                       SLiC (Zhao et al. 2023)
 

@@ -53,7 +53,7 @@ class Config(Settings):
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
     micro_batch: int = flag(256, "sequences per forward pass: lower it if memory runs out", 1)
     show: int = flag(6, "prompts whose answers are printed next to each other", 0)
-    chat: bool = flag(False, "talk to the (first) model in the terminal; an empty line starts anew, Ctrl-D ends")
+    chat: bool = flag(False, "talk to the (first) model; an empty line starts anew, Ctrl-D ends")
 
 
 @dataclass
@@ -135,34 +135,38 @@ class Contest:
         """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds."""
         ids = [self.tokenizer.prompt(p) for p in self.prompts for _ in range(n)]
         seeds = row_seeds(random.Random(f"{self.cfg.seed}/{noise}"), len(ids))
-        return self.compute.sample(model, ids, seeds, self.cfg.max_new_tokens, self.cfg.temperature, self.tokenizer.end)
+        return self.compute.sample(model, ids, seeds, self.cfg.max_new_tokens, self.cfg.temperature,
+                                   self.tokenizer.end)
 
     def scores(self, net, answers):
         """A reward model's score of each answer: a list."""
         def score(rows):
             b = select(answers, rows)
             return {"scores": net.score(b["tokens"], b["lengths"])}
-        return self.compute.map(score, range(len(answers["lengths"])), answers["lengths"])["scores"].tolist()
+        lengths = answers["lengths"]
+        return self.compute.map(score, range(len(lengths)), lengths)["scores"].tolist()
 
     def kl(self, model, answers):
         """Mean of log π − log π_ref over a model's own answers, nats per answer: an estimate of KL(π ‖
         π_ref)."""
         def log_ratio(rows):
             b = select(answers, rows)
-            log_ratios = model.logprobs(b["tokens"], b["mask"]) - self.reference.logprobs(b["tokens"], b["mask"])
-            return {"kl": log_ratios.sum(1)}
-        return self.compute.map(log_ratio, range(len(answers["lengths"])), answers["lengths"])["kl"].mean().item()
+            tokens, mask = b["tokens"], b["mask"]
+            return {"kl": (model.logprobs(tokens, mask) - self.reference.logprobs(tokens, mask)).sum(1)}
+        lengths = answers["lengths"]
+        return self.compute.map(log_ratio, range(len(lengths)), lengths)["kl"].mean().item()
 
     def enter(self, name, answers, kl, sft_loss):
         """A Contestant with its scores."""
-        texts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(answers["tokens"], answers["mask"])]
+        tokens, masks = answers["tokens"], answers["mask"]
+        texts = [self.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(tokens, masks)]
         if self.judge:
             judged = self.scores(self.judge, answers)
         else:
-            prompts = [p for p in self.prompts for _ in range(len(texts) // len(self.prompts))]
+            prompts = [p for p in self.prompts for _ in range(self.cfg.samples)]
             judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
         rewards = self.scores(self.scorer, answers) if self.scorer else []
-        return Contestant(name, texts, answers["mask"].sum(1).tolist(), answers["ended"].tolist(), judged, rewards, kl,
+        return Contestant(name, texts, masks.sum(1).tolist(), answers["ended"].tolist(), judged, rewards, kl,
                           sft_loss)
 
     def enter_checkpoint(self, number, folder):
@@ -196,7 +200,8 @@ def contest(cfg, folders):
         contestants.append(together.enter_checkpoint(number, folder))
         if number == 0 and together.scorer and cfg.best_of:
             by_n = together.enter_best_of(contestants[0].sft_loss)
-            curve = [{"n": n, "kl": c.kl, "reward": mean(c.reward), "judge": mean(c.judge)} for n, c in by_n.items()]
+            curve = [{"n": n, "kl": c.kl, "reward": mean(c.reward), "judge": mean(c.judge)}
+                     for n, c in by_n.items()]
             contestants.append(by_n[max(by_n)])                     # only the largest n competes
     return contestants, together.prompts, curve
 
@@ -205,15 +210,16 @@ def contest(cfg, folders):
 
 def table(report):
     """The report's models as lines of Markdown."""
-    lines = ["| model | judge | wins against the first | reward | KL (nats) | length | ended | distinct-2 | SFT loss |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    heads = ["model", "judge", "wins against the first", "reward", "KL (nats)", "length", "ended",
+             "distinct-2", "SFT loss"]
+    rows = [heads, ["---"] * len(heads)]
     for name, m in report["models"].items():
         low, high = m["win_rate_interval"]
         reward = "–" if m["reward"] is None else f"{m['reward']:.2f}"
-        lines.append(f"| {name} | {m['judge']:.2f} | {m['win_rate']:.1%} ({low:.1%} to {high:.1%}) | {reward} "
-                     f"| {m['kl']:.1f} | {m['length']:.1f} | {m['ended']:.0%} | {m['distinct2']:.2f} "
-                     f"| {m['sft_loss']:.2f} |")
-    return lines
+        rows.append([name, f"{m['judge']:.2f}", f"{m['win_rate']:.1%} ({low:.1%} to {high:.1%})", reward,
+                     f"{m['kl']:.1f}", f"{m['length']:.1f}", f"{m['ended']:.0%}", f"{m['distinct2']:.2f}",
+                     f"{m['sft_loss']:.2f}"])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def side_by_side(contestants, prompts, n, count):
@@ -222,7 +228,8 @@ def side_by_side(contestants, prompts, n, count):
     lines = []
     every = max(1, len(prompts) // max(1, count))
     for i in range(0, len(prompts), every)[:count]:
-        lines += ["", "**" + "** / **".join(m["content"] for m in prompts[i] if m["role"] == "user") + "**", ""]
+        asked = [f"**{m['content']}**" for m in prompts[i] if m["role"] == "user"]
+        lines += ["", " / ".join(asked), ""]
         for c in contestants:
             reward = f", reward {c.reward[i * n]:.2f}" if c.reward else ""
             lines.append(f"- {c.name} (judge {c.judge[i * n]:.2f}{reward}): {c.texts[i * n]}")
@@ -259,13 +266,16 @@ def read_run(folder):
 
 def summarize(cfg, contestants, prompts, curve):
     """All numbers of the report, as report.json holds them."""
-    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed, "models": {}}
+    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
+              "models": {}}
     for c in contestants:
         rate, low, high = win_rate(c.judge, contestants[0].judge, cfg.samples)
         report["models"][c.name] = {
-            "judge": mean(c.judge), "reward": mean(c.reward), "win_rate": round(rate, 4),
-            "win_rate_interval": [round(low, 4), round(high, 4)], "kl": round(c.kl, 3) + 0.0, "length": mean(c.lengths),
-            "ended": mean(c.ended), "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
+            "judge": mean(c.judge), "reward": mean(c.reward),
+            "win_rate": round(rate, 4), "win_rate_interval": [round(low, 4), round(high, 4)],
+            "kl": round(c.kl, 3) + 0.0,                             # -0.0 becomes 0.0
+            "length": mean(c.lengths), "ended": mean(c.ended),
+            "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
         if c.name == "best_of_n":
             report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
     about = read_run(cfg.reward)
@@ -279,7 +289,8 @@ def plot(path, out, report, curve):
     """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line per run, of one colour in
     both."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"), ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
+    for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
+                                ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
         metrics = os.path.join(out, name, "metrics.jsonl")
         if name not in report["models"] or not os.path.exists(metrics):
             continue
@@ -291,15 +302,15 @@ def plot(path, out, report, curve):
                 axis.plot(root, [s[in_rollout] for s in steps], color=colour, alpha=0.6, linewidth=1.2)
             axis.plot(math.sqrt(max(0.0, m["kl"])), m[held_out], "o", color=colour, label=label)
     for axis, key in zip(axes, ("reward", "judge")):
-        axis.plot([math.sqrt(c["kl"]) for c in curve], [c[key] for c in curve], "s-", color="#555555", markersize=4,
-                  label=f"best of n, n up to {curve[-1]['n']}")
+        axis.plot([math.sqrt(c["kl"]) for c in curve], [c[key] for c in curve], "s-", color="#555555",
+                  markersize=4, label=f"best of n, n up to {curve[-1]['n']}")
         axis.set_xlabel("√KL(π ‖ SFT), nats per answer")
         axis.grid(alpha=0.25)
     axes[0].set_title("What PPO sees: the learned reward")
     axes[1].set_title("What is true: the judge's score")
     axes[0].legend(frameon=False)
-    figure.text(0.5, 0.015, "lines: training rollouts, step by step; dots and squares: held-out prompts", fontsize=9,
-                color="#666666", ha="center")
+    figure.text(0.5, 0.015, "lines: training rollouts, step by step; dots and squares: held-out prompts",
+                fontsize=9, color="#666666", ha="center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
 
@@ -312,12 +323,14 @@ def write_report(cfg, contestants, prompts, curve):
         image = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
     write_json(os.path.join(cfg.out, "report.json"), report)
     facts = [f"{len(prompts)} held-out prompts, {cfg.samples} answers each, judged by {cfg.judge}."]
-    reward_model = report.get("reward_model", {})
-    if "accuracy" in reward_model:
-        facts.append(f"Reward model: {reward_model['accuracy']:.1%} of {reward_model['pairs']} held-out pairs.")
-    if "ceiling" in reward_model:
-        facts.append(f"The best that any scorer could reach is {reward_model['ceiling']:.1%}.")
-    facts.append("Seconds: " + ", ".join(f"{name} {taken:.0f}" for name, taken in report["seconds"].items()) + ".")
+    learnt = report.get("reward_model", {})
+    if "accuracy" in learnt:
+        line = f"Reward model: {learnt['accuracy']:.1%} of {learnt['pairs']} held-out pairs"
+        if "ceiling" in learnt:
+            line += f"; the best any scorer could reach is {learnt['ceiling']:.1%}"
+        facts.append(line + ".")
+    taken = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
+    facts.append(f"Seconds: {taken}.")
     lines = table(report) + [""] + facts
     with open(os.path.join(cfg.out, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(["# Report", "", *lines, *image, "", "## Side by side",
@@ -354,7 +367,7 @@ def chat(cfg, folder):
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        prompt, length = torch.tensor([ids], device=model.device), torch.tensor([len(ids)], device=model.device)
+        prompt, length = (torch.tensor([x], device=model.device) for x in (ids, len(ids)))
         tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
         print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
@@ -367,11 +380,13 @@ def evaluate(cfg):
         folder = cfg.models[0] if cfg.models else "out/ppo"
         require(folder)
         return chat(cfg, folder)
-    folders = list(cfg.models) or [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or ["out/sft"]
+    folders = cfg.models
+    if not folders:
+        folders = [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or DEFAULT_MODELS[:1]
     for folder in folders:
         require(folder)
     if cfg.judge == "world" and cfg.data != "world":
-        raise ValueError("the world's judge knows the world's prompts alone: name a reward model with --judge")
+        raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
     contestants, prompts, curve = contest(cfg, folders)
     if is_first():

@@ -51,15 +51,17 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
-            least = 0 if name == "mlp_hidden" else 1
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"GPTConfig.{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+            value, least = getattr(self, name), 0 if name == "mlp_hidden" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"GPTConfig.{name} must be a whole number of at least {least}, "
+                                 f"not {value!r}")
         self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
         for name in ("rope_theta", "norm_eps"):
             if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"GPTConfig.{name} must be a number above 0, not {getattr(self, name)!r}")
         for name, choices in (("positions", ("learned", "rotary")), ("norm", ("layernorm", "rmsnorm")),
-                              ("mlp", ("gelu_tanh", "gelu", "swiglu")), ("bias", (True, False)), ("tied", (True, False))):
+                              ("mlp", ("gelu_tanh", "gelu", "swiglu")),
+                              ("bias", (True, False)), ("tied", (True, False))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"GPTConfig.{name} must be one of {choices}, not {getattr(self, name)!r}")
         for big, small in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
@@ -121,7 +123,7 @@ class Attention(nn.Module):
         if positions.dim() == 2:
             y = self.look_back(q, k, v, positions, cache)
         else:
-            if cache is not None:       # padding writes keys too: look_back masks them, until tokens overwrite them
+            if cache is not None:   # padding writes keys too: look_back masks them till tokens overwrite them
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -163,7 +165,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x, positions, cache=None, recompute=False):
-        if recompute:   # in here, so that what is wrapped around a block (FSDP, torch.compile) is not done twice
+        if recompute:   # in here, so that what wraps a block (FSDP, torch.compile) is not done twice
             return checkpoint(self.forward, x, positions, use_reentrant=False)
         x = x + self.attention(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
@@ -177,7 +179,7 @@ class GPT(nn.Module):
         if head not in ("lm", "scalar"):
             raise ValueError(f'GPT: head must be "lm" or "scalar", not {head!r}')
         self.config, self.head_kind = config, head
-        self.checkpoint_blocks = False  # True: recompute a block's activations in the backward pass, do not keep them
+        self.checkpoint_blocks = False      # True: recompute a block's activations in the backward pass
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -209,7 +211,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, positions=None, cache=None):
         """The network under the head: tokens (B, T) int64 to (B, T, C)."""
         if tokens.shape[1] > self.config.block_size:
-            raise ValueError(f"sequence of {tokens.shape[1]} tokens is longer than block_size {self.config.block_size}")
+            raise ValueError(f"sequence of {tokens.shape[1]} tokens is longer than "
+                             f"block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens)
@@ -278,16 +281,9 @@ class GPT(nn.Module):
         logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature
         0: at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens, and
         for settings out of range. """
-        if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise ValueError("generate: temperature and top_k must be at least 0, and top_p above 0 and at most 1")
-        B, T = prompts.shape
-        longest = int(lengths.max())
-        S = longest + max_new_tokens                                  # positions that any row may come to use
-        if not 1 <= int(lengths.min()) or longest > T:
-            raise ValueError(f"generate: lengths must lie between 1 and {T}")
-        if S > self.config.block_size:
-            raise ValueError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                             f"block_size {self.config.block_size}")
+        B, longest = len(prompts), int(lengths.max())
+        S = longest + max_new_tokens                                # positions that any row may come to use
+        self.check_sampling(prompts, lengths, S, temperature, top_k, top_p)
         if seeds is None:
             seeds = torch.randint(2 ** 62, (B,)).to(prompts.device)
         column = torch.arange(S, device=prompts.device)
@@ -319,10 +315,20 @@ class GPT(nn.Module):
                 cache = [layer[:, running] for layer in cache]
                 running = running[running]
             reach = longest + step + 1                                  # no row's position is beyond this
-            x = self.hidden(chosen[:, None], position[:, None], [layer[:, :, :, :reach] for layer in cache])[:, 0]
+            seen = [layer[:, :, :, :reach] for layer in cache]
+            x = self.hidden(chosen[:, None], position[:, None], seen)[:, 0]
         T = int(ends.max())
         mask = (column >= lengths[:, None]) & (column < ends[:, None])
         return tokens[:, :T], mask[:, :T], logprobs[:, :T]
+
+    def check_sampling(self, prompts, lengths, S, temperature, top_k, top_p):
+        if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+            raise ValueError("generate: temperature and top_k must be at least 0, top_p in (0, 1]")
+        if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
+            raise ValueError(f"generate: lengths must lie between 1 and {prompts.shape[1]}")
+        if S > self.config.block_size:
+            raise ValueError(f"generate: the longest prompt and its answer may take {S} tokens, which do not "
+                             f"fit block_size {self.config.block_size}")
 
     def prefill(self, tokens, lengths, S):
         """Read whole prompts: the state (B, C) at each one's last token, which chooses the next, and a cache
@@ -374,7 +380,8 @@ class GPT(nn.Module):
             raise ValueError(f"{path}: not a model's config: {e}") from None
         tensors = load_tensors(os.path.join(folder, "model.safetensors"))
         if config.n_layer > len(tensors):               # before a network of a billion layers is begun
-            raise ValueError(f"{path}: n_layer is {config.n_layer}, but model.safetensors holds {len(tensors)} tensors")
+            raise ValueError(f"{path}: n_layer is {config.n_layer}, "
+                             f"but model.safetensors holds {len(tensors)} tensors")
         try:
             with torch.device("meta"):                  # shapes alone: nothing is allocated until they fit
                 model = cls(config, head or saved_head)
@@ -386,8 +393,11 @@ class GPT(nn.Module):
         for name in sorted(expected.keys() | tensors.keys()):
             have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
             if have != want:
-                raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, config.json asks for {want}")
-        tensors = {k: x if mapped and x.is_floating_point() else x.to(expected[k].dtype, copy=True) for k, x in tensors.items()}
+                raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, "
+                                 f"config.json asks for {want}")
+        for name, x in tensors.items():
+            if not (mapped and x.is_floating_point()):
+                tensors[name] = x.to(expected[name].dtype, copy=True)
         model.load_state_dict(tensors, strict=False, assign=True)
         if new_head and hasattr(model, "head"):
             model.head.to_empty(device="cpu").apply(model._init)
@@ -428,8 +438,8 @@ def sample(logits, temperature, top_k, top_p, u):
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     # Reaching u of the total, which rounding leaves a hair beside 1, always lands on a token of probability >
     # 0.
-    target = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target)[:, 0]
+    u = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]
 
 
 # ------------------------------------------------------------------------------------- tensor files
@@ -446,7 +456,8 @@ def save_tensors(path, tensors, whole=lambda x: x):
     header, offset, kind = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": kind[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": kind[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
@@ -478,13 +489,15 @@ def load_tensors(path):
         tensors = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if not 0 <= start <= end <= len(body) - first or end - start != math.prod(shape) * dtype.itemsize:
+            dtype, shape, count = DTYPES[entry["dtype"]], entry["shape"], math.prod(entry["shape"])
+            if not 0 <= start <= end <= len(body) - first or end - start != count * dtype.itemsize:
                 raise ValueError(f"tensor {name} is cut short")
-            flat = torch.frombuffer(body, dtype=dtype, count=math.prod(shape), offset=first + start) if end > start else \
-                torch.empty(0, dtype=dtype)
+            flat = torch.empty(0, dtype=dtype)
+            if count > 0:
+                flat = torch.frombuffer(body, dtype=dtype, count=count, offset=first + start)
             tensors[name] = flat.view(shape)
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError, MemoryError,
-            struct.error) as e:
-        raise ValueError(f"{path}: not a readable safetensors file: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
+            OverflowError, MemoryError, struct.error) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable safetensors file: {reason}") from None

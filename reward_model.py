@@ -18,7 +18,6 @@ standard deviation 1. The order of any two scores stays what it was, since both 
 but PPO's settings, above all β, then mean the same for every reward model. """
 import math
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +167,8 @@ def fit_to_preferences(model, run, examples, steps):
     def loss(rows):
         scores, ranks = score_answers(model, run, rows)
         margin = torch.tensor([c.margin for c in rows], device=run.device)
-        return {"loss": ranking_loss(scores, ranks, margin), "best_beats_worst": best_beats_worst(scores, ranks)}
+        return {"loss": ranking_loss(scores, ranks, margin),
+                "best_beats_worst": best_beats_worst(scores, ranks)}
 
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         rows = [examples[i] for i in batch]

@@ -28,7 +28,7 @@ class Config(Training):
     data: str = flag("world", "demonstrations: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
     init: str = flag("", "checkpoint to start from; none starts a new model of the shape below")
-    tokenizer: str = flag("", "of a new model: gpt2, or a folder; none is the world's for the world, else gpt2")
+    tokenizer: str = flag("", "of a new model: gpt2, or a folder; none takes the world's there, else gpt2")
     n_layer: int = flag(4, "layers of a new model", 1)
     n_head: int = flag(3, "attention heads of a new model", 1)
     n_embd: int = flag(96, "width of a new model", 1)
@@ -42,7 +42,7 @@ class Config(Training):
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)
 
     def __post_init__(self):
-        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)       # raises ValueError if heads do not divide the width
+        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)       # ValueError if heads do not divide the width
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -90,8 +90,9 @@ def start(cfg):
         return load(cfg.init, head="lm"), Tokenizer.load(cfg.init)
     tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data)
     rounded = 64 * math.ceil(tokenizer.vocab_size / 64)         # matrix products are faster at round numbers
-    return GPT(GPTConfig(vocab_size=rounded, block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                         n_embd=cfg.n_embd, mlp="gelu")), tokenizer   # GPT-2's approximation is slow on a CPU
+    config = GPTConfig(vocab_size=rounded, block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                       n_embd=cfg.n_embd, mlp="gelu")           # on a CPU GPT-2's approximation is slow
+    return GPT(config), tokenizer
 
 
 def train(cfg):
@@ -107,7 +108,8 @@ def train(cfg):
     run.place(model)
     parameters = sum(p.numel() for p in model.parameters())
     tokens, learnt = sum(len(d.ids) for d in examples), sum(sum(d.learn) for d in examples)
-    print(f"{parameters:,} parameters, {len(examples)} demonstrations, {learnt:,} tokens to learn of {tokens:,}")
+    print(f"{parameters:,} parameters, {len(examples)} demonstrations, "
+          f"{learnt:,} tokens to learn of {tokens:,}")
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
     every = max(1, steps // cfg.evals)

@@ -1,7 +1,7 @@
 """Make the embedded world's files, or read them.
 
-    python -m data                   write out/world/: demonstrations, preferences, prompts, each with a held-out part
-    python -m data --show 2          print prompts, answers and rankings of each family
+    python -m data              write out/world/: demonstrations, preferences and prompts, with held-out parts
+    python -m data --show 2     print prompts, answers and rankings of each family
 """
 import random
 import time
@@ -17,13 +17,13 @@ from runtime.launch import STARTED, main
 class Config:
     out: str = flag(WORLD, "folder to write")
     seed: int = flag(0, "seed of everything drawn", 0, 2 ** 31)
-    show: int = flag(0, "write nothing; print so many prompts of each family", 0, 20)
+    show: int = flag(0, "write nothing; print this many prompts of each family", 0, 20)
     debug: bool = flag(False, "show the traceback of an error")
 
 
 def show(n, seed):
-    """Print n prompts of each family, each with what four people of the crowd answered, how an annotator
-    ranked it, and what the judge says."""
+    """Print n prompts of each family, each with four answers, an annotator's ranking of them and the judge's
+    scores."""
     rng = random.Random(seed)
     families = {}
     for item in world.items():
@@ -37,8 +37,8 @@ def show(n, seed):
             record = loading.preference(item, rng, panel=1)
             print("      rank  judge  helpful honest harmless manner  answer")
             for place, answer in sorted(zip(record["ranks"], record["responses"])):
-                p = world.parts(item.prompt, answer)
-                print(f"{place:10}  {world.judge(item.prompt, answer):5.2f}  {p['helpful']:7.1f} {p['honest']:6.1f} "
+                score, p = world.judge(item.prompt, answer), world.parts(item.prompt, answer)
+                print(f"{place:10}  {score:5.2f}  {p['helpful']:7.1f} {p['honest']:6.1f} "
                       f"{p['harmless']:8.1f} {p['manner']:6.2f}  {answer}")
 
 
@@ -47,8 +47,9 @@ def make(cfg):
         return show(cfg.show, cfg.seed)
     loading.make_world(cfg.out, cfg.seed)
     ended = time.time()
-    write_json(f"{cfg.out}/run.json", {"started": STARTED, "ended": ended, "seconds": round(ended - STARTED, 1)})
-    print(f"wrote {cfg.out}/ after {ended - STARTED:.0f} s; to read some of it: python -m data --show 1")
+    seconds = ended - STARTED
+    write_json(f"{cfg.out}/run.json", {"started": STARTED, "ended": ended, "seconds": round(seconds, 1)})
+    print(f"wrote {cfg.out}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")
 
 
 if __name__ == "__main__":

@@ -32,19 +32,19 @@ class Comparison:
 
     @property
     def best(self):
-        """The answers that none ranks above, as indices."""
+        """Indices of the answers with the best rank, several if they tie."""
         return [i for i, rank in enumerate(self.ranks) if rank == min(self.ranks)]
 
     @property
     def pairs(self):
-        """(better, worse) of every two answers that the ranks tell apart, as indices."""
+        """Indices (better, worse) of every two answers that the ranks tell apart."""
         both_orders = itertools.permutations(range(len(self.ranks)), 2)
         return [(i, j) for i, j in both_orders if self.ranks[i] < self.ranks[j]]
 
 
 def encode_comparisons(tokenizer, preferences, block_size, what):
-    """Preferences (records.Preference) as Comparisons: those whose longest answer fits into block_size
-    tokens."""
+    """Preferences (records.Preference) as Comparisons: those whose longest answer, with its prompt, fits into
+    block_size tokens."""
     examples = []
     for p in preferences:
         prompt = tokenizer.prompt(p.prompt)
@@ -54,31 +54,36 @@ def encode_comparisons(tokenizer, preferences, block_size, what):
 
 
 def fit(examples, length, block_size, what):
-    """The examples whose length(example) is at most block_size; says how many are left out. ValueError if
-    none is left."""
+    """The examples whose length(example) is at most block_size; prints how many are left out. Raises
+    ValueError if none is left."""
     if not examples:
         raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
     kept = [e for e in examples if length(e) <= block_size]
     if not kept:
         raise ValueError(f"none of the {len(examples)} {what} fits into {block_size} tokens (block_size)")
-    if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} {what} are longer than {block_size} tokens (block_size): "
+    too_long = len(examples) - len(kept)
+    if too_long:
+        print(f"{too_long} of {len(examples)} {what} are longer than {block_size} tokens (block_size): "
               "left out")
     return kept
 
 
 def batches(lengths, size, epochs, seed, start=0):
-    """by_length's batches of every epoch in turn, from number `start` on: the order depends on the seed and
-    the epoch alone, so that a run can go on where it stopped."""
-    whole = (batch for epoch in range(epochs) for batch in by_length(lengths, size, random.Random(f"{seed}/{epoch}")))
-    return itertools.islice(whole, start, None)
+    """The batches of by_length for each epoch in turn, from batch number `start` on. Their order depends only
+    on the seed and the epoch, so a run can go on where it stopped."""
+    def all_epochs():
+        for epoch in range(epochs):
+            yield from by_length(lengths, size, random.Random(f"{seed}/{epoch}"))
+    return itertools.islice(all_epochs(), start, None)
 
 
 def by_length(lengths, size, rng):
-    """Indices in batches of `size` neighbours in length, so that little is padding, in random order. rng:
-    random.Random. Examples are sorted inside random pools of 32 batches: neighbours change from epoch to
-    epoch."""
+    """Indices in batches of `size`, in random order. rng: random.Random.
+
+    Neighbours in length share a batch, so that little of it is padding. Examples are sorted only within
+    random pools of 32 batches, so that neighbours change from epoch to epoch.
+    """
     order = list(range(len(lengths)))
     rng.shuffle(order)
     found = []

@@ -1,5 +1,4 @@
-"""From a flag such as `--data world` to records: where the files are, how the world's are made, what is held
-out."""
+"""From a flag such as `--data world` to records: which files, how the world's are made, what is held out."""
 import os
 import random
 
@@ -8,7 +7,8 @@ from runtime.flags import WORLD
 from runtime.launch import warn
 from runtime.processes import barrier, is_first
 
-DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 7000, 500      # of the world; as many of both held out
+# Records of the world to train on, and how many of either kind are held out besides.
+DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 7000, 500
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
@@ -19,10 +19,12 @@ def make_world(folder, seed=0):
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
     for held_out in (False, True):
-        if held_out:                                # one person's ranking: what a reward model has to predict
-            suffix, demonstration_count, preference_count, panel = "_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS, 1
+        if held_out:
+            suffix, demonstration_count, preference_count = "_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS
+            panel = 1                               # a reward model has to predict one person's ranking
         else:
-            suffix, demonstration_count, preference_count, panel = "", DEMONSTRATIONS, PREFERENCES, 5
+            suffix, demonstration_count, preference_count = "", DEMONSTRATIONS, PREFERENCES
+            panel = 5
         pool = [item for item in world.items() if item.held_out == held_out]
         demonstrations = [demonstration(item, rng) for item in world.choose(pool, rng, demonstration_count)]
         preferences = [preference(item, rng, panel) for item in world.choose(pool, rng, preference_count)]
@@ -35,16 +37,19 @@ def make_world(folder, seed=0):
 
 
 def demonstration(item, rng):
+    """A record: the item's messages and what somebody in the crowd answers."""
     messages = [{"role": role, "content": text} for role, text in item.messages]
     return {"messages": messages + [{"role": "assistant", "content": world.crowd_answer(item, rng)}]}
 
 
 def preference(item, rng, panel):
-    """Four answers to one prompt, ranked by a panel of annotators: two people's manners, each with a right
-    and a wrong matter, so that what is said and how it is said can be told apart. They are warmer than the
-    crowd, so that there is something to learn about kind words and eager ones. Now and then the wrong one
-    answers another question: a policy can always change the subject, so a reward model must have seen it
-    done."""
+    """A record: four answers to one prompt, ranked by a panel of annotators.
+
+    The answers combine the manners of two people with a right and a wrong matter each, so that what is said
+    and how it is said can be told apart. The manners are warmer than the crowd's, so that there is something
+    to learn about kind and eager words. Sometimes the wrong matter answers another question: a policy can
+    always change the subject, so a reward model must have seen it.
+    """
     answers = []
     while len(set(answers)) < 4:
         manners = [world.manner(rng, rng.random() < 0.5, warmth=2) for _ in range(2)]
@@ -53,34 +58,39 @@ def preference(item, rng, panel):
             said[1] = world.confused(item, rng)
         answers = [world.compose(matter, manner) for manner in manners for matter in said]
     rng.shuffle(answers)
-    return {"prompt": item.prompt, "responses": answers, "ranks": annotators.rank(item.prompt, answers, rng, panel)}
+    ranks = annotators.rank(item.prompt, answers, rng, panel)
+    return {"prompt": item.prompt, "responses": answers, "ranks": ranks}
 
 
 def load(kind, data, held_out=""):
     """(training records, held-out records) of a kind: "demonstrations", "preferences" or "prompts".
 
-    data is "world" (made now if it is not there yet) or a file; held_out a second file. A file that stands
-    alone holds out every tenth of its records, the same ones for every stage. """
+    data is "world" (made now if it is not there yet) or a file; held_out is a second file. A file that stands
+    alone holds out every tenth of its records, the same ones for every stage.
+    """
     read = READERS[kind]
     if data == "world":
         if is_first() and not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):  # the last one written
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
             make_world(WORLD)
         barrier()                                               # the others wait for it
-        train, rest = read(f"{WORLD}/{kind}.jsonl"), read(held_out or f"{WORLD}/{kind}_heldout.jsonl")
-    elif held_out:
+        data = f"{WORLD}/{kind}.jsonl"
+        if not held_out:
+            held_out = f"{WORLD}/{kind}_heldout.jsonl"
+    if held_out:
         train, rest = read(data), read(held_out)
     else:
         whole = read(data)
-        train, rest = [record for i, record in enumerate(whole) if i % 10 != 9], whole[9::10]
+        train = [record for i, record in enumerate(whole) if i % 10 != 9]
+        rest = whole[9::10]
     if kind == "preferences":
         return without_ties(train), without_ties(rest)
     return train, rest
 
 
 def without_ties(preferences):
-    """The comparisons that say something; says how many do not. Only now, so that every stage holds out the
-    same records."""
+    """The preferences that do not tie all their answers; prints how many do. This comes after holding out, so
+    that every stage holds out the same records."""
     kept = [p for p in preferences if len(set(p.ranks)) > 1]
     if len(kept) < len(preferences):
         print(f"{len(preferences) - len(kept)} of {len(preferences)} comparisons are ties: left out")
@@ -88,18 +98,20 @@ def without_ties(preferences):
 
 
 def load_tokenizer(name, data):
-    """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own:
-    the world's for the world, gpt2 for the rest."""
-    if name:
-        return tokenizer.Tokenizer.load(name)
-    return tokenizer.Tokenizer.load(WORLD if data == "world" else "gpt2")
+    """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own,
+    which is the world's for the world and gpt2 for any other data."""
+    if not name:
+        name = WORLD if data == "world" else "gpt2"
+    return tokenizer.Tokenizer.load(name)
 
 
 def warn_if_foreign(tokenizer, prompts, data, folder):
-    """Say so if the model in a folder was made for the embedded world and reads text (prompts: message lists)
-    of another kind: its tokenizer knows the world's few words, and cuts all others to pieces."""
+    """Warn if the model in a folder was made for the embedded world and prompts (message lists) hold other
+    text: its tokenizer knows the world's few words, and cuts all others to pieces."""
     texts = [message["content"] for messages in prompts[:1000] for message in messages]
-    words, tokens = (sum(len(cut(text)) for text in texts) for cut in (str.split, tokenizer.encode))
+    words = sum(len(text.split()) for text in texts)
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
     if tokenizer.name == "world" and tokens > 2 * words:
-        warn(f"{folder} was trained on the embedded world, and {data} is other text: {tokens / words:.1f} tokens per word. "
-             f"Train a model on such text first (python sft.py --data ...), and name its folder with --init")
+        warn(f"{folder} was trained on the embedded world, and {data} is other text: "
+             f"{tokens / words:.1f} tokens per word. "
+             "Train a model on such text first (python sft.py --data ...), and name its folder with --init")

@@ -1,8 +1,9 @@
 """Text to tokens and back, and conversations as ChatML.
 
 A tokenizer is a byte-level BPE run by tiktoken: "gpt2", or one learnt from any text by `learn`. Both get
-three control tokens behind their vocabulary. Text is data: a message that spells "<|im_end|>" is encoded as
-those ten characters and controls nothing. """
+three control tokens after their vocabulary. Text is data: a message that spells "<|im_end|>" is encoded as
+those ten characters and controls nothing.
+"""
 import base64
 import json
 import os
@@ -13,8 +14,8 @@ import tiktoken
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
-# How a learnt tokenizer cuts text before merging: a word or a number with the space before it, or what is
-# left. Written in the part of the syntax that Python's re and tiktoken's engine share.
+# How a learnt tokenizer cuts text before merging: into words, numbers and punctuation, each with the space
+# before it, and whitespace. Uses only syntax that Python's re and tiktoken's engine share.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 
 
@@ -22,11 +23,12 @@ class Tokenizer:
     """ranks: {bytes: rank} of a byte-level BPE, special: {text: id} with the three control tokens."""
 
     def __init__(self, name, pattern, ranks, special):
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.end = special[IM_END]
-        self.newline = self.encoding.encode_ordinary("\n")
-        self.headers = {role: [special[IM_START], *self.encoding.encode_ordinary(role), *self.newline] for role in ROLES}
+        self.newline = self.encode("\n")
+        self.headers = {role: [special[IM_START], *self.encode(role), *self.newline] for role in ROLES}
 
     @property
     def vocab_size(self):
@@ -38,19 +40,20 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        """Ids to text, control tokens left out; bytes that are no UTF-8 become the replacement character."""
+        """Ids to text, control tokens left out; bytes that are not UTF-8 become the replacement character."""
         control, known = set(self.special.values()), self.vocab_size
         return self.encoding.decode([i for i in ids if i not in control and i < known])
 
     def chat(self, messages):
-        """A conversation to (ids, learn): learn[t] is true on what the assistant says, its <|im_end|>
-        included."""
+        """A conversation to (ids, learn): learn[t] is true on what the assistant says and its <|im_end|>."""
         ids, learn = [], []
         for i, message in enumerate(messages):
-            header, content = self.headers[message["role"]], self.encode(message["content"]) + [self.end]
+            header = self.headers[message["role"]]
+            content = self.encode(message["content"]) + [self.end]
             gap = self.newline if i + 1 < len(messages) else []
+            by_assistant = message["role"] == "assistant"
             ids += header + content + gap
-            learn += [False] * len(header) + [message["role"] == "assistant"] * len(content) + [False] * len(gap)
+            learn += [False] * len(header) + [by_assistant] * len(content) + [False] * len(gap)
         return ids, learn
 
     def prompt(self, messages):
@@ -74,25 +77,30 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source):
-        """"gpt2", or a folder that save() wrote. Raises ValueError naming what cannot be read."""
+        """Load "gpt2", or a folder that save() wrote. Raises ValueError naming what cannot be read."""
         if source == "gpt2":
             return cls.gpt2()
         try:
             with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as f:
                 about = json.load(f)
+            ranks = {}
             with open(os.path.join(source, "tokenizer.tiktoken"), encoding="ascii") as f:
-                ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
+                for line in f:
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token)] = int(rank)
             special = about["special"]
             # tiktoken panics on vocabularies with holes, so they are refused before it sees them.
-            in_order = sorted(ranks.values()) + sorted(special.values()) == list(range(len(ranks) + len(special)))
+            all_ids = sorted(ranks.values()) + sorted(special.values())
+            in_order = all_ids == list(range(len(all_ids)))
             has_controls = {END_OF_TEXT, IM_START, IM_END} <= special.keys()
             has_all_bytes = all(bytes([b]) in ranks for b in range(256))
             if not (in_order and has_controls and has_all_bytes):
                 raise ValueError("the vocabulary has holes, or ids used twice")
             return cls(about["name"], about["pattern"], ranks, special)
         except FileNotFoundError as e:
-            raise ValueError(f"{source}: no tokenizer here ({os.path.basename(e.filename)} is missing)") from None
-        except Exception as e:                      # tiktoken raises its own kinds for a bad file
+            missing = os.path.basename(e.filename)
+            raise ValueError(f"{source}: no tokenizer here ({missing} is missing)") from None
+        except Exception as e:                      # tiktoken raises exceptions of its own for a bad file
             raise ValueError(f"{source}: not a readable tokenizer: {e}") from None
 
     @classmethod
@@ -100,14 +108,15 @@ class Tokenizer:
         """GPT-2's vocabulary, from tiktoken's cache or its download."""
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as e:                    # of the network, in as many kinds as there are ways to fail
-            raise ValueError(f"gpt2: its vocabulary is not on this machine and cannot be downloaded ({type(e).__name__}): "
-                             "let TIKTOKEN_CACHE_DIR name a folder where tiktoken has put it, on any machine") from None
+        except Exception as e:                      # a download can fail with any of many exceptions
+            raise ValueError("gpt2: its vocabulary is not on this machine and cannot be downloaded "
+                             f"({type(e).__name__}): let TIKTOKEN_CACHE_DIR name a folder where tiktoken "
+                             "has put it, on any machine") from None
         special = {END_OF_TEXT: 50256, IM_START: 50257, IM_END: 50258}
         return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special)
 
     def check_same(self, folder):
-        """Raise ValueError if the model in a folder reads other tokens than these."""
+        """Raise ValueError if the model in a folder was trained with another vocabulary."""
         if Tokenizer.load(folder).ranks != self.ranks:
             raise ValueError(f"{folder} was trained with another tokenizer than the policy")
 
@@ -115,8 +124,9 @@ class Tokenizer:
 def learn(texts, vocab_size, name="world"):
     """Learn a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) from an iterable of texts.
 
-    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the different
-    words with their counts, so that the work does not grow with the corpus. """
+    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the distinct
+    words and their counts, so its cost does not grow with the length of the corpus.
+    """
     counts = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     ranks = {bytes([b]): b for b in range(256)}
     words = {word: [bytes([b]) for b in word] for word in counts}

@@ -19,5 +19,5 @@ from runtime.models import load, load_reward_model, require
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
 
-__all__ = ["Compute", "Run", "Settings", "Training", "flag", "load", "load_reward_model", "main", "make_optimizer",
-           "pad", "require", "schedule", "select"]
+__all__ = ["Compute", "Run", "Settings", "Training", "flag", "load", "load_reward_model", "main",
+           "make_optimizer", "pad", "require", "schedule", "select"]

@@ -1,7 +1,8 @@
 """What a run remembers while it trains, on disk: written in the background, and there whole or not at all.
 
     out/ppo/resume.safetensors      where each process holds all of it (one process, or ddp)
-    out/ppo/resume/STEP/            where it is sharded (fsdp): each process writes its part, by torch.distributed.checkpoint
+    out/ppo/resume/STEP/            where it is sharded (fsdp): each process writes its part, through
+                                    torch.distributed.checkpoint
 
 Any number of processes reads either of them. Reading runs no code from the files.
 """
@@ -33,9 +34,9 @@ class Checkpoints:
 
     def last(self):
         """The newest one that is complete, a path, or None."""
-        complete = [name for name in listdir(self.shards) if os.path.exists(os.path.join(self.shards, name, ".metadata"))]
-        if complete:
-            return os.path.join(self.shards, max(complete))
+        for name in sorted(listdir(self.shards), reverse=True):
+            if os.path.exists(os.path.join(self.shards, name, ".metadata")):
+                return os.path.join(self.shards, name)
         return self.whole if os.path.exists(self.whole) else None
 
     def save(self, parts, step):
@@ -48,7 +49,7 @@ class Checkpoints:
             return
         state["step"] = torch.tensor(step)
         if any(is_sharded(x) for x in state.values()):
-            import torch.distributed.checkpoint as dcp          # a second to import
+            import torch.distributed.checkpoint as dcp  # a second to import
             path = os.path.join(self.shards, f"{step:08}")
             # Two threads: a single one works through CUDA, and would take room on the first GPU for every
             # process.
@@ -92,9 +93,11 @@ class Checkpoints:
         try:
             tensors = load_tensors(path) if path == self.whole else load_shards(path, parts)
             for name, part in parts.items():
-                restore(part, {key.removeprefix(f"{name}/"): x for key, x in tensors.items() if key.startswith(f"{name}/")})
+                mine = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
+                restore(part, {key.removeprefix(f"{name}/"): x for key, x in mine.items()})
             return int(tensors["step"])
-        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
+        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, OSError,
+                pickle.UnpicklingError) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise ValueError(f"{path} does not fit this run ({reason}): add --no-resume") from None
 

@@ -80,7 +80,7 @@ def micro_batches(lengths, micro_batch, micro_tokens, ranks):
 def cut(rows, lengths, micro_batch, micro_tokens):
     pieces, sequences = [], 0
     for i in rows:
-        more, longest = sequences_and_longest(lengths[i])           # rows come by length: this one is the longest so far
+        more, longest = sequences_and_longest(lengths[i])       # rows come by length: the longest so far
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
         if not pieces or too_many or too_long:
@@ -201,9 +201,9 @@ class Compute:
             everyone = gather((order, {name: x.cpu() for name, x in mine.items()}))
             order = [i for theirs, _ in everyone for i in theirs]
             held = [tensors for _, tensors in everyone if tensors]
-            mine = {name: concatenate([tensors[name] for tensors in held]).to(self.device) for name in held[0]}
+            mine = {name: concatenate([tensors[name] for tensors in held]) for name in held[0]}
         back = torch.tensor(order).argsort()
-        return {name: x[back.to(x.device)] for name, x in mine.items()}
+        return {name: x[back.to(x.device)].to(self.device) for name, x in mine.items()}
 
     def sample(self, model, prompts, seeds, max_new_tokens, temperature=1.0, stop_token=None):
         """GPT.generate for any number of prompts (lists of ids), each with a seed. Returns the dict of
@@ -217,7 +217,8 @@ class Compute:
                 seeds=torch.tensor(seed, device=self.device))
             lengths = lengths + mask.sum(1)
             last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-            return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths, "ended": last == stop_token}
+            return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths,
+                    "ended": last == stop_token}
         room = [len(prompt) + max_new_tokens for prompt in prompts]
         return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
 

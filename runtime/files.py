@@ -11,7 +11,7 @@ try:
 except ImportError:                     # Windows has none: there, two runs in one folder go unnoticed
     fcntl = None
 
-_locks = {}                             # the locks that this process holds: {folder: open file}
+held_locks = {}                             # the locks that this process holds: {folder: open file}
 
 
 def write_json(path, value):
@@ -25,34 +25,34 @@ def lock(folder):
     """Claim a folder for this process until it ends, however it ends. Raises ValueError if another process
     has it."""
     folder = os.path.realpath(folder)
-    if fcntl is None or folder in _locks:
+    if fcntl is None or folder in held_locks:
         return
     file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise ValueError(f"{folder}: another run is at work here (process {file.read().strip() or 'unknown'}): "
+        raise ValueError(f"{folder}: another run is at work here (process {file.read()}): "
                          "wait for it, or name another --out") from None
     except OSError:                     # a file system without locks
         return
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    _locks[folder] = file
+    held_locks[folder] = file
 
 
 def fingerprints(cfg):
     """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a
     checkpoint folder. A run goes on only over the same ones. The processes, which call it together, share the
     reading."""
-    chunk = 1 << 22
-    chunks = [(path, start) for path in named_files(cfg) for start in range(0, os.path.getsize(path) or 1, chunk)]
-    mine, found = {}, {}
+    size, chunks, mine, found = 1 << 22, [], {}, {}
+    for path in named_files(cfg):
+        chunks += [(path, start) for start in range(0, max(1, os.path.getsize(path)), size)]
     for path, start in chunks[rank()::world_size()]:
         with open(path, "rb") as f:
             f.seek(start)
-            mine[path, start] = zlib.crc32(f.read(chunk))
+            mine[path, start] = zlib.crc32(f.read(size))
     everyone = {piece: checksum for theirs in gather(mine) for piece, checksum in theirs.items()}
     for path, start in chunks:
         found[path] = zlib.crc32(everyone[path, start].to_bytes(4, "big"), found.get(path, 0))

@@ -14,7 +14,8 @@ WORLD = "out/world"               # the folder that the setting "world" stands f
 def flag(default, help, low=None, high=None, choices=None):
     """A dataclass field that is also a command-line flag. low and high are inclusive. A field of type tuple
     takes words without a flag's name."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    about = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
@@ -24,14 +25,15 @@ class Settings:
     out: str = flag("out/run", "folder that the run writes")
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. Weights stay float32",
-                          choices=("auto", "float32", "bfloat16"))
+    precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "
+                          "Weights stay float32", choices=("auto", "float32", "bfloat16"))
     micro_batch: int = flag(32, "sequences per forward pass: lower it if memory runs out", 1)
-    micro_tokens: int = flag(0, "tokens per forward pass, padding included; 0 sets no bound besides micro_batch", 0)
+    micro_tokens: int = flag(0, "tokens per forward pass, padding included; 0 sets no bound on them", 0)
     sample_batch: int = flag(256, "answers sampled at once, each of which needs its part of the KV cache", 1)
-    parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp shards it; "
-                         "auto takes fsdp where it would fill more than half of a GPU", choices=("auto", "ddp", "fsdp"))
-    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered, if they fit; else block by block")
+    parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp "
+                         "shards it; auto takes fsdp where it would fill more than half of a GPU",
+                         choices=("auto", "ddp", "fsdp"))
+    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered, if they fit")
     offload: bool = flag(False, "keep frozen networks on the CPU between uses")
     compile: bool = flag(False, "torch.compile each block; the first steps take minutes")
     timeout: float = flag(600.0, "seconds that a process waits for the others", 1)
@@ -41,7 +43,7 @@ class Settings:
 @dataclasses.dataclass
 class Training(Settings):
     """The flags that all four stages share."""
-    save_seconds: float = flag(60.0, "seconds between checkpoints that an interrupted run goes on from; 0: every step", 0)
+    save_seconds: float = flag(60.0, "seconds between checkpoints to go on from; 0 saves every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
@@ -58,7 +60,8 @@ class Parser(argparse.ArgumentParser):
 def parse(config, doc, argv=None):
     """A config dataclass from the command line. A wrong flag ends the program with status 2 and what is
     allowed."""
-    parser = Parser(program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(program(), description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(config)
     for f in fields:
         add_flag(parser, f)

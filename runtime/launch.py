@@ -52,17 +52,19 @@ def main(config, train, doc):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"{program()}: {line}")                        # status 1
     except KeyboardInterrupt:
-        kept = at_work and at_work.checkpoints.last()
+        line = f"{program()}: interrupted"
+        if at_work and at_work.checkpoints.last():
+            line += "; the same command goes on from the last checkpoint"
         with contextlib.suppress(OSError):
-            print(f"\n{program()}: interrupted" + ("; the same command goes on from the last checkpoint" if kept else ""),
-                  file=sys.stderr)
+            print("\n" + line, file=sys.stderr)
         sys.exit(130)
 
 
 def explain(e, cfg):
     """An error as a line that says what to do, or None for a mistake of ours."""
     if processes.is_lost_connection(e):
-        return f"process {processes.rank()} has lost another one, or waited {cfg.timeout:.0f} s for it (--timeout)"
+        return (f"process {processes.rank()} has lost another one, "
+                f"or waited {cfg.timeout:.0f} s for it (--timeout)")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
         return "out of memory: a lower --micro_batch, --sample_batch or --batch may fit"
     if isinstance(e, BrokenPipeError):

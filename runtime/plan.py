@@ -2,24 +2,25 @@
 for.
 
     python -m runtime.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
-        --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied --vocab_size 128256
-    python -m runtime.plan --table                      what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
+        --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
+        --vocab_size 128256
+    python -m runtime.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
 
 Bytes, with P parameters, N processes and b bytes per number in matrix products:
 
-    state          16·P per trained network (float32 parameters, gradients, Adam's two moments), 4·P per frozen one;
-                   fsdp: ÷ N
-    gathered       with other processes: what a block and the embeddings need whole, in b, and under fsdp the next
-                   block's; to sample, all of P in b, unless --no-gather_at_once
-    sampling       sft's few answers; ppo's rollout; the SFT network's, that set a reward model's scale at its end
-    activations    what the backward pass needs of each token and block, counted below; with --checkpoint_blocks only
-                   a block's input
-    logits         V numbers of 4 bytes per token that is learnt: log-probabilities, their gradient, the logits'
-    in transit     with other processes: a block's gradients in b, and those of the block before in 4 bytes
-    cache          keys and values of every row that is sampled, in b
-    sent           fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients up;
-                   ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and for each
-                   network that reads a micro-batch
+    state         16·P per trained network (float32 parameters, gradients, Adam's two moments), 4·P per
+                  frozen one; fsdp: ÷ N
+    gathered      with other processes: what a block and the embeddings need whole, in b, and under fsdp the
+                  next block's; to sample, all of P in b, unless --no-gather_at_once
+    sampling      sft's few answers; ppo's rollout; those of the SFT network that set a reward model's scale
+    activations   what the backward pass needs of each token and block, counted below; with
+                  --checkpoint_blocks only a block's input
+    logits        V numbers of 4 bytes per token that is learnt: log-probabilities, and two gradients
+    in transit    with other processes: a block's gradients in b, and those of the block before in 4 bytes
+    cache         keys and values of every row that is sampled, in b
+    sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients
+                  up; ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and
+                  for each network that reads a micro-batch
 """
 import math
 from dataclasses import dataclass, replace
@@ -32,8 +33,8 @@ from runtime.launch import main
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
-SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden", "vocab_size", "mlp", "norm", "positions", "bias",
-         "tied")
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden", "vocab_size", "mlp", "norm", "positions",
+         "bias", "tied")
 PPO_MINIBATCHES, PPO_EPOCHS = 2, 2                                  # ppo.py's defaults
 GB, TB = 1e9, 1e12
 
@@ -158,9 +159,10 @@ class Plan:
             if self.passes == 1:
                 left = 4 * net.all / self.shards                    # its gradients, if none were there before
             if net.head == "lm":
-                moments.append(waiting + 2 * logits + (0 if shape.tied else self.embedding))    # the head's gradient
+                if shape.tied:
+                    half = self.embedding                           # its gradient waits for its other half
+                moments.append(waiting + 2 * logits + self.embedding - half)    # the head's gradient
                 waiting -= logits
-                half = self.embedding if shape.tied else 0    # a tied embedding's, waiting for its other half
             moments.append(waiting - kept / shape.n_layer + inside + half)      # in the last block
             moments.append(waiting - kept + left + inside + half)               # in the first block
             waiting += left - kept
@@ -177,7 +179,7 @@ class Plan:
         need = self.embedding * (3 if self.shape.tied and self.has_logits else 1)
         if self.has_others:
             need = max(need + (ends + block) * self.b, ends * (self.b + 4 + 4 / self.shards))
-            need += 4 * sum(net.ends for net in self.trained[1:])       # the critic's wait until the actor's are there
+            need += 4 * sum(net.ends for net in self.trained[1:])       # the critic's wait for the actor's
         return need + self.gradients
 
     def sampling(self):
@@ -213,11 +215,14 @@ class Plan:
         if self.shards == 1:
             return 8 * self.P_trained * share * updates
         sent = self.P_trained * (2 * b + 4) * share * self.passes * updates
-        if cfg.stage == "ppo":                                 # sampled, then read by the other networks, and
-            times = 1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)       # in bfloat16 by the policy again
-            readers = self.P_trained + self.P_frozen - (self.trained[0].all if b == 4 else 0)
+        if cfg.stage == "ppo":                  # answers are sampled, then read by the other networks ...
+            policy = self.trained[0].all
+            readers = self.P_trained + self.P_frozen - policy
+            if b < 4:                           # ... and in bfloat16 by the policy once more
+                readers += policy
+            times = 1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)
             micro_batches = math.ceil(cfg.batch / self.N / cfg.micro_batch)
-            sent += b * share * (self.trained[0].all * times + readers * micro_batches)
+            sent += b * share * (policy * times + readers * micro_batches)
         return sent
 
 
@@ -227,10 +232,10 @@ MODELS = {
     "GPT-2 XL, 1.6 B": dict(n_layer=48, n_head=25, n_embd=1600),
     "Llama 3.2 3 B": dict(n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, mlp_hidden=8192, vocab_size=128256,
                           tied=True, **LLAMA),
-    "Llama 3.1 8 B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, mlp_hidden=14336, vocab_size=128256,
-                          tied=False, **LLAMA),
-    "Llama 3.1 70 B": dict(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, mlp_hidden=28672, vocab_size=128256,
-                           tied=False, **LLAMA),
+    "Llama 3.1 8 B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, mlp_hidden=14336,
+                          vocab_size=128256, tied=False, **LLAMA),
+    "Llama 3.1 70 B": dict(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, mlp_hidden=28672,
+                           vocab_size=128256, tied=False, **LLAMA),
 }
 
 
@@ -246,14 +251,16 @@ def table():
     forward pass; the policy is gathered at once to sample if that is less than 40 GB."""
     counts = (1, 8, 16, 64)
     heads = ["1 GPU" if n == 1 else f"{n} GPUs" for n in counts]
-    lines = [f"| model | stage | {' | '.join(heads)} | each of 8 sends per step |", "|---" * (3 + len(counts)) + "|"]
+    lines = [f"| model | stage | {' | '.join(heads)} | each of 8 sends per step |",
+             "|---" * (3 + len(counts)) + "|"]
     for name, shape in MODELS.items():
         for stage in ("sft", "ppo"):
-            plans = {n: Config(stage=stage, processes=n, batch=8 * n, micro_batch=1, checkpoint_blocks=True, **shape)
-                     for n in counts}
-            for cfg in plans.values():
+            numbers = {}
+            for n in counts:
+                cfg = Config(stage=stage, processes=n, batch=8 * n, micro_batch=1, checkpoint_blocks=True,
+                             **shape)
                 cfg.gather_at_once = network(cfg.shape).all * cfg.bytes < 40 * GB
-            numbers = {n: Plan(cfg).numbers() for n, cfg in plans.items()}
+                numbers[n] = Plan(cfg).numbers()
             peaks = " | ".join(in_words(numbers[n]["peak"]) for n in counts)
             lines.append(f"| {name} | {stage} | {peaks} | {in_words(numbers[8]['sent per step'])} |")
     return lines
@@ -264,7 +271,8 @@ def show(cfg):
         print("\n".join(table()))
         return
     numbers = (f"{what} {size / GB:.2f} GB" for what, size in Plan(cfg).numbers().items())
-    print(f"{cfg.stage} of {network(cfg.shape).all / 1e9:.2f} B parameters, {cfg.parallel} on {cfg.processes}:  "
+    billions = network(cfg.shape).all / 1e9
+    print(f"{cfg.stage} of {billions:.2f} B parameters, {cfg.parallel} on {cfg.processes}:  "
           + "  ".join(numbers))
 
 

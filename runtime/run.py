@@ -61,7 +61,8 @@ class Run(Compute):
         shown = (f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != "")
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(shown), flush=True)
         if getattr(cfg, "warmup", 0) > total:
-            warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: the learning rate never reaches --lr")
+            warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: "
+                 "the learning rate never reaches --lr")
 
     def must_be_the_same(self):
         """Raise ValueError if the unfinished run in the folder is not this one."""
@@ -72,8 +73,8 @@ class Run(Compute):
                 old = json.load(f)
             was = old["settings"] | old["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read ({e}): "
-                             f"{what_now}") from None
+            raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read "
+                             f"({e}): {what_now}") from None
         for name in sorted((was.keys() | now.keys()) - FREE):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
                 raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
@@ -151,8 +152,11 @@ class Run(Compute):
             warn(f"{what}: not finite, no update made")
             return
         self.checkpoints.wait()
-        kept = "the last good checkpoint is kept" if self.checkpoints.last() else "nothing was good enough to keep"
-        raise ValueError(f"{what}: the third in a row that is not finite; {kept}. A lower --lr or --max_norm may help")
+        kept = "nothing was good enough to keep"
+        if self.checkpoints.last():
+            kept = "the last good checkpoint is kept"
+        raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
+                         "A lower --lr or --max_norm may help")
 
     def warn(self, texts):
         """Say what is wrong once, until it passes and comes back."""
@@ -165,8 +169,10 @@ class Run(Compute):
         """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or
         where show says so. Saves a checkpoint now and then, and stops here after Ctrl-C."""
         metrics, step = {name: float(value) for name, value in metrics.items()}, self.step + 1
-        finite = {name: round(v, 6) if math.isfinite(v) else None for name, v in metrics.items()}       # JSON has no NaN
-        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        line = {"step": step}
+        for name, value in metrics.items():
+            line[name] = round(value, 6) if math.isfinite(value) else None          # JSON has no NaN
+        self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
         if self.board:
             for name, value in metrics.items():
@@ -185,7 +191,8 @@ class Run(Compute):
             return
         numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}" for name, v in metrics.items())
         left = int((time.time() - self.clock) / (step - self.first_step) * (self.total - step))
-        line = f"step {step:{len(str(self.total))}}/{self.total}  {'  '.join(numbers)}  {left // 60}:{left % 60:02} left"
+        count = f"step {step:{len(str(self.total))}}/{self.total}"
+        line = "  ".join([count, *numbers, f"{left // 60}:{left % 60:02} left"])
         if terminal:
             line = "\r\033[K" + line                            # over what stands there
         print(line, end="\n" if show else "", flush=True)
@@ -197,7 +204,8 @@ class Run(Compute):
         a signal. The processes decide together: they save together."""
         wait = max(self.cfg.save_seconds, 20 * self.save_took) if self.cfg.save_seconds else 0
         due = processes.is_first() and time.time() - self.saved >= wait
-        stop, due = processes.total(torch.tensor([self.stop_signal is not None, due], dtype=torch.int32)).tolist()
+        wishes = torch.tensor([self.stop_signal is not None, due], dtype=torch.int32)
+        stop, due = processes.total(wishes).tolist()
         if stop or due:
             self.save()
         if stop:
@@ -220,7 +228,8 @@ class Run(Compute):
         launch.at_work = None
         self.checkpoints.wait()
         if not is_finite(model.state_dict()):
-            raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. A lower --lr may help")
+            raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
+                             "A lower --lr may help")
         if processes.is_first():
             self.write(model, tokenizer, facts)
         else:

@@ -4,9 +4,9 @@ Every process draws the same batch and works through its share of the rows. Its 
 over the whole batch, and PyTorch adds the gradients up. fully_shard (FSDP2) does this for both ways of going
 parallel, on a mesh of N copies of one shard, or of N shards:
 
-    ddp              every process keeps the whole training state, and gradients are added up
-    fsdp             every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
-                     parameters when it is the block's turn
+    ddp     every process keeps the whole training state, and gradients are added up
+    fsdp    every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
+            parameters when it is the block's turn
 """
 import torch
 
@@ -40,29 +40,29 @@ def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=Tru
     so that no device need hold the whole. offload: the shards of a frozen network wait on the CPU.
 
     Gradients are added up, not averaged: a loss must be divided by what the whole batch holds."""
-    from torch.distributed.device_mesh import init_device_mesh         # a second to import, and seldom needed
-    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
-                                        register_fsdp_forward_method)
+    from torch.distributed import fsdp  # takes a second, and one process does without
+    from torch.distributed.device_mesh import init_device_mesh
     if kind == "ddp":
         mesh = init_device_mesh(device, (world_size(), 1), mesh_dim_names=("copies", "shards"))
     else:
         mesh = init_device_mesh(device, (world_size(),), mesh_dim_names=("shards",))
-    precision, waiting = MixedPrecisionPolicy(), OffloadPolicy()
+    precision, waiting = fsdp.MixedPrecisionPolicy(), fsdp.OffloadPolicy()
     if bfloat16:
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and is_frozen(model):
-        waiting = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for module in (*model.blocks, model):
         for p in module.parameters():
             if p.dtype != torch.get_default_dtype():       # a file of bfloat16 is not widened before its turn
                 p.data = p.data.to(device).to(torch.get_default_dtype())
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered
         # parameters.
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting, reshard_after_forward=True)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting,
+                         reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "score", "generate"):
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
     whole_bytes = sum(p.numel() for p in model.parameters()) * (2 if bfloat16 else 4)
     sample_from_shards(model, whole_bytes, gather_at_once)
 

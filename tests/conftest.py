@@ -2,33 +2,14 @@
 import importlib
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.start import EVALUATE, FLAGS, SMALL, in_float64, on_cpu, script
 
-import runtime
 from data import loading
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = {
-    "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
-    "reward_model": "--normalize 32",
-    "dpo": "--records 40",
-    "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --ptx_coef 0.1 --whiten_rewards",
-    "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
-}
-
-
-def on_cpu(name):
-    return ["--device", "cpu"] if name in SMALL else []
-
-
-def command(name, flags):
-    """How to start a stage: on the CPU with the same threads each time, for the same weights."""
-    return {"args": [sys.executable, "-u", os.path.join(ROOT, f"{name}.py"), *on_cpu(name), *flags.split()], "text": True,
-            "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+from runtime import files, launch
 
 
 def pytest_configure(config):
@@ -37,27 +18,27 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def script(name, flags, folder, stdin=""):
-    return subprocess.run(**command(name, flags), cwd=folder, input=stdin, capture_output=True)
-
-
 @pytest.fixture
 def inside(monkeypatch, capsys):
     """script(), but in this process, which is faster: (status, stderr)."""
     def run(name, flags, folder):
-        stage, handlers, threads = importlib.import_module(name), {n: signal.getsignal(n) for n in runtime.SIGNALS}, torch.get_num_threads()
+        stage, threads = importlib.import_module(name), torch.get_num_threads()
+        handlers = {number: signal.getsignal(number) for number in launch.SIGNALS}
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *on_cpu(name), *flags.split()])
         torch.set_num_threads(1)
         capsys.readouterr()
         try:
-            runtime.main(stage.Config, stage.train, stage.__doc__)
+            launch.main(stage.Config, stage.train, stage.__doc__)
             return 0, capsys.readouterr().err
         except SystemExit as e:
-            text = isinstance(e.code, str)                          # Python prints it, and ends with 1
-            return (1, capsys.readouterr().err + e.code + "\n") if text else (e.code, capsys.readouterr().err)
+            error = capsys.readouterr().err
+            if isinstance(e.code, str):                         # Python prints it, and ends with 1
+                return 1, error + e.code + "\n"
+            return e.code, error
         finally:
-            runtime.Run.at_work = None
+            launch.at_work = None
+            files.held_locks.clear()                            # as when the process ends
             torch.set_num_threads(threads)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -78,3 +59,11 @@ def chain(tmp_path_factory):
         assert done.returncode == 0, f"{stage}.py {flags}:\n{done.stdout}{done.stderr}"
         printed[stage] = done.stdout
     return folder, printed
+
+
+@pytest.fixture(scope="session")
+def alone(chain):
+    """The chain's folder, in which one process has run each stage once more in float64, to out/alone/."""
+    commands = [f"{stage}.py {flags} --out out/alone/{stage}" for stage, flags in FLAGS.items()]
+    in_float64([*commands, f"evaluate.py {EVALUATE} --out out/alone"], chain[0])
+    return chain[0]

@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-
-from conftest import ROOT, script
+from helpers.start import ROOT, script
 
 
 @pytest.mark.parametrize("stage, names", [

@@ -9,11 +9,10 @@ import subprocess
 
 import pytest
 import torch
-
-import plan
-from conftest import script
-from test_parallel import FLAGS, THRIFTY, misbehave, torchrun
+from helpers.start import FLAGS, THRIFTY, misbehave, script, torchrun
 from test_plan import SHAPES, steps
+
+from runtime.plan import Config, Plan
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")]
@@ -86,9 +85,9 @@ def test_a_killed_run_goes_on(plain):
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plan_is_within_a_tenth_of_what_the_device_takes(shape, again):
-    cfg = plan.Config(stage="sft", processes=1, batch=16, micro_batch=4, length=256, learnt=0.5, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
-    steps(plan.Config(n_layer=1, n_head=1, n_embd=64, micro_batch=1, length=8), DEVICE)          # its libraries' own memory
+    cfg = Config(stage="sft", processes=1, batch=16, micro_batch=4, length=256, learnt=0.5, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
+    steps(Config(n_layer=1, n_head=1, n_embd=64, micro_batch=1, length=8), DEVICE)          # its libraries' own memory
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     steps(cfg, DEVICE)
-    assert plan.plan(cfg)["peak"] == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+    assert Plan(cfg).numbers()["peak"] == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import ppo
-import runtime
-from data import loading
 from dpo import dpo_loss
 from model import GPT, GPTConfig
-from reward_model import pairwise_loss, score
+from reward_model import pairwise_loss
+from runtime import Run, make_optimizer, pad
 
 V, END, LONGEST, BETA, NO_END = 4, 3, 3, 0.5, -0.5
 PROMPTS = [[0], [1, 2]]
@@ -24,7 +23,7 @@ ANSWERS = [a for n in range(1, LONGEST + 1) for a in itertools.product(range(V),
 ROWS = [prompt + list(answer) for prompt in PROMPTS for answer in ANSWERS]          # prompt 0's answers, then prompt 1's
 LENGTHS = torch.tensor([len(row) for row in ROWS])
 STARTS = torch.tensor([len(prompt) for prompt in PROMPTS for _ in ANSWERS])
-TOKENS = loading.pad(ROWS)
+TOKENS = pad(ROWS)
 COLUMN = torch.arange(TOKENS.shape[1])
 MASK = (COLUMN >= STARTS[:, None]) & (COLUMN < LENGTHS[:, None])
 
@@ -64,15 +63,15 @@ class Judge:
     def __init__(self, r):
         self.r = {tuple(row): x for row, x in zip(ROWS, r.tolist())}
 
-    def __call__(self, tokens):
-        return torch.tensor([[self.r.get(tuple(row[:t + 1]), 0.0) for t in range(len(row))] for row in tokens.tolist()])
+    def score(self, tokens, lengths):
+        return torch.tensor([self.r[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
 
 
 def small_ppo(folder, **settings):
     """Config, run, networks and tokenizer for PPO on this world."""
     cfg = ppo.Config(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False, micro_batch=10 ** 6, update_kl=0.0,
                      out=str(folder), device="cpu", **settings)
-    run = runtime.Run(cfg, cfg.steps)
+    run = Run(cfg, cfg.steps)
     nets = {"actor": network("lm", 1), "reference": network("lm", 1).requires_grad_(False), "critic": network("scalar", 2),
             "reward": Judge(true_reward())}
     return cfg, run, nets, SimpleNamespace(end=END)
@@ -88,7 +87,7 @@ def test_every_answer_is_listed_once():
 def test_ppo_reaches_the_best_policy_that_the_price_of_kl_allows(tmp_path):
     """Within a total variation distance of 0.05 (0.5 at the start), by rollouts, estimates and updates alone."""
     cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=150, batch=512, lr=3e-3, critic_lr=1e-2, epochs=2, minibatches=2)
-    optimizers = {k: runtime.make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
+    optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
     for step in range(cfg.steps):
         run.begin(step)
         batch = ppo.rollout(cfg, run, PROMPTS * (cfg.batch // 2), nets, tokenizer)
@@ -128,11 +127,11 @@ def test_the_reward_model_recovers_the_true_differences():
             group["lr"] = 3e-3 * (1 - step / steps)
         a, b = torch.randint(len(ANSWERS), (2, 4096)) + len(ANSWERS) * torch.randint(2, (4096,))
         first_wins = torch.rand(4096) < torch.sigmoid(r[a] - r[b])
-        scores = score(model, TOKENS, LENGTHS)
+        scores = model.score(TOKENS, LENGTHS)
         pairwise_loss(scores[torch.where(first_wins, a, b)], scores[torch.where(first_wins, b, a)]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = (score(model, TOKENS, LENGTHS).detach() - r).view(2, -1)
+    found = (model.score(TOKENS, LENGTHS).detach() - r).view(2, -1)
     error = (found - found.mean(1, keepdim=True)).abs().max().item()
     assert error < 0.15, f"a score is {error:.2f} off r: the Bradley-Terry loss or the place of the score is wrong"
 
@@ -172,7 +171,7 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
     for _ in range(40):
         batch = ppo.estimate(cfg, ppo.rollout(cfg, run, PROMPTS * 256, nets, tokenizer), BETA)
         logprobs = nets["actor"].logprobs(batch["tokens"], batch["mask"])
-        loss, clipped = ppo.policy_loss(logprobs, batch["logprobs"], batch["advantages"], batch["mask"], cfg.clip)
+        loss, clipped = ppo.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"], cfg.clip)
         assert clipped == 0
         tokens_an_answer = batch["mask"].sum() / len(batch["mask"])                # the loss is a mean over tokens
         estimates.append(flat(torch.autograd.grad(-loss * tokens_an_answer, parameters)))

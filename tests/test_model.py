@@ -7,7 +7,8 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import GPT, Attention, GPTConfig, load_tensors, rotate, sample, save_tensors, uniform
 
@@ -57,7 +58,7 @@ def test_logprobs_and_entropy_are_those_of_softmax_of_logits_over_temperature(mo
         for t in range(9):
             want = want_entropy = 0.0
             if mask[b, t] and t > 0:
-                weights = [math.exp(l / temperature) for l in logits[b][t - 1]]
+                weights = [math.exp(x / temperature) for x in logits[b][t - 1]]
                 want = math.log(weights[tokens[b, t]] / sum(weights))
                 want_entropy = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
             assert found[b, t].item() == pytest.approx(want, abs=1e-10)
@@ -130,9 +131,10 @@ def test_a_row_with_a_seed_does_not_depend_on_neighbours_order_or_batch_size(mod
     shuffled, m, _ = model.generate(PROMPTS[order], LENGTHS[order], 10, stop_token=STOP, seeds=SEEDS[order])
     assert [t[k].tolist() for t, k in zip(shuffled, m)] == [answers[i] for i in order]
     for b in range(len(PROMPTS)):
-        alone, m, l = model.generate(PROMPTS[b:b + 1], LENGTHS[b:b + 1], 10, stop_token=STOP, seeds=SEEDS[b:b + 1])
+        row = slice(b, b + 1)
+        alone, m, found = model.generate(PROMPTS[row], LENGTHS[row], 10, stop_token=STOP, seeds=SEEDS[row])
         assert alone[0][m[0]].tolist() == answers[b]
-        torch.testing.assert_close(l[0][m[0]], logprobs[b][mask[b]], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found[0][m[0]], logprobs[b][mask[b]], rtol=0, atol=1e-10)
 
 
 def test_what_stands_right_of_a_prompt_does_not_reach_its_answer(model):
@@ -262,6 +264,14 @@ def test_a_later_token_or_padding_leaves_earlier_outputs_unchanged(shape, head):
         torch.testing.assert_close(model(tokens[:, :t]), out[:, :t], rtol=0, atol=1e-12)
 
 
+def test_score_is_the_scalar_at_the_last_token_whatever_the_padding():
+    model, lengths = make("gpt2", head="scalar"), torch.tensor([1, 4, 9, 6, 2])
+    tokens = torch.randint(V, (5, 9))
+    found = model.score(tokens, lengths)
+    assert found.shape == (5,)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(found[b], model(tokens[b:b + 1, :n])[0, -1], rtol=0, atol=1e-12)
+
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_grouped_query_attention_equals_a_slow_one_head_at_a_time(kv, positions):
@@ -297,7 +307,9 @@ def test_grouped_query_attention_equals_a_slow_one_head_at_a_time(kv, positions)
 def test_rotary_scores_depend_only_on_relative_distance():
     torch.manual_seed(6)
     q, k = torch.randn(2, 1, 1, 1, 8).double()
-    score = lambda p, r: (rotate(q, torch.tensor([p]), 10000.0) * rotate(k, torch.tensor([r]), 10000.0)).sum().item()
+
+    def score(p, r):
+        return (rotate(q, torch.tensor([p]), 10000.0) * rotate(k, torch.tensor([r]), 10000.0)).sum().item()
     for p, r in ((3, 1), (10, 4), (2, 7)):
         assert score(p, r) == pytest.approx(score(p + 500, r + 500), abs=1e-9)
         assert score(p, r) != pytest.approx(score(p + 1, r), abs=1e-3)

@@ -9,14 +9,12 @@ import sys
 
 import pytest
 import torch
+from helpers.start import ROOT, torchrun
 from torch.profiler import ProfilerActivity, profile
 
-import plan
-import runtime
-from conftest import ROOT
 from data.tokenizer import Tokenizer
 from model import GPT, load_tensors, save_tensors
-from test_parallel import torchrun
+from runtime import make_optimizer, plan
 
 SHAPES = {
     "deep": dict(n_layer=12, n_head=4, n_embd=256, vocab_size=1024, mlp="gelu"),
@@ -28,8 +26,8 @@ PROMPT = "When is a good time to go to bed and what is the capital of France and
 ANSWERS = "Paris is the capital of France, and eight is a good time.", "London is the capital of Spain, and nine is a good time."
 FLAGS = {                                           # two and more micro-batches of four rows in each process
     "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
-    "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --normalize 64",
-    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 2 --records 16",
+    "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --normalize 64",
+    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --records 16",
     "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 --update_kl 0 --max_new_tokens {n}",
 }
 
@@ -38,7 +36,7 @@ def steps(cfg, device):
     """Two optimiser steps of two forward passes each, as sft.py takes them."""
     model = GPT(cfg.shape).to(device)
     model.checkpoint_blocks = cfg.checkpoint_blocks
-    optimizer = runtime.make_optimizer(model, 1e-3)
+    optimizer = make_optimizer(model, 1e-3)
     tokens = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.length), device=device)
     mask = torch.arange(cfg.length, device=device).expand_as(tokens) >= (1 - cfg.learnt) * cfg.length
     for _ in range(2):
@@ -71,9 +69,9 @@ def measured(inputs, shape, stage, processes, kind, flags="", networks=None):
     folder, prompt, answer = inputs
     flags = f"{FLAGS[stage].format(shape=networks or shape, n=answer)} {flags} --parallel {kind} --out out/{shape}/{stage}"
     arguments = [f"{stage}.py", *flags.split(), "--device", "cpu", "--save_seconds", "1e6", "--no-resume"]
-    start = torchrun(processes, "tests/peak_bytes.py", arguments, folder)
+    start = torchrun(processes, "tests/helpers/peak_bytes.py", arguments, folder)
     if processes == 1:
-        start["args"] = [sys.executable, os.path.join(ROOT, "tests/peak_bytes.py"), *arguments]
+        start["args"] = [sys.executable, os.path.join(ROOT, "tests/helpers/peak_bytes.py"), *arguments]
     start["env"] |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(**start)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,20 +96,20 @@ SLOW += [(shape, stage, processes, kind, "--precision bfloat16") for shape, stag
 @pytest.mark.parametrize("shape, stage, processes, kind, flags", [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape, stage, processes, kind, flags):
     cfg, found = measured(inputs, shape, stage, processes, kind, flags)
-    promised = plan.plan(cfg)
-    weights = sum(4 * plan.parameters(cfg.shape, head)[0] for heads in plan.NETWORKS[stage] for head in heads)
+    promised = plan.Plan(cfg).numbers()
+    weights = sum(4 * plan.network(cfg.shape, head).all for head in plan.TRAINED[stage] + plan.FROZEN[stage])
     for loading, peak, sent in found:
         if kind == "fsdp":                                          # no process ever holds a network whole
             assert loading < weights / processes + 8e6
         assert promised["peak"] == pytest.approx(peak, rel=0.1)
-        assert promised["sent a step"] == pytest.approx(sent, rel=0.02)
+        assert promised["sent per step"] == pytest.approx(sent, rel=0.02)
 
 
 @pytest.mark.slow
 @glibc
 def test_a_file_of_bfloat16_is_not_unrolled_by_processes_that_share_it(inputs):
     cfg, found = measured(inputs, "wide", "ppo", 2, "fsdp", networks="coarse")
-    weights = sum(4 * plan.parameters(cfg.shape, head)[0] for heads in plan.NETWORKS["ppo"] for head in heads)
+    weights = sum(4 * plan.network(cfg.shape, head).all for head in plan.TRAINED["ppo"] + plan.FROZEN["ppo"])
     embedding = 4 * cfg.vocab_size * cfg.n_embd                     # the largest piece, which is whole for a moment
     assert all(loading < weights / 2 + embedding + 8e6 for loading, _, _ in found), (weights, found)
 
@@ -131,14 +129,14 @@ def peak(function):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plan_is_within_a_tenth_of_what_tensors_fill(shape, again):
     cfg = plan.Config(stage="sft", processes=1, batch=8, micro_batch=4, length=128, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
-    assert plan.plan(cfg)["peak"] == pytest.approx(peak(lambda: steps(cfg, "cpu")), rel=0.1)
+    assert plan.Plan(cfg).numbers()["peak"] == pytest.approx(peak(lambda: steps(cfg, "cpu")), rel=0.1)
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plan_counts_every_parameter(shape, head):
     cfg = plan.Config(**SHAPES[shape])
-    assert plan.parameters(cfg.shape, head)[0] == sum(p.numel() for p in GPT(cfg.shape, head).parameters())
+    assert plan.network(cfg.shape, head).all == sum(p.numel() for p in GPT(cfg.shape, head).parameters())
 
 
 def test_the_table_is_that_of_the_readme():

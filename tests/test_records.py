@@ -3,10 +3,13 @@ import gzip
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data.records import (Preference, RecordError, read_demonstrations as demonstrations,
-                          read_preferences as preferences, read_prompts as prompts, write)
+from data.records import Preference, RecordError, write
+from data.records import read_demonstrations as demonstrations
+from data.records import read_preferences as preferences
+from data.records import read_prompts as prompts
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -3,7 +3,8 @@ import json
 import os
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.tokenizer import IM_END, ROLES, Tokenizer, learn
 

@@ -16,11 +16,10 @@ import time
 import torch
 import torch.distributed as dist
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-import parallel  # noqa: E402
-import runtime  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from runtime import Run, make_optimizer, processes, sharding  # noqa: E402
 
 SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}      # of a ring, which sums, then gathers
 sent, seen = 0, []                                  # bytes sent so far, and at each step
@@ -73,34 +72,36 @@ def finish(self, *args, **kwargs):
     peak = most
 
 
-def prepare(run, *models):
+def place(self, *models):
     global loading
-    loaded(run, *models)
-    loading = loading or most                       # the reward model prepares another network at its end
+    placed(self, *models)
+    loading = loading or most                       # the reward model places another network at its end
 
 
 def warm_up(kind):
     """Load all that a first training step loads."""
-    model = parallel.spread(GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=32)), kind, "cpu")
-    optimizer, tokens = runtime.make_optimizer(model, 1e-3), torch.ones(2, 8, dtype=torch.int64)
+    model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    if processes.is_distributed():
+        sharding.shard(model, kind, "cpu")
+    optimizer, tokens = make_optimizer(model, 1e-3), torch.ones(2, 8, dtype=torch.int64)
     model.logprobs(tokens, tokens.bool()).sum().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
-finished, runtime.Run.log = runtime.Run.log, log
-left, runtime.Run.finish = runtime.Run.finish, finish
-loaded, parallel.prepare = parallel.prepare, prepare
+finished, Run.log = Run.log, log
+left, Run.finish = Run.finish, finish
+placed, Run.place = Run.place, place
 for name in SHARES:
     counted(name)
-parallel.start("cpu", 60)
+processes.start("cpu", 60)
 sys.argv = sys.argv[1:]
 warm_up(sys.argv[sys.argv.index("--parallel") + 1])
 gc.collect()
 before = held()
 threading.Thread(target=watch, daemon=True).start()
-stop, parallel.stop = parallel.stop, lambda: None
+stop, processes.stop = processes.stop, lambda: None
 runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
-sys.stderr.write(f"process {parallel.rank()}: loading {loading - before}, peak {peak - before}, "
+sys.stderr.write(f"process {processes.rank()}: loading {loading - before}, peak {peak - before}, "
                  f"sent {(seen[-1] - seen[0]) / (len(seen) - 1):.0f}\n")           # in one piece
 stop()

@@ -1,4 +1,5 @@
-"""Run scripts of this project one after another in this process (or under torchrun in these), with all numbers in float64:
+"""Run scripts of this project one after another in this process (or under torchrun in these), with all numbers in
+float64:
 
     in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ... "nothing fits" "sft.py --out out/c" ...
 
@@ -10,16 +11,16 @@ import sys
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-import parallel  # noqa: E402
+from runtime import processes, sharding  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
-parallel.start("cpu", 60)
-parallel.stop = lambda: None                        # the processes stay together from script to script
+processes.start("cpu", 60)
+processes.stop = lambda: None                       # the processes stay together from script to script
 for command in sys.argv[1:]:
     if command == "nothing fits":
-        parallel.fits = lambda model: False
+        sharding.fits = lambda size, device: False
         continue
     sys.argv = command.split()
     runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")

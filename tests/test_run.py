@@ -1,26 +1,37 @@
-"""Whatever happens to a run, its work is there afterwards, and it ends as if nothing had happened."""
+"""A stage at work: whatever happens to it, its work is there afterwards, and it ends as if nothing had happened."""
 import json
 import os
 import random
 import signal
 import subprocess
 import time
+from unittest import mock
 
 import pytest
 import torch
+from helpers.start import SMALL, command, script
 
-import parallel
-import runtime
-from checkpoint import Checkpoints
-from conftest import SMALL, command, script
-from flags import Training
 from model import GPT, GPTConfig
+from runtime import Run, Training, make_optimizer, processes
+from runtime import run as run_module
+from runtime.checkpoints import Checkpoints
 
 STAGES = ["sft", "reward_model", "dpo", "ppo"]
 
 
-def flags(stage, out):
-    return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint a step
+def a_run(folder, total=10, **settings):
+    run = Run(Training(out=str(folder), device="cpu", save_seconds=0.0, **settings), total)
+    model = GPT(GPTConfig(vocab_size=8, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    optimizer = make_optimizer(model, 0.1)
+    run.resume(model=model, optimizer=optimizer)
+    return run, model, optimizer
+
+
+def a_step(run, model, optimizer, scale=1.0):
+    (model(torch.randint(8, (2, 4))).pow(2).mean() * scale).backward()
+    run.optimizer_step(optimizer, 0.1, scale, "batch 7")
+    run.log({"loss": scale})
+    run.checkpoints.wait()
 
 
 def steps(folder):
@@ -29,6 +40,89 @@ def steps(folder):
         return (folder / "metrics.jsonl").read_text().count("\n")
     except FileNotFoundError:
         return 0
+
+
+# ------------------------------------------------------------------------------------------ metrics
+
+def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "SummaryWriter", None)
+    run = a_run(tmp_path / "run", 40, seed=4)[0]
+    for i in range(40):
+        run.log({"loss": torch.tensor(i / 3), "n": i})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[20] == {"step": 21, "loss": round(20 / 3, 6), "n": 20.0}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 4
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert shown[0] == "1/40" and shown[-1] == "40/40" and len(shown) == 21
+
+
+def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkeypatch):
+    board = mock.Mock()
+    monkeypatch.setattr(run_module, "SummaryWriter", mock.Mock(return_value=board))
+    run = a_run(tmp_path / "run", 2)[0]
+    run.log({"loss": 0.5, "kl": 3.0})
+    assert board.add_scalar.call_args_list == [mock.call("loss", 0.5, 1), mock.call("kl", 3.0, 1)]
+
+
+# -------------------------------------------------------------------------------- an optimiser step
+
+@pytest.mark.parametrize("max_norm,factor", [(1.0, 0.2), (2.5, 0.5), (5.5, 1.0), (100.0, 1.0)])
+def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(tmp_path, max_norm, factor):
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=77.0)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
+    run = a_run(tmp_path, max_norm=max_norm)[0]
+    assert run.optimizer_step(optimizer, 0.1, 1.0, "it") == pytest.approx(5.0)
+    torch.testing.assert_close(a.detach(), torch.tensor([-0.3 * factor]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(b.detach(), torch.tensor([0.0, -0.4 * factor]), rtol=1e-5, atol=0)
+    assert not any(p.grad is not None and p.grad.any() for p in (a, b))
+
+
+def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_the_run(tmp_path, capsys):
+    run, model, optimizer = a_run(tmp_path)
+    a_step(run, model, optimizer)
+    before, kept = {k: v.clone() for k, v in model.state_dict().items()}, (tmp_path / "resume.safetensors").read_bytes()
+    for bad in (float("nan"), float("inf")):
+        a_step(run, model, optimizer, bad)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (tmp_path / "resume.safetensors").read_bytes() == kept
+    error = capsys.readouterr().err
+    assert "step 2: loss nan" in error and "step 3: loss inf" in error and "batch 7: not finite, no update made" in error
+    a_step(run, model, optimizer)                                   # a good one: the count starts anew
+    assert (tmp_path / "resume.safetensors").read_bytes() != kept
+    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
+        for _ in range(3):
+            a_step(run, model, optimizer, float("nan"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["loss"] is None and lines[0]["loss"] == 1.0
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run, model, optimizer = a_run(tmp_path)
+    with torch.no_grad():
+        model.norm.weight[0] = float("inf")
+    run.log({"loss": 1.0})
+    run.checkpoints.wait()
+    assert not (tmp_path / "resume.safetensors").exists()
+    with pytest.raises(ValueError, match="no longer finite"):
+        run.finish(model, None)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_the_folder(chain, inside):
+    out = chain[0] / "out/diverged"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"precious")
+    status, error = inside("sft", f"{SMALL['sft']} --lr 1e30 --warmup 0 --max_norm 0 --out out/diverged", chain[0])
+    assert status == 1 and "third in a row" in error.splitlines()[-1] and "--lr" in error.splitlines()[-1]
+    assert (out / "model.safetensors").read_bytes() == b"precious"
+
+
+# -------------------------------------------------------------------------------------------- kills
+
+def flags(stage, out):
+    return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint a step
 
 
 def started(stage, flags, folder, out, step=2):
@@ -112,7 +206,7 @@ def test_output_that_nobody_reads_any_more_ends_the_run_with_one_line(chain, ins
     assert_ends_as_uninterrupted("dpo", chain, "out/unread", inside)
 
 
-# ------------------------------------------------------------------------------------------ disks
+# -------------------------------------------------------------------------------------------- disks
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
@@ -138,36 +232,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, insid
     assert inside("dpo", "--out file/x", chain[0]) == (1, "dpo.py: file/x: Not a directory\n")
 
 
-def a_run(folder, total=10, **settings):
-    run = runtime.Run(Training(out=str(folder), device="cpu", save_seconds=0.0, **settings), total)
-    model = GPT(GPTConfig(vocab_size=8, block_size=4, n_layer=1, n_head=1, n_embd=4))
-    optimizer = runtime.make_optimizer(model, 0.1)
-    run.resume(model=model, optimizer=optimizer)
-    return run, model, optimizer
-
-
-def a_step(run, model, optimizer, scale=1.0):
-    (model(torch.randint(8, (2, 4))).pow(2).mean() * scale).backward()
-    run.descend(optimizer, 0.1, 1.0, scale, "batch 7")
-    run.log({"loss": scale})
-    run.checkpoints.wait()
-
-
-def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
-    parts = a_run(tmp_path)
-    a_step(*parts)
-    before = (tmp_path / "resume.safetensors").read_bytes()
-    for moment in ("fsync", "replace"):
-        def cut(*args):
-            raise OSError(28, "No space left on device")
-        with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(os, moment, cut)
-            a_step(*parts)
-        assert (tmp_path / "resume.safetensors").read_bytes() == before and not (tmp_path / "resume.safetensors.tmp").exists()
-    assert a_run(tmp_path)[0].step == 1 and steps(tmp_path) == 1
-
-
-# ------------------------------------------------------------------------------------------ what a resume refuses
+# ---------------------------------------------------------------------------- what a resume refuses
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     a_step(*a_run(tmp_path))
@@ -182,7 +247,7 @@ def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
 def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypatch):
     """As on two machines, one of which has an out/ of its own."""
     a_step(*a_run(tmp_path))
-    monkeypatch.setattr(parallel, "everyone", lambda x: [x, x if isinstance(x, dict) else None])
+    monkeypatch.setattr(processes, "gather", lambda x: [x, None])
     monkeypatch.setattr(Checkpoints, "load", lambda *parts: pytest.fail("one process waits for the others in vain"))
     with pytest.raises(ValueError, match="do not see the same checkpoint in .*: machines must share that folder"):
         a_run(tmp_path)
@@ -200,61 +265,9 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
     assert (chain[0] / "out/changed/resume.safetensors").exists()
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-8], lambda b: b[:20], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n(S'true'\ntR."])
-def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
-    a_step(*a_run(tmp_path))
-    path = tmp_path / "resume.safetensors"
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match="resume.safetensors") as e:
-        a_run(tmp_path)
-    assert "\n" not in str(e.value)
-
-
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
     for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match="run.json: what the unfinished run here was cannot be read.*--no-resume"):
             a_run(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------ numbers that are none
-
-def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_the_run(tmp_path, capsys):
-    run, model, optimizer = a_run(tmp_path)
-    a_step(run, model, optimizer)
-    before, kept = {k: v.clone() for k, v in model.state_dict().items()}, (tmp_path / "resume.safetensors").read_bytes()
-    for bad in (float("nan"), float("inf")):
-        a_step(run, model, optimizer, bad)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert (tmp_path / "resume.safetensors").read_bytes() == kept
-    error = capsys.readouterr().err
-    assert "step 2: loss nan" in error and "step 3: loss inf" in error and "batch 7: not finite, no update made" in error
-    a_step(run, model, optimizer)                                   # a good one: the count starts anew
-    assert (tmp_path / "resume.safetensors").read_bytes() != kept
-    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
-        for _ in range(3):
-            a_step(run, model, optimizer, float("nan"))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[1]["loss"] is None and lines[0]["loss"] == 1.0
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    run, model, optimizer = a_run(tmp_path)
-    with torch.no_grad():
-        model.norm.weight[0] = float("inf")
-    run.log({"loss": 1.0})
-    run.checkpoints.wait()
-    assert not (tmp_path / "resume.safetensors").exists()
-    with pytest.raises(ValueError, match="no longer finite"):
-        run.finish(model, None)
-    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "new").exists()
-
-
-def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_the_folder(chain, inside):
-    out = chain[0] / "out/diverged"
-    out.mkdir()
-    (out / "model.safetensors").write_bytes(b"precious")
-    status, error = inside("sft", f"{SMALL['sft']} --lr 1e30 --warmup 0 --max_norm 0 --out out/diverged", chain[0])
-    assert status == 1 and "third in a row" in error.splitlines()[-1] and "--lr" in error.splitlines()[-1]
-    assert (out / "model.safetensors").read_bytes() == b"precious"

@@ -11,14 +11,14 @@ import time
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 import model  # noqa: E402
-import runtime  # noqa: E402
+from runtime import launch, run  # noqa: E402
 
 where, how, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = sys.argv[4:]
-done = sys.argv[sys.argv.index("--out") + 1] + ".misbehaved"         # a file: restarts are counted machine by machine
+done = sys.argv[sys.argv.index("--out") + 1] + ".misbehaved"        # a file: restarts are counted machine by machine
 if "--precision" not in sys.argv:
     torch.set_default_dtype(torch.float64)
 
@@ -33,8 +33,8 @@ def fail():
 
 def fail_before(function):
     def wrapped(*args, **kwargs):
-        run = runtime.Run.at_work
-        if run and run.step == 2 and int(os.environ["RANK"]) == rank and not os.path.exists(done):
+        at_third_step = launch.at_work is not None and launch.at_work.step == 2
+        if at_third_step and int(os.environ["RANK"]) == rank and not os.path.exists(done):
             open(done, "w").close()
             fail()
         return function(*args, **kwargs)
@@ -44,7 +44,7 @@ def fail_before(function):
 if where == "rollout":
     model.GPT.generate = fail_before(model.GPT.generate)
 elif where == "update":
-    runtime.Run.descend = fail_before(runtime.Run.descend)
+    run.Run.optimizer_step = fail_before(run.Run.optimizer_step)
 else:                                               # with half of the checkpoint's file written
     os.fsync = fail_before(os.fsync)
 runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")

@@ -1,0 +1,70 @@
+"""DPO's losses, and the stage around them."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.arrays import near, nll, seeds, tiny
+
+import dpo
+from data.batches import Comparison
+from dpo import dpo_loss
+
+
+def loops(kind, smoothing, beta, pc, pr, rc, rr):
+    ratio = (pc - rc) - (pr - rr)
+    if kind == "sigmoid":
+        return (1 - smoothing) * nll(beta * ratio) + smoothing * nll(-beta * ratio)
+    return (ratio - 0.5 / beta) ** 2 if kind == "ipo" else max(0.0, 1 - beta * ratio)
+
+
+@seeds
+@pytest.mark.parametrize("kind,smoothing", [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0)])
+@pytest.mark.parametrize("beta", [0.1, 0.6])
+def test_dpo_loss_and_implicit_rewards_are_those_of_the_papers(seed, kind, smoothing, beta):
+    torch.manual_seed(seed)
+    inputs = torch.randn(4, 6).double() * 4 - 20
+    losses, chosen, rejected = dpo_loss(*inputs, beta, kind, smoothing)
+    assert losses.shape == chosen.shape == rejected.shape == (6,)
+    for b in range(6):
+        pc, pr, rc, rr = inputs[:, b].tolist()
+        near(losses[b], loops(kind, smoothing, beta, pc, pr, rc, rr))
+        near(chosen[b], beta * (pc - rc))
+        near(rejected[b], beta * (pr - rr))
+
+
+def test_dpo_gradient_is_beta_times_the_probability_of_being_wrong_and_rewards_carry_no_graph():
+    torch.manual_seed(0)
+    pc, pr, rc, rr = (x.requires_grad_(i < 2) for i, x in enumerate(torch.randn(4, 6).double()))
+    losses, chosen, rejected = dpo_loss(pc, pr, rc, rr, 0.3)
+    losses.sum().backward()
+    wrong = torch.sigmoid(-0.3 * ((pc - rc) - (pr - rr))).detach()              # Rafailov et al. 2023, section 4
+    near(pc.grad, -0.3 * wrong)
+    near(pr.grad, 0.3 * wrong)
+    assert not chosen.requires_grad and not rejected.requires_grad
+
+
+def test_dpo_loss_knows_nothing_where_policy_and_reference_agree():
+    p = torch.randn(2, 3).double()
+    near(dpo_loss(*p, *p, 0.1)[0], [math.log(2)] * 3)
+    near(dpo_loss(*p, *p, 0.1, "ipo")[0], [25.0] * 3)
+    near(dpo_loss(*p, *p, 0.1, "hinge")[0], [1.0] * 3)
+
+
+def test_dpo_loss_sends_no_gradient_to_the_reference():
+    leaves = [x.requires_grad_() for x in torch.randn(4, 3).double()]
+    dpo_loss(*leaves, 0.1)[0].sum().backward()
+    assert leaves[2].grad is None and leaves[3].grad is None
+
+
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
+    sequences = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
+    comparison = Comparison(sequences, start=2, ranks=[2, 3, 1], margin=0.0, ref_logprobs=[-3.0, -2.0, -5.0])
+    model, losses = tiny("lm"), {}
+    for coef in (0.0, 2.0):
+        cfg = dpo.Config(nll_coef=coef, length_normalize=length_normalize)
+        losses[coef] = dpo.pair_loss(cfg, model, SimpleNamespace(device="cpu"), [comparison])["loss"]
+    logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
+    nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
+    near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer

@@ -1,0 +1,109 @@
+"""The world's files, and what is held out."""
+import json
+
+import pytest
+
+from data import loading, records, world
+
+FILES = sorted([f"{kind}{part}.jsonl" for kind in ("demonstrations", "preferences", "prompts") for part in ("", "_heldout")]
+               + ["tokenizer.json", "tokenizer.tiktoken"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a small world."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "DEMONSTRATIONS", 400)
+        patch.setattr(loading, "PREFERENCES", 200)
+        patch.setattr(loading, "HELD_OUT_RECORDS", 40)
+        loading.make_world(str(folder), seed=0)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(loading, "DEMONSTRATIONS", 400)
+    monkeypatch.setattr(loading, "PREFERENCES", 200)
+    monkeypatch.setattr(loading, "HELD_OUT_RECORDS", 40)
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(made, small, tmp_path):
+    loading.make_world(str(tmp_path / "again"), seed=0)
+    loading.make_world(str(tmp_path / "other"), seed=1)
+    assert sorted(f.name for f in made.iterdir()) == FILES
+    for name in FILES:
+        assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for name in ("demonstrations.jsonl", "preferences.jsonl"):
+        assert (made / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
+    asked = {"": set(), "_heldout": set()}
+    for part in asked:
+        for conversation in records.read_demonstrations(made / f"demonstrations{part}.jsonl"):
+            asked[part].add(json.dumps(conversation[:-1]))
+        for preference in records.read_preferences(made / f"preferences{part}.jsonl"):
+            asked[part].add(json.dumps(preference.prompt))
+        for prompt in records.read_prompts(made / f"prompts{part}.jsonl"):
+            asked[part].add(json.dumps(prompt))
+    assert asked[""] and asked["_heldout"]
+    assert not asked[""] & asked["_heldout"]
+    assert len(asked[""]) + len(asked["_heldout"]) == len(world.items())        # the prompts' files hold them all
+
+
+def test_no_held_out_prompt_is_an_earlier_turn_of_training():
+    held_out = {item.prompt for item in world.items() if item.held_out and len(item.messages) == 1}
+    earlier = {text for item in world.items() if not item.held_out for role, text in item.messages[:-1] if role == "user"}
+    assert earlier and not earlier & held_out
+
+
+def test_preferences_hold_four_answers_to_prompts_of_the_world(made):
+    for preference in records.read_preferences(made / "preferences.jsonl"):
+        assert len(preference.responses) == 4
+        assert 0 <= world.judge(preference.prompt, preference.responses[0]) <= 1
+
+
+def test_held_out_preferences_are_one_persons(made):
+    for preference in records.read_preferences(made / "preferences_heldout.jsonl"):
+        assert sorted(preference.ranks) == [1, 2, 3, 4]                 # one person never ties
+
+
+def test_the_worlds_tokenizer_reads_what_the_world_says(made):
+    tok = loading.load_tokenizer(str(made), "world")
+    for conversation in records.read_demonstrations(made / "demonstrations_heldout.jsonl"):
+        for message in conversation:
+            assert tok.decode(tok.encode(message["content"])) == message["content"]
+            assert len(tok.encode(message["content"])) < len(message["content"])
+
+
+def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train, held_out = loading.load("prompts", "world")
+    assert len(train) + len(held_out) == len(world.items())
+    assert capsys.readouterr().out.count("\n") == 1                     # says that it does
+    assert loading.load("prompts", "world") == (train, held_out)
+    assert capsys.readouterr().out == ""
+    assert loading.load_tokenizer("", "world").name == "world"
+
+
+def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
+    path = str(tmp_path / "pairs.jsonl")
+    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"} for i in range(20)])
+    train, held_out = loading.load("preferences", path)
+    assert len(train) == 17 and [p.prompt[-1]["content"] for p in held_out] == ["9"]
+    assert "1 of 18 comparisons are ties" in capsys.readouterr().out
+
+
+def test_a_file_alone_holds_out_every_tenth_record(tmp_path):
+    records.write(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(1, 26)])
+    train, held_out = loading.load("prompts", str(tmp_path / "a.jsonl"))
+    assert [m[0]["content"] for m in held_out] == ["10", "20"]
+    assert [m[0]["content"] for m in train] == [str(i) for i in range(1, 26) if i not in (10, 20)]
+
+
+def test_a_second_file_is_what_is_held_out(made, tmp_path):
+    records.write(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(25)])
+    records.write(tmp_path / "b.jsonl", [{"prompt": "b"}])
+    train, held_out = loading.load("prompts", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    assert len(train) == 25 and held_out == [[{"role": "user", "content": "b"}]]
