@@ -333,13 +333,13 @@ class GPT(nn.Module):
     def prefill(self, tokens, lengths, S):
         """Read whole prompts: the state (B, C) at each one's last token, which chooses the next, and a cache
         with room for S positions, (2, B, H_kv, S, D) for each layer."""
-        dtype = self.norm.weight.dtype
-        if torch.is_autocast_enabled(tokens.device.type):        # keys and values come out of matrix products
-            dtype = torch.get_autocast_dtype(tokens.device.type)
+        dtype, device = self.norm.weight.dtype, tokens.device
+        if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)           # keys and values come out of matrix products
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.n_embd // self.config.n_head)
-        cache = [torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in self.blocks]
+        cache = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)
-        return x[torch.arange(len(tokens), device=tokens.device), lengths - 1], cache
+        return x[torch.arange(len(tokens), device=device), lengths - 1], cache
 
     def rows_left(self, alive):
         """How many rows go on, of `alive` here. Processes that can only sample together count all of

@@ -256,6 +256,7 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
     and whether the step was taken: it is not, if the policy is already too far from the one that sampled."""
     stats = run.accumulate(lambda rows: ppo_loss(cfg, nets, select(batch, rows)), rows,
                            weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
+    del stats["loss"]                                   # the sum of two networks' losses says nothing
     if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
         optimizers["actor"].zero_grad()
         optimizers["critic"].zero_grad()

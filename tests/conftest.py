@@ -1,6 +1,8 @@
 """A small chain of all stages, run once through the command lines for all tests that need one."""
 import importlib
+import json
 import os
+import shutil
 import signal
 import sys
 
@@ -9,6 +11,8 @@ import torch
 from helpers.start import EVALUATE, FLAGS, SMALL, in_float64, on_cpu, script
 
 from data import loading
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 from runtime import files, launch
 
 
@@ -46,14 +50,22 @@ def inside(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """A folder in which every stage has run on a small world: its path and {stage: what it printed}."""
-    folder, printed = tmp_path_factory.mktemp("chain"), {}
+def small_world(tmp_path_factory):
+    """The folder of a small world."""
+    folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "DEMONSTRATIONS", 400)
         patch.setattr(loading, "PREFERENCES", 80)
         patch.setattr(loading, "HELD_OUT_RECORDS", 40)
-        loading.make_world(str(folder / "out/world"))
+        loading.make_world(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(small_world, tmp_path_factory):
+    """A folder in which every stage has run on a small world: its path and {stage: what it printed}."""
+    folder, printed = tmp_path_factory.mktemp("chain"), {}
+    shutil.copytree(small_world, folder / "out/world")
     for stage, flags in SMALL.items():
         done = script(stage, flags, folder)
         assert done.returncode == 0, f"{stage}.py {flags}:\n{done.stdout}{done.stderr}"
@@ -67,3 +79,44 @@ def alone(chain):
     commands = [f"{stage}.py {flags} --out out/alone/{stage}" for stage, flags in FLAGS.items()]
     in_float64([*commands, f"evaluate.py {EVALUATE} --out out/alone"], chain[0])
     return chain[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(small_world, tmp_path_factory):
+    """A folder with a small world, and a language model and a reward model of random weights in float64, whose
+    answers are short and end now and then: what the stages start from where they are held against plain loops."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(small_world, folder / "out/world")
+    tokenizer = Tokenizer.load(str(folder / "out/world"))
+    for name, head, seed in (("sft", "lm", 1), ("reward_model", "scalar", 2)):
+        torch.manual_seed(seed)
+        config = GPTConfig(vocab_size=1024, block_size=56, n_layer=1, n_head=2, n_embd=16, tied=False)
+        model = GPT(config, head).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+            if head == "lm":
+                model.norm.bias += 0.5
+                model.head.weight[tokenizer.end] = 0.5                      # some 5 nats more: one token in seven
+        model.save(str(folder / "out" / name))
+        tokenizer.save(str(folder / "out" / name))
+    return folder
+
+
+@pytest.fixture
+def trained(tiny_inputs, tmp_path, monkeypatch):
+    """A function that trains a stage in this process, in float64 on one thread: (its settings, the model, the lines of
+    metrics.jsonl, run.json)."""
+    def train(stage, **settings):
+        cfg = stage.Config(out=str(tmp_path / "out"), device="cpu", **settings)
+        stage.train(cfg)
+        lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+        return cfg, GPT.load(cfg.out), lines, json.loads((tmp_path / "out/run.json").read_text())
+    monkeypatch.chdir(tiny_inputs)
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    yield train
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+    launch.at_work = None

@@ -1,9 +1,15 @@
 """Devices, and rows in micro-batches: a weighted mean over rows and a map over rows, however the work is split."""
+import contextlib
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers.arrays import tiny
 
-from runtime import compute
-from runtime.compute import pad
+from model import GPT, GPTConfig
+from runtime import Settings, compute, pad
+from runtime.compute import micro_batches
 
 
 def test_a_device_that_is_not_there_is_refused():
@@ -22,3 +28,197 @@ def test_pad_fills_on_the_right():
 def test_pad_keeps_masks_bool():
     out = pad([[True], [False, True]])
     assert out.dtype == torch.bool and out.tolist() == [[True, False], [False, True]]
+
+
+# ------------------------------------------------------------------------------------------- micro-batches
+
+def random_lengths(rng, n):
+    """Rows of one sequence, or rows of two to four."""
+    if rng.random() < 0.5:
+        return [rng.randrange(1, 30) for _ in range(n)]
+    return [[rng.randrange(1, 30) for _ in range(rng.randrange(2, 5))] for _ in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed):
+    rng = random.Random(seed)
+    lengths = random_lengths(rng, rng.randrange(1, 40))
+    size, tokens, ranks = rng.randrange(1, 12), rng.choice([0, 40, 90]), rng.randrange(1, 5)
+    everyone = micro_batches(lengths, size, tokens, ranks)
+    assert len(everyone) == ranks
+    assert sorted(i for pieces in everyone for piece in pieces for i in piece) == list(range(len(lengths)))
+    for pieces in everyone:
+        for piece in pieces:
+            sequences = [n for i in piece for n in (lengths[i] if isinstance(lengths[i], list) else [lengths[i]])]
+            assert piece
+            if len(piece) > 1:                                  # a row that is larger comes alone
+                assert len(sequences) <= size
+                assert tokens == 0 or len(sequences) * max(sequences) <= tokens
+    counts = [sum(len(piece) for piece in pieces) for pieces in everyone]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_micro_batches_are_as_large_as_their_bounds_allow():
+    assert micro_batches([5, 5, 5, 5, 5], 2, 0, 1) == [[[0, 1], [2, 3], [4]]]
+    assert micro_batches([5, 5, 5, 5, 5], 9, 10, 1) == [[[0, 1], [2, 3], [4]]]
+    assert micro_batches([[5, 4], [5], [1, 2]], 3, 0, 1) == [[[2], [0, 1]]]
+    assert micro_batches([[5, 4], [5], [1, 2]], 9, 12, 1) == [[[2], [0], [1]]]
+
+
+def test_neighbours_in_length_go_together_and_equal_lengths_keep_their_order():
+    assert micro_batches([9, 1, 8, 1, 9, 2], 2, 0, 1) == [[[1, 3], [5, 2], [0, 4]]]
+    assert micro_batches([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
+
+
+# ------------------------------------------------------------------------------------------- on several processes
+
+class Pretend:
+    """Runs a function as each of n processes in turn, without torchrun: once until it sends something to the others,
+    and once more to the end, when it gets what they have sent."""
+
+    def __init__(self, monkeypatch, n):
+        self.n, self.monkeypatch = n, monkeypatch
+
+    def each(self, function):
+        """What the function returns on each process."""
+        sent, results = [], []
+
+        def send(x):
+            sent.append(x)
+            raise InterruptedError
+        for r in range(self.n):
+            with contextlib.suppress(InterruptedError):
+                self.run_as(r, send, send, function)
+        for r in range(self.n):
+            results.append(self.run_as(r, lambda x: sum(sent), lambda x: sent, function))
+        return results
+
+    def run_as(self, r, total, gather, function):
+        for name, value in (("rank", lambda: r), ("world_size", lambda: self.n), ("total", total), ("gather", gather)):
+            self.monkeypatch.setattr(compute, name, value)
+        return function()
+
+
+def small(**settings):
+    return compute.Compute(Settings(device="cpu", **settings))
+
+
+@pytest.mark.parametrize("processes, rows", [(1, 7), (2, 7), (3, 7), (4, 3), (5, 1)])
+@pytest.mark.parametrize("micro_batch", [1, 2, 50])
+def test_a_weighted_mean_and_its_gradient_do_not_depend_on_how_rows_are_split(monkeypatch, processes, rows, micro_batch):
+    """Processes without rows go along with a row of others, which counts nothing."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(rows, 3).double(), torch.randint(1, 5, (rows,))
+    w = torch.randn(3).double().requires_grad_()
+    numbers, passes, gradients = ((x @ w) ** 2), [], []
+    want = (numbers * weights).sum() / weights.sum()
+    [want_gradient] = torch.autograd.grad(want, w)
+
+    def loss(some):
+        passes.append(len(some))
+        some = torch.stack(some)
+        n = weights[[i for i in range(rows) for row in some if torch.equal(row, x[i])]]
+        return {"loss": (((some @ w) ** 2) * n).sum() / n.sum(), "first": (some[:, 0] * n).sum() / n.sum()}
+
+    def work():
+        w.grad = None
+        found = small(micro_batch=micro_batch).accumulate(loss, list(x), weights, [4] * rows)
+        gradients.append(w.grad)
+        return found
+    found = Pretend(monkeypatch, processes).each(work)
+    for means in found:
+        assert means["loss"] == pytest.approx(want.item(), abs=1e-12)
+        assert means["first"] == pytest.approx(((x[:, 0] * weights).sum() / weights.sum()).item(), abs=1e-12)
+    torch.testing.assert_close(sum(gradients[-processes:]), want_gradient, rtol=1e-12, atol=1e-12)
+    assert len(passes) % processes == 0, "all processes run as many forward passes"
+    assert max(passes) <= micro_batch
+
+
+@pytest.mark.parametrize("processes, rows", [(1, 7), (2, 7), (3, 7), (4, 3), (5, 1)])
+@pytest.mark.parametrize("micro_batch", [1, 2, 50])
+def test_a_map_keeps_the_rows_order_and_gives_all_of_them_to_every_process(monkeypatch, processes, rows, micro_batch):
+    lengths = [random.Random(i).randrange(1, 9) for i in range(rows)]
+    passes = []
+
+    def double(some):
+        passes.append(len(some))
+        return {"twice": pad([[2 * i + 1] * lengths[i] for i in some]), "odd": torch.tensor([i % 2 == 1 for i in some])}
+    for found in Pretend(monkeypatch, processes).each(
+            lambda: small(micro_batch=micro_batch).map(double, range(rows), lengths)):
+        assert torch.equal(found["twice"], pad([[2 * i + 1] * lengths[i] for i in range(rows)]))
+        assert found["odd"].tolist() == [i % 2 == 1 for i in range(rows)]
+    assert len(passes) % processes == 0 and max(passes) <= micro_batch
+
+
+def test_an_average_leaves_no_gradient_and_computes_none():
+    w = torch.ones(1, requires_grad=True)
+    found = small().average(lambda some: {"loss": (w * sum(some)).sum() / len(some)}, [1.0, 3.0], [1, 1], [1, 1])
+    assert found == {"loss": 2.0} and w.grad is None
+
+
+def test_gradients_of_copies_are_added_up_in_the_last_pass_alone():
+    compute_, said = small(micro_batch=2), []
+    compute_.copies.append(SimpleNamespace(set_requires_all_reduce=said.append))
+    w = torch.ones(1, requires_grad=True)
+    compute_.accumulate(lambda some: {"loss": w.sum() * len(some)}, [1, 2, 3, 4, 5], [1] * 5, [1] * 5)
+    assert said == [False, False, True]
+
+
+# ------------------------------------------------------------------------------------------- networks
+
+def test_a_network_that_is_offloaded_is_on_the_device_only_while_it_is_needed(monkeypatch):
+    """Seen from its moves: a CPU is the device here."""
+    device, frozen, idle, trained = small(offload=True), tiny("lm"), tiny("lm"), tiny("lm")
+    device.cfg.checkpoint_blocks = False
+    device.place(frozen.requires_grad_(False), idle.requires_grad_(False), trained)
+    moves = []
+    for name, model in (("frozen", frozen), ("idle", idle), ("trained", trained)):
+        monkeypatch.setattr(model, "to", lambda where, name=name, model=model: moves.append((name, where)) or model)
+    tokens = torch.ones(1, 4, dtype=torch.long)
+
+    def both(some):
+        for model in (frozen, trained):
+            model.logprobs(tokens, tokens.bool())
+        return {"n": torch.tensor(some)}
+    device.map(both, [1, 2, 3], [4, 4, 4], micro_batch=1)
+    assert moves == [("frozen", "cpu"), ("frozen", "cpu")]
+    seeds = torch.tensor([3])
+    frozen.generate(tokens, torch.tensor([4]), 2, seeds=seeds)
+    assert device.fetched == [frozen]                           # until the next primitive ends
+    device.map(lambda some: {"n": torch.tensor(some)}, [1], [1])
+    assert moves[-1] == ("frozen", "cpu") and not device.fetched
+
+
+def test_samples_come_in_the_prompts_order_whatever_is_sampled_at_once():
+    model, prompts, seeds = tiny("lm").float(), [[1, 2, 3], [4], [5, 6], [7, 8, 9]], [10, 11, 12, 13]
+    whole = small().sample(model, prompts, seeds, 4, temperature=0.8, stop_token=2)
+    for at_once in (1, 3):
+        found = small(sample_batch=at_once).sample(model, prompts, seeds, 4, temperature=0.8, stop_token=2)
+        assert all(torch.allclose(found[name], whole[name], atol=1e-5) for name in ("tokens", "mask", "logprobs"))
+    for i, prompt in enumerate(prompts):
+        tokens, mask, logprobs = model.generate(torch.tensor([prompt]), torch.tensor([len(prompt)]), 4, 0.8,
+                                                stop_token=2, seeds=torch.tensor(seeds[i:i + 1]))
+        n = int(whole["lengths"][i])
+        assert n == len(prompt) + int(mask.sum()) and whole["tokens"][i, :n].tolist() == tokens[0].tolist()
+        assert whole["ended"][i] == (tokens[0, -1] == 2) and not whole["tokens"][i, n:].any()
+        torch.testing.assert_close(whole["logprobs"][i, :n], logprobs[0])
+
+
+def test_the_precision_is_that_of_matrix_products():
+    layer = torch.nn.Linear(2, 2)
+    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        found = small(precision=precision).map(lambda some: {"y": layer(torch.ones(1, 2))}, [0], [2])
+        assert found["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(positions="rotary", n_kv_head=1)], ids=["gpt2", "rotary, grouped"])
+def test_sampling_in_bfloat16_keeps_its_cache_in_bfloat16(shape):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16, **shape))
+    found = small(precision="bfloat16").sample(model, [[1, 2], [3]], [5, 6], 8, stop_token=7)
+    again = small(precision="bfloat16").map(
+        lambda rows: {"logprobs": model.logprobs(found["tokens"], found["mask"])}, [0, 1], [10, 10])
+    torch.testing.assert_close(found["logprobs"], again["logprobs"].float(), atol=0.05, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cache = model.prefill(torch.tensor([[1, 2]]), torch.tensor([2]), 9)
+    assert cache[0].dtype == torch.bfloat16 and cache[0].abs().sum() > 0

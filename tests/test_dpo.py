@@ -4,11 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import plainly
 from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
+from data import loading
 from data.batches import Comparison
+from data.tokenizer import Tokenizer
 from dpo import dpo_loss
+from model import GPT
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):
@@ -68,3 +72,35 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
     nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
+
+
+SHARED = dict(records=0, batch=17, warmup=2)
+CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+    dict(),
+    dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2, records=20),
+    dict(length_normalize=True, beta=2.0, decay="constant", warmup=0, max_norm=0.0, micro_batch=9, micro_tokens=200),
+    *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
+    *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
+    cfg, model, lines, about = trained(dpo, **SHARED | settings)
+    plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
+    preferences, held_out = loading.load("preferences", "world")
+    expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences)
+    for line in (lines[0], expected[0]):
+        del line["accuracy"]                                # the policy is the reference: rounding decides
+    plainly.assert_same_lines(lines, expected)
+    plainly.assert_same_weights(model, plain)
+    held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
+    found = plainly.dpo_numbers(cfg, plain, reference, tokenizer, held_out)
+    assert about["held_out"] == pytest.approx(found | {"loss": found["loss"].item()}, abs=1e-6)
+
+
+def test_only_the_sigmoid_comes_with_imitation_unless_it_is_asked_for():
+    assert dpo.Config().nll_coef == 2 and dpo.Config(nll_coef=0.0).nll_coef == 0
+    for kind in dpo.LOSSES:
+        if kind != "sigmoid":
+            assert dpo.Config(loss=kind).nll_coef == 0 and dpo.Config(loss=kind, nll_coef=1.5).nll_coef == 1.5

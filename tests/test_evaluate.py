@@ -1,11 +1,19 @@
-"""The report's numbers."""
+"""The report's numbers, and talking to a model."""
+import io
+import json
 import math
 import os
+import random
+import shutil
 
 import pytest
 import torch
+from helpers import plainly
 
 import evaluate
+from data import loading, world
+from data.tokenizer import Tokenizer, learn
+from model import GPT
 from runtime import files
 
 
@@ -52,3 +60,114 @@ def test_seconds_count_overlapping_stages_once(tmp_path, monkeypatch):
     (tmp_path / "broken" / "run.json").write_text("{")
     assert evaluate.seconds(str(tmp_path), ["ppo", "dpo", "broken", "absent"]) == {
         "sft": 60, "reward_model": 50, "ppo": 100, "dpo": 30, "evaluate": 7.0, "total": 207.0}
+
+
+# ------------------------------------------------------------------------------------------- the whole report
+
+@pytest.fixture
+def other(tiny_inputs):
+    """A second language model beside tiny_inputs' first."""
+    folder = tiny_inputs / "out/other"
+    if not folder.exists():
+        shutil.copytree(tiny_inputs / "out/sft", folder)
+        model = GPT.load(str(folder))
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1.1
+        model.save(str(folder))
+    return "out/other"
+
+
+def evaluated(tmp_path, models, **settings):
+    """What evaluate.py writes: its settings, report.json and report.md."""
+    cfg = evaluate.Config(models=tuple(models), out=str(tmp_path), device="cpu", **settings)
+    evaluate.evaluate(cfg)
+    return cfg, json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=0.6, seed=7),
+    dict(judge="out/reward_model", micro_batch=7, sample_batch=11),
+    dict(temperature=0, best_of=0, samples=1)], ids=str)
+def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settings):
+    models = ["out/sft", other]
+    cfg, report, text = evaluated(tmp_path, models, **dict(max_new_tokens=5, samples=2, best_of=4) | settings)
+    tokenizer = Tokenizer.load("out/sft")
+    _, prompts = loading.load("prompts", "world")
+    _, conversations = loading.load("demonstrations", "world")
+    reference, reward = GPT.load("out/sft"), GPT.load("out/reward_model")
+
+    def judged(name, answers, kl, sft_loss):
+        texts = [tokenizer.decode(ids) for _, ids in answers]
+        rewards = [plainly.score(reward, tokenizer.prompt(p) + ids).item() for p, ids in answers]
+        judge = rewards
+        if cfg.judge == "world":
+            judge = [world.judge(p, text) for (p, _), text in zip(answers, texts)]
+        numbers = {"judge": plainly.mean(judge), "reward": plainly.mean(rewards), "kl": kl, "sft_loss": sft_loss,
+                   "length": plainly.mean([len(ids) for _, ids in answers]), "distinct2": evaluate.distinct2(texts),
+                   "ended": plainly.mean([float(ids[-1] == tokenizer.end) for _, ids in answers])}
+        found = report["models"][name]
+        rate, low, high = evaluate.win_rate(judge, first_judge or judge, cfg.samples)
+        assert {key: found[key] for key in numbers} == pytest.approx(numbers, abs=6e-4), name
+        assert [found["win_rate"], *found["win_rate_interval"]] == pytest.approx([rate, low, high], abs=1e-4)
+        assert f"(judge {judge[0]:.2f}, reward {rewards[0]:.2f}): {texts[0]}\n" in text
+        return judge
+
+    def sampled(model, n, noise):
+        rng = random.Random(f"{cfg.seed}/{noise}")
+        asked = [(p, rng.getrandbits(62)) for p in prompts for _ in range(n)]
+        if cfg.temperature == 0:
+            return [(p, greedy(model, tokenizer.prompt(p))) for p, _ in asked]
+        return [(p, plainly.sample(model, tokenizer.prompt(p), seed, cfg.max_new_tokens, tokenizer.end, cfg.temperature))
+                for p, seed in asked]
+
+    def greedy(model, ids):
+        answer = []
+        while len(answer) < cfg.max_new_tokens and answer[-1:] != [tokenizer.end]:
+            answer.append(model(torch.tensor([ids + answer]))[0, -1].argmax().item())
+        return answer
+
+    first_judge = None
+    for number, folder in enumerate(models):
+        model = GPT.load(folder)
+        answers = sampled(model, cfg.samples, number)
+        ratios = [plainly.answer_logprob(model, tokenizer.prompt(p), ids)
+                  - plainly.answer_logprob(reference, tokenizer.prompt(p), ids) for p, ids in answers]
+        loss = plainly.sft_held_out(model, tokenizer, conversations)
+        judge = judged(folder.split("/")[1], answers, plainly.mean(ratios).item(), loss)
+        first_judge = first_judge or judge
+        if number == 0 and cfg.best_of:
+            many, best, tax = cfg.samples * cfg.best_of, [], loss
+            pool = sampled(model, many, "best_of_n")
+            for i in range(0, len(pool), cfg.best_of):
+                best.append(max(pool[i:i + cfg.best_of],
+                                key=lambda a: plainly.score(reward, tokenizer.prompt(a[0]) + a[1]).item()))
+            judged("best_of_n", best, math.log(4) - 3 / 4, tax)
+            assert [point["n"] for point in report["models"]["best_of_n"]["curve"]] == [1, 2, 4]
+    expected = ["sft", "best_of_n", "other"] if cfg.best_of else ["sft", "other"]
+    assert list(report["models"]) == expected
+
+
+# ------------------------------------------------------------------------------------------- talking
+
+def test_a_pipe_is_shown_with_its_questions(trained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of Peru?\n\nAnd Italy?\n"))
+    evaluate.evaluate(evaluate.Config(models=("out/sft",), chat=True, max_new_tokens=3, device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "you> What is the capital of Peru?" and lines[2].startswith("sft> ")
+    assert lines[3] == "you> " and lines[4] == "you> And Italy?" and lines[5].startswith("sft> ")
+
+
+def test_nobody_talks_to_a_reward_model(trained):
+    with pytest.raises(ValueError, match="out/reward_model is a reward model: it gives scores, not answers"):
+        evaluate.evaluate(evaluate.Config(models=("out/reward_model",), chat=True, device="cpu"))
+
+
+def test_a_scorer_that_is_none_or_reads_other_tokens_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match="out/sft is no reward model: it has no score"):
+        evaluate.evaluate(evaluate.Config(models=("out/sft",), reward="out/sft", out=str(tmp_path), device="cpu"))
+    shutil.copytree("out/reward_model", tmp_path / "foreign")
+    learn(["aa bb cc"], 300).save(str(tmp_path / "foreign"))
+    with pytest.raises(ValueError, match="foreign was trained with another tokenizer"):
+        evaluate.evaluate(evaluate.Config(models=("out/sft",), reward=str(tmp_path / "foreign"), out=str(tmp_path),
+                                          device="cpu"))

@@ -1,7 +1,12 @@
-"""Files that appear whole, one run per folder."""
+"""Files that appear whole, one run per folder, and checksums of what a run reads."""
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+from helpers.start import ROOT
 
 from runtime import files
 
@@ -15,3 +20,61 @@ def test_write_json_that_fails_leaves_the_old_file_whole(tmp_path):
     assert json.loads(path.read_text()) == {"β": [1, 2.5, None]}
     files.write_json(str(path), 3)
     assert path.read_text() == "3" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+CLAIM = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import files; files.lock(sys.argv[2]); print('mine'); " \
+        "sys.stdout.flush(); sys.stdin.read()"
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks here")
+def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", CLAIM, ROOT, str(tmp_path)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "mine\n"
+    with pytest.raises(ValueError, match=f"another run is at work here .process {owner.pid}.*name another --out") as e:
+        files.lock(str(tmp_path))
+    assert "\n" not in str(e.value)
+    files.lock(str(tmp_path.parent))                            # any other folder is free
+    owner.kill()
+    owner.wait()
+    files.lock(str(tmp_path))
+    files.lock(str(tmp_path))                                   # its own process may come again
+    files.held_locks.clear()
+
+
+def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/world/prompts.jsonl", "out/world/tokenizer.tiktoken", "out/world/run.json", "model/model.safetensors",
+                 "model/metrics.jsonl", "data.jsonl", "mine/model.safetensors"):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        open(name, "w").write(name)
+    cfg = SimpleNamespace(out="mine", data="world", init="model", more="data.jsonl", none="", n=3, word="cosine")
+    found = files.fingerprints(cfg)
+    assert list(found) == ["data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.tiktoken"]
+    assert len(set(found.values())) == 4
+    open("model/model.safetensors", "a").write(".")
+    assert {name for name, checksum in files.fingerprints(cfg).items() if checksum != found[name]} == {"model/model.safetensors"}
+
+
+def test_a_large_file_is_read_in_pieces_by_several_processes(tmp_path, monkeypatch):
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(os.urandom(9 << 20))
+    cfg, sent = SimpleNamespace(data=str(path)), []
+    alone = files.fingerprints(cfg)
+
+    def as_process(r, gather):
+        for name, value in (("rank", lambda: r), ("world_size", lambda: 2), ("gather", gather)):
+            monkeypatch.setattr(files, name, value)
+        return files.fingerprints(cfg)
+
+    def send(x):
+        sent.append(x)
+        raise InterruptedError
+    for r in range(2):
+        with pytest.raises(InterruptedError):
+            as_process(r, send)
+    assert sorted(map(len, sent)) == [1, 2]                     # pieces of 4 MiB
+    assert as_process(0, lambda x: sent) == as_process(1, lambda x: sent) == alone
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    monkeypatch.undo()
+    assert files.fingerprints(cfg) != alone

@@ -53,6 +53,7 @@ def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, 
         parsed(*argv)
     error = capsys.readouterr().err
     assert e.value.code == 2 and any(s in error for s in said.split("|"))
+    assert error.count("\n") == 1 and "--help" in error
 
 
 def every_flag():

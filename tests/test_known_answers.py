@@ -1,8 +1,10 @@
 """Problems small enough to know the answer: every answer can be listed, so the optimum can be written down.
 
-Four tokens, of which 3 ends an answer, and at most three tokens an answer: 40 answers to each of two prompts of
-different length. With a reward r and a price β, the best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) (Rafailov et
-al. 2023, eq. 4), and what PPO and DPO end up with is held against it.
+Four tokens, of which 3 ends an answer, and at most three tokens per answer: 40 answers to each of two prompts of
+different length. With a reward r and a KL penalty β, the best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β)
+(Rafailov et al. 2023, eq. 4), and what PPO and DPO end up with is held against it.
+
+The proofs take an algorithm's choices as parameters: a new kind of advantage or of loss is proved by one more line.
 """
 import itertools
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import ppo
-from dpo import dpo_loss
+from dpo import LOSSES, dpo_loss
 from model import GPT, GPTConfig
 from reward_model import pairwise_loss
 from runtime import Run, make_optimizer, pad
@@ -84,9 +86,14 @@ def test_every_answer_is_listed_once():
     assert total_variation(start, optimum(network("lm", 1), true_reward())) > 0.4, "a problem that starts solved shows nothing"
 
 
-def test_ppo_reaches_the_best_policy_that_the_price_of_kl_allows(tmp_path):
+# Choices of PPO that leave the optimum where it is: settings of ppo.Config.
+PPO_CHOICES = [dict(), dict(lam=0.8, whiten_advantages=False, minibatches=1, epochs=4)]
+
+
+@pytest.mark.parametrize("choices", PPO_CHOICES, ids=str)
+def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, choices):
     """Within a total variation distance of 0.05 (0.5 at the start), by rollouts, estimates and updates alone."""
-    cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=150, batch=512, lr=3e-3, critic_lr=1e-2, epochs=2, minibatches=2)
+    cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=150, batch=512, lr=3e-3, critic_lr=1e-2, **choices)
     optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
     for step in range(cfg.steps):
         run.begin(step)
@@ -96,7 +103,40 @@ def test_ppo_reaches_the_best_policy_that_the_price_of_kl_allows(tmp_path):
     assert distance < 0.05, f"PPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, GAE, losses or rollout are wrong"
 
 
-def test_dpo_reaches_the_best_policy_that_the_price_of_kl_allows():
+# The margin h over the reference at which the mean loss of a pair is least, if its first answer wins with
+# probability p (log-odds r): E[loss] = p·loss(h) + (1 − p)·loss(−h), to be differentiated by h.
+DPO_MARGINS = {
+    "sigmoid": lambda p: (p / (1 - p)).log() / BETA,
+    "ipo": lambda p: (2 * p - 1) / (2 * BETA),
+    "hinge": lambda p: (p - 0.5).sign() / BETA,
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_each_kind_of_dpo_ends_at_the_margin_that_its_loss_asks_for(kind, smoothing):
+    """Within 0.05, for one pair of answers per prompt; smoothed labels are noisier pairs to the sigmoid."""
+    policy, reference, r = network("lm", 1), network("lm", 1), true_reward().view(2, -1)
+    with torch.no_grad():
+        ref = answer_logprobs(reference)
+    first, second = [3, 0], [15, 19]                                # of each prompt: answers that end
+    wins = torch.sigmoid(r[[0, 1], first] - r[[0, 1], second])
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    for step in range(250):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 250)
+        logp = answer_logprobs(policy)
+        a, b, ref_a, ref_b = (x[[0, 1], pick] for x in (logp, ref) for pick in (first, second))
+        right = dpo_loss(a, b, ref_a, ref_b, BETA, kind, smoothing)[0]
+        swapped = dpo_loss(b, a, ref_b, ref_a, BETA, kind, smoothing)[0]
+        (wins * right + (1 - wins) * swapped).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if kind == "sigmoid":
+        wins = wins * (1 - smoothing) + (1 - wins) * smoothing
+    torch.testing.assert_close((a - ref_a) - (b - ref_b), DPO_MARGINS[kind](wins), rtol=0, atol=0.05)
+
+
+def test_dpo_reaches_the_best_policy_that_the_kl_penalty_allows():
     """Within 0.01, given Bradley-Terry's exact preferences between all answers to a prompt."""
     policy, reference, r = network("lm", 1), network("lm", 1), true_reward()
     with torch.no_grad():

@@ -107,3 +107,19 @@ def test_a_second_file_is_what_is_held_out(made, tmp_path):
     records.write(tmp_path / "b.jsonl", [{"prompt": "b"}])
     train, held_out = loading.load("prompts", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
     assert len(train) == 25 and held_out == [[{"role": "user", "content": "b"}]]
+
+
+ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.", "Rewrite this sentence in the passive voice."]
+
+
+@pytest.mark.parametrize("data, texts, warned", [
+    ("world", [i.prompt for i in world.items()[:50]], False), ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
+    ("mine.jsonl", ["What is the capital of Kenya?"], False), ("mine.jsonl", ENGLISH, True)])
+def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys, data, texts, warned):
+    tok = loading.load_tokenizer(str(made), "world")
+    prompts = [[{"role": "user", "content": text}] for text in texts if isinstance(text, str)]
+    loading.warn_if_foreign(tok, prompts, data, "out/sft")
+    error = capsys.readouterr().err
+    assert error.count("\n") == (1 if warned else 0)
+    if warned:
+        assert "out/sft was trained on the embedded world, and mine.jsonl is other text" in error and "--init" in error

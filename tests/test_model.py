@@ -66,6 +66,18 @@ def test_logprobs_and_entropy_are_those_of_softmax_of_logits_over_temperature(mo
     assert torch.equal(found, model.logprobs(tokens, mask, temperature))
 
 
+def test_only_who_asks_for_it_pays_for_the_entropys_gradient(model):
+    tokens, mask = torch.randint(V, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    logprobs, entropy = model.logprobs(tokens, mask, entropy=True)
+    assert logprobs.requires_grad and not entropy.requires_grad
+    _, again = model.logprobs(tokens, mask, entropy=True, entropy_grad=True)
+    assert torch.equal(entropy, again)
+    p = model(tokens)[:, :-1].softmax(-1)
+    found, want = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (again, -(p * p.log())))
+    for a, b in zip(found, want):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_logprobs_outside_the_mask_and_of_the_first_column_are_exactly_zero(model):
     tokens = torch.randint(V, (3, 6))
     mask = torch.tensor([[1, 1, 0, 1, 0, 0], [0] * 6, [1, 0, 0, 0, 0, 1]]).bool()

@@ -3,9 +3,13 @@ import math
 
 import pytest
 import torch
+from helpers import plainly
 from helpers.arrays import B, T, dirt, near, ragged, seeds, spoilt, tiny
 
 import ppo
+from data import loading
+from data.tokenizer import Tokenizer
+from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
 from runtime import Run
 from sft import sft_loss
@@ -281,3 +285,38 @@ def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(change, sai
     found = ppo.warnings(ppo.Config(), {"entropy": 0.4, "kl": 4.0, "ended": 1.0} | change)
     assert len(found) == (0 if said is None else 1) and all(said in text for text in found)
     assert not ppo.warnings(ppo.Config(adaptive_kl=False), {"entropy": 0.4, "kl": 50.0, "ended": 1.0})     # it has no target
+
+
+# ------------------------------------------------------------------------------------------- the whole stage
+
+SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
+CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+    dict(),
+    dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05, no_end_score=-1.5),
+    dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
+         minibatches=3, seed=4),
+    dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1),
+    dict(ptx_coef=0.2, update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
+         steps=4),
+    dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150),
+    dict(precision="bfloat16", update_kl=0.01),
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
+    """Without autocast in the case of bfloat16: what is left is that old log-probabilities are computed anew."""
+    cfg, model, lines, _ = trained(ppo, **SHARED | settings)
+    nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"), "critic": GPT.load("out/reward_model"),
+            "reward": GPT.load("out/reward_model")}
+    prompts, _ = loading.load("prompts", "world")
+    demonstrations, _ = loading.load("demonstrations", "world")
+    expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations)
+    plainly.assert_same_lines(lines, expected)
+    plainly.assert_same_weights(model, nets["actor"])
+    assert 0 < sum(line["ended"] for line in lines) < len(lines), "answers that end and answers that do not"
+    if settings.get("update_kl") == 0.002:
+        updates = [line["updates"] for line in lines]
+        assert any(0 < n < cfg.epochs * cfg.minibatches for n in updates), "an update that stops half-way"
+    if settings.get("clip") == 0.05:
+        assert all(line["clipped"] > 0 and line["value_clipped"] > 0 for line in lines), "some of all is clipped"

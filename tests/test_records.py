@@ -160,6 +160,18 @@ def test_a_bad_record_is_one_line_naming_file_line_and_field(tmp_path, read, rec
             assert words in str(e.value)
 
 
+@pytest.mark.parametrize("read, record, shapes", [
+    (demonstrations, {"question": "Hi", "answer": "Hello."}, ["messages", "prompt and response", "instruction and output"]),
+    (demonstrations, {"prompt": "Hi"}, ["messages", "prompt and response"]),
+    (preferences, {"question": "Hi", "good": "a", "bad": "b"}, ["prompt, chosen and rejected", "responses and ranks"]),
+    (prompts, {"text": "Hi"}, ["prompt", "instruction"])])
+def test_a_record_of_no_known_shape_is_told_which_there_are(tmp_path, read, record, shapes):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(RecordError, match="line 1: field .* is missing") as e:
+        read(tmp_path / "a.jsonl")
+    assert all(shape in str(e.value) for shape in shapes) and "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("name, content, expected", [
     ("a.jsonl", b"", "no records"),
     ("a.jsonl", b"\n \n", "no records"),

@@ -3,8 +3,13 @@ import math
 
 import pytest
 import torch
+from helpers import plainly
 from helpers.arrays import near, nll, seeds
 
+import reward_model
+from data import annotators, loading, records
+from data.tokenizer import Tokenizer
+from model import GPT
 from reward_model import pairwise_loss, ranking_loss
 
 
@@ -61,3 +66,50 @@ def test_ranking_loss_is_the_mean_per_prompt_over_ordered_pairs_without_ties_and
 def test_ranking_loss_ignores_nan_scores_of_absent_answers():
     scores, ranks = torch.tensor([[1.0, 0.5, float("nan")]]).double(), torch.tensor([[1, 2, 0]])
     near(ranking_loss(scores, ranks), nll(0.5))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A file of pairs with margins, longer and shorter, and now and then a tie."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    words = "Paris is the capital of France and not of Spain".split()
+    records.write(path, [{"prompt": f"What is {i} plus {i}?", "chosen": " ".join(words[:1 + i % 10]),
+                          "rejected": " ".join(words[:1 + i % 7]), "margin": i % 3 / 2} for i in range(60)])
+    return str(path)
+
+
+SHARED = dict(normalize=12)
+CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+    dict(batch=17, warmup=2),
+    dict(batch=16, epochs=2, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, seed=5,
+         micro_batch=9),
+    dict(batch=9, data="pairs", decay="constant", warmup=0, max_norm=0.0, micro_batch=3, micro_tokens=100),
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, pairs, settings):
+    if settings.get("data"):
+        settings = settings | {"data": pairs}
+    torch.manual_seed(settings.get("seed", 0))
+    plain, tokenizer = GPT.load("out/sft", head="scalar"), Tokenizer.load("out/sft")
+    cfg, model, lines, about = trained(reward_model, **SHARED | settings)
+    preferences, held_out = loading.load("preferences", cfg.data)
+    expected = plainly.reward_model(cfg, plain, tokenizer, preferences)
+    plainly.assert_same_lines(lines, expected)
+    found, calibration = plainly.reward_model_held_out(plain, tokenizer, held_out)
+    if cfg.data == "world":
+        found |= {"ceiling": annotators.ceiling(held_out), "judge_agreement": annotators.agreement(held_out)}
+    mean, deviation = plainly.scale(cfg, plain, GPT.load("out/sft"), tokenizer, preferences, len(lines))
+    assert about["held_out"] == pytest.approx(found | {"sft_mean": mean, "sft_deviation": deviation}, rel=1e-6)
+    torch.testing.assert_close(torch.tensor(about["calibration"]), torch.tensor(calibration), rtol=1e-6, atol=0)
+    plainly.assert_same_weights(model, plain)
+
+
+def test_without_normalisation_the_score_is_left_as_it_was_trained(trained):
+    torch.manual_seed(0)
+    plain, tokenizer = GPT.load("out/sft", head="scalar"), Tokenizer.load("out/sft")
+    cfg, model, _, about = trained(reward_model, normalize=0, batch=40, warmup=0)
+    plainly.reward_model(cfg, plain, tokenizer, loading.load("preferences", "world")[0])
+    plainly.assert_same_weights(model, plain)
+    assert "sft_mean" not in about["held_out"]

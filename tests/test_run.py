@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.start import SMALL, command, script
 
+import sft
 from model import GPT, GPTConfig
 from runtime import Run, Training, make_optimizer, processes
 from runtime import run as run_module
@@ -66,6 +68,23 @@ def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkey
 
 
 # -------------------------------------------------------------------------------- an optimiser step
+
+@pytest.mark.parametrize("warmup, warned", [(10, False), (11, True)])
+def test_a_warm_up_that_outlasts_the_run_is_said(tmp_path, capsys, warmup, warned):
+    cfg = sft.Config(out=str(tmp_path), device="cpu", warmup=warmup)
+    Run(cfg, 10)
+    error = capsys.readouterr().err
+    assert error.count("\n") == (1 if warned else 0)
+    assert ("--warmup 11 is longer than the run of 10 steps: the learning rate never reaches --lr" in error) == warned
+
+
+def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys):
+    run, said = a_run(tmp_path)[0], []
+    for texts in (["a"], ["a", "b"], ["b"], [], ["b"]):
+        run.warn(texts)
+        said.append(re.findall(r"warning: step 1: (.)", capsys.readouterr().err))
+    assert said == [["a"], ["b"], [], [], ["b"]]
+
 
 @pytest.mark.parametrize("max_norm,factor", [(1.0, 0.2), (2.5, 0.5), (5.5, 1.0), (100.0, 1.0)])
 def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(tmp_path, max_norm, factor):
@@ -125,10 +144,10 @@ def flags(stage, out):
     return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint a step
 
 
-def started(stage, flags, folder, out, step=2):
-    """A stage at work that has logged so many steps."""
+def started(stage, flags, folder, out, saved=True):
+    """A stage at work that has logged two steps, and if it saves every step, has a checkpoint on the disk."""
     process = subprocess.Popen(**command(stage, flags), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while steps(out) < step and process.poll() is None:
+    while process.poll() is None and (steps(out) < 2 or (saved and not (out / "resume.safetensors").exists())):
         time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
     return process
@@ -189,7 +208,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):
                          ids=lambda n: n.name)
 def test_ctrl_c_and_a_closed_terminal_finish_the_step_and_keep_it(chain, number):
     name = f"out/stopped_{number.name}"
-    process = started("ppo", f"{SMALL['ppo']} --out {name}", chain[0], chain[0] / name)
+    process = started("ppo", f"{SMALL['ppo']} --out {name}", chain[0], chain[0] / name, saved=False)
     process.send_signal(number)
     error = process.communicate()[1]
     assert process.returncode == 130 and "stopping after this step" in error and "goes on from the last checkpoint" in error
@@ -204,6 +223,22 @@ def test_output_that_nobody_reads_any_more_ends_the_run_with_one_line(chain, ins
     error = process.stderr.read()
     assert process.wait() == 1 and error == "dpo.py: nobody reads the output any more\n"
     assert_ends_as_uninterrupted("dpo", chain, "out/unread", inside)
+
+
+@pytest.mark.skipif(run_module.lock.__globals__["fcntl"] is None, reason="no locks here")
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(chain):
+    out = chain[0] / "out/claimed"
+    long = f"{SMALL['ppo']} --steps 1000 --out out/claimed --save_seconds 0".replace("--steps 3 ", "")
+    process = started("ppo", long, chain[0], out)
+    done = script("dpo", f"{SMALL['dpo']} --out out/claimed --no-resume", chain[0])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"another run is at work here (process {process.pid})" in done.stderr
+    assert process.poll() is None and (out / "resume.safetensors").exists()
+    assert json.loads((out / "run.json").read_text())["stage"] == "ppo.py"
+    process.kill()
+    process.wait()
+    done = script("dpo", f"{SMALL['dpo']} --out out/claimed --no-resume", chain[0])
+    assert done.returncode == 0, done.stderr
 
 
 # -------------------------------------------------------------------------------------------- disks

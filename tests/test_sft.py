@@ -1,8 +1,16 @@
 """The SFT loss, and the stage around it."""
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers import plainly
 from helpers.arrays import B, T, dirt, near, ragged, seeds, tiny
 
+import sft
+from data import loading
+from data.tokenizer import Tokenizer
+from model import GPT
+from runtime import compute
 from sft import sft_loss
 
 
@@ -28,3 +36,43 @@ def test_micro_batches_by_their_share_of_tokens_leave_sfts_gradient_the_same(siz
         (sft_loss(model.logprobs(tokens[r], mask[r]), mask[r]) * mask[r].sum() / mask.sum()).backward()
     for n, p in model.named_parameters():
         near(p.grad, want[n])
+
+
+SHARED = dict(batch=40, warmup=4)
+CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+    dict(),
+    dict(epochs=2, batch=33, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, evals=3, seed=5),
+    dict(decay="constant", warmup=0, max_norm=0.0, evals=2, micro_batch=3, micro_tokens=100, batch=41),
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
+    cfg, model, lines, about = trained(sft, init="out/sft", **SHARED | settings)
+    plain, tokenizer = GPT.load("out/sft"), Tokenizer.load("out/sft")
+    conversations, held_out = loading.load("demonstrations", "world")
+    expected = plainly.sft(cfg, plain, tokenizer, conversations, held_out)
+    plainly.assert_same_lines(lines, expected)
+    plainly.assert_same_weights(model, plain)
+    assert about["held_out_loss"] == pytest.approx(plainly.sft_held_out(plain, tokenizer, held_out), abs=1e-6)
+
+
+def test_samples_are_shown_whatever_the_step_and_however_few_conversations_are_held_out(trained, capsys):
+    cfg, model, _, _ = trained(sft, init="out/sft", batch=200)
+    tokenizer = Tokenizer.load("out/sft")
+    run = SimpleNamespace(seeds=lambda n: [1] * n, sample=compute.Compute(cfg).sample)
+    asked = [[{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "1"}] for i in range(4)]
+    for first, numbers in ((0, [0, 1, 2]), (97, [1, 2, 3]), (3, [3, 0, 1])):
+        capsys.readouterr()
+        sft.show_samples(model, tokenizer, run, asked, first)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("'")[1] for line in lines] == [f"What is {i} plus {i}?" for i in numbers]
+    sft.show_samples(model, tokenizer, run, asked[:1], 5)
+    assert capsys.readouterr().out.count(" -> ") == 3
+
+
+def test_a_new_model_has_the_shape_of_its_flags_and_the_datas_tokenizer(trained):
+    cfg, model, _, _ = trained(sft, n_layer=2, n_head=4, n_embd=8, block_size=40, batch=200)
+    assert (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.block_size) == (2, 4, 8, 40)
+    assert model.config.vocab_size == 1024 and model.config.mlp == "gelu"
+    assert Tokenizer.load(cfg.out).name == "world"

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,3 +158,12 @@ def test_gpt2_keeps_its_ids_and_its_padded_rows_hold_the_control_tokens():
     assert gpt2.special == {"<|endoftext|>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
     assert gpt2.vocab_size == 50259
     assert gpt2.decode(gpt2.encode("naïve 猫 <|im_end|>")) == "naïve 猫 <|im_end|>"
+
+
+def test_gpt2_without_its_file_and_without_a_network_is_one_line_with_the_remedy(monkeypatch):
+    def fail(name):
+        raise ConnectionError("HTTPSConnectionPool(host=...): Max retries exceeded with url: ... " * 10)
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(ValueError, match="gpt2: its vocabulary .* cannot be downloaded .*TIKTOKEN_CACHE_DIR") as e:
+        Tokenizer.load("gpt2")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 250

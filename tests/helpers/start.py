@@ -72,8 +72,9 @@ def misbehave(where, how, rank, flags, folder, processes=2, restarts=0, script="
 
 
 def own_lines(stderr, script="ppo.py"):
-    """What our program said, without what torchrun says of it."""
-    return [line for line in stderr.splitlines() if line.startswith(f"{script}:")]
+    """The errors of our program, without its warnings and what torchrun says of it."""
+    lines = [line for line in stderr.splitlines() if line.startswith(f"{script}:")]
+    return [line for line in lines if not line.startswith(f"{script}: warning:")]
 
 
 def assert_close(a, b):

@@ -1,0 +1,4 @@
+"""What tests share. Failed asserts in here are explained as in a test."""
+import pytest
+
+pytest.register_assert_rewrite("helpers.plainly", "helpers.start")

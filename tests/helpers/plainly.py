@@ -1,0 +1,406 @@
+"""The stages once more, written as plainly as possible and in other words: one row at a time, without padding,
+masks, micro-batches or anything of runtime/. Tests hold what a stage logs and learns against these.
+
+They share with the project only what other tests prove on its own: the network's forward pass, the noise of a
+row (model.uniform), the tokenizer, the order of batches, and the world's judge.
+"""
+import math
+import random
+
+import pytest
+import torch
+
+from data import world
+from data.batches import batches
+from model import uniform
+
+
+def assert_same_lines(lines, expected):
+    """What a stage has logged, which is rounded to six places, and what a plain loop gives: the same names and
+    numbers, apart from the speed."""
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    assert len(lines) == len(expected)
+    for ours, theirs in zip(lines, expected):
+        assert sorted(ours) == sorted(theirs)
+        assert ours == pytest.approx(theirs, abs=2e-6, rel=1e-9), f"step {theirs['step']}"
+
+
+def assert_same_weights(model, plain):
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=lambda m: f"{name}: {m}")
+
+
+class AdamW:
+    """AdamW from its paper (Loshchilov & Hutter 2019), with clipping by the norm of all gradients."""
+
+    def __init__(self, model, weight_decay=0.0, eps=1e-8, max_norm=1.0):
+        self.parameters = list(model.parameters())
+        self.decay = [weight_decay if p.dim() >= 2 else 0.0 for p in self.parameters]
+        self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.eps, self.max_norm, self.steps = eps, max_norm, 0
+
+    def step(self, loss, lr):
+        """Returns the norm of the gradient."""
+        loss = loss + 0 * sum(p.sum() for p in self.parameters)             # where all is clipped, it is a number
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients)]
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients))
+        factor = 1.0
+        if self.max_norm and norm > self.max_norm:
+            factor = self.max_norm / (norm + 1e-6)                          # PyTorch's own small number
+        self.steps += 1
+        with torch.no_grad():
+            for p, g, m, v, decay in zip(self.parameters, gradients, self.m, self.v, self.decay):
+                g = g * factor
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.99 * v + 0.01 * g ** 2)
+                p -= lr * decay * p
+                p -= lr * (m / (1 - 0.9 ** self.steps)) / ((v / (1 - 0.99 ** self.steps)).sqrt() + self.eps)
+        return norm
+
+
+DECAYS = {                                          # of the share x of the steps after the warm-up that are done
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+
+
+def rate(cfg, step, total, lr):
+    """The learning rate at a step from 0."""
+    if step < cfg.warmup:
+        return lr * (step + 1) / cfg.warmup
+    return lr * DECAYS[cfg.decay]((step - cfg.warmup) / max(1, total - cfg.warmup))
+
+
+def begin(cfg, step):
+    """The randomness of a step: Python's, and torch's is seeded from it."""
+    rng = random.Random(f"{cfg.seed}/{step}")
+    torch.manual_seed(rng.getrandbits(63))
+    return rng
+
+
+def token_logprobs(model, ids, temperature=1.0):
+    """log p of ids[1], ids[2], ...: a list of scalars with a graph, the first of which is that of ids[1]."""
+    logp = (model(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
+    return [logp[t - 1, ids[t]] for t in range(1, len(ids))]
+
+
+def answer_logprob(model, prompt, answer):
+    return sum(token_logprobs(model, prompt + answer)[len(prompt) - 1:])
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def fits(model, longest):
+    return longest <= model.config.block_size
+
+
+def ordered_pairs(ranks):
+    """(better, worse) of every two answers that the ranks tell apart."""
+    n = range(len(ranks))
+    return [(i, j) for i in n for j in n if ranks[i] < ranks[j]]
+
+
+# ----------------------------------------------------------------------------------------------- sft
+
+def learnt_logprobs(model, conversation):
+    """log p of the tokens that the assistant says in (ids, learn)."""
+    ids, learn = conversation
+    return [x for x, wanted in zip(token_logprobs(model, ids), learn[1:]) if wanted]
+
+
+def sft(cfg, model, tokenizer, conversations, held_out):
+    """Trains the model. Returns a line {name: number} per step."""
+    data, held_out = ([c for c in map(tokenizer.chat, part) if fits(model, len(c[0]))]
+                      for part in (conversations, held_out))
+    total = cfg.epochs * math.ceil(len(data) / cfg.batch)
+    optimizer, lines = AdamW(model, cfg.weight_decay, max_norm=cfg.max_norm), []
+    for step, batch in enumerate(batches([len(ids) for ids, _ in data], cfg.batch, cfg.epochs, cfg.seed)):
+        logprobs = [x for i in batch for x in learnt_logprobs(model, data[i])]
+        loss, lr = -mean(logprobs), rate(cfg, step, total, cfg.lr)
+        lines.append({"step": step + 1, "loss": loss.item(), "grad_norm": optimizer.step(loss, lr), "lr": lr})
+        every = max(1, total // cfg.evals)
+        if (step + 1) % every == 0 and step + every < total:
+            loss = -mean([x.item() for c in held_out for x in learnt_logprobs(model, c)])
+            lines[-1] |= {"held_out_loss": loss, "perplexity": math.exp(loss)}
+    return lines
+
+
+def sft_held_out(model, tokenizer, held_out):
+    held_out = [c for c in map(tokenizer.chat, held_out) if fits(model, len(c[0]))]
+    return -mean([x.item() for c in held_out for x in learnt_logprobs(model, c)])
+
+
+# ----------------------------------------------------------------------------------------------- reward model
+
+def score(model, ids):
+    return model(torch.tensor([ids]))[0, -1]
+
+
+def sequences(tokenizer, preference):
+    """(prompt, [answer, ...]) as ids."""
+    return tokenizer.prompt(preference.prompt), [tokenizer.response(r) for r in preference.responses]
+
+
+def longest_sequence(tokenizer, preference):
+    prompt, answers = sequences(tokenizer, preference)
+    return len(prompt) + max(len(a) for a in answers)
+
+
+def comparisons_that_fit(model, tokenizer, preferences):
+    """Those that say something, and fit."""
+    some = [p for p in preferences if len(set(p.ranks)) > 1]
+    return [p for p in some if fits(model, longest_sequence(tokenizer, p))]
+
+
+def log_sigmoid(x):
+    return -torch.log1p(torch.exp(-x))
+
+
+def reward_model(cfg, model, tokenizer, preferences):
+    """Trains the model, without its scale. Returns a line {name: number} per step."""
+    preferences = comparisons_that_fit(model, tokenizer, preferences)
+    data = [(*sequences(tokenizer, p), p.ranks, p.margin) for p in preferences]
+    longest = [longest_sequence(tokenizer, p) for p in preferences]
+    total = cfg.epochs * math.ceil(len(data) / cfg.batch)
+    optimizer, lines = AdamW(model, cfg.weight_decay, max_norm=cfg.max_norm), []
+    for step, batch in enumerate(batches(longest, cfg.batch, cfg.epochs, cfg.seed)):
+        losses, right = [], []
+        for prompt, answers, ranks, margin in (data[i] for i in batch):
+            r = [score(model, prompt + answer) for answer in answers]
+            losses.append(mean([-log_sigmoid(r[i] - r[j] - margin) for i, j in ordered_pairs(ranks)]))
+            best, worst = ranks.index(min(ranks)), ranks.index(max(ranks))
+            right.append(1.0 if r[best] > r[worst] else 0.0)
+        loss, lr = mean(losses), rate(cfg, step, total, cfg.lr)
+        lines.append({"step": step + 1, "loss": loss.item(), "best_beats_worst": mean(right),
+                      "grad_norm": optimizer.step(loss, lr), "lr": lr})
+    return lines
+
+
+@torch.no_grad()
+def reward_model_held_out(model, tokenizer, preferences):
+    """What reward_model.py says of held-out preferences, without what is the world's."""
+    gaps, longer = [], []
+    for p in comparisons_that_fit(model, tokenizer, preferences):
+        prompt, answers = sequences(tokenizer, p)
+        r = [score(model, prompt + a).item() for a in answers]
+        for winner, loser in ordered_pairs(p.ranks):
+            gaps.append(r[winner] - r[loser])
+            longer.append(len(answers[winner]) - len(answers[loser]))
+    points = [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps]
+    found = {"loss": mean([math.log1p(math.exp(-g)) for g in gaps]), "accuracy": mean(points),
+             "pairs": len(gaps)}
+    for name, wanted in (("winner_shorter", lambda n: n < -4), ("same_length", lambda n: -4 <= n <= 4),
+                         ("winner_longer", lambda n: n > 4)):
+        some = [x for x, n in zip(points, longer) if wanted(n)]
+        if some:
+            found[f"accuracy_{name}"] = mean(some)
+    rows = []
+    for tenth in range(5, 10):
+        said = [(1 / (1 + math.exp(-abs(g))), g > 0) for g in gaps]
+        some = [(s, won) for s, won in said if tenth / 10 <= s < (tenth + 1) / 10 or (tenth == 9 and s == 1)]
+        if some:
+            rows.append([mean([s for s, _ in some]), mean([float(won) for _, won in some]), len(some)])
+    return found, rows
+
+
+@torch.no_grad()
+def scale(cfg, model, sft_model, tokenizer, preferences, steps):
+    """Shift and scale the reward model by the scores of SFT samples. Returns their mean and standard
+    deviation."""
+    size = model.config.block_size
+    room = min(64, size // 2)
+    prompts = [tokenizer.prompt(p.prompt) for p in preferences if len(set(p.ranks)) > 1]
+    prompts = [ids for ids in prompts if len(ids) <= size - room]
+    rng = begin(cfg, steps)
+    chosen = rng.choices(prompts, k=cfg.normalize)
+    seeds, scores = [rng.getrandbits(62) for _ in chosen], []
+    for ids, seed in zip(chosen, seeds):
+        scores.append(score(model, ids + sample(sft_model, ids, seed, room, tokenizer.end)).item())
+    average = mean(scores)
+    deviation = math.sqrt(sum((s - average) ** 2 for s in scores) / (len(scores) - 1))
+    model.head.weight /= deviation
+    model.head.bias -= average
+    model.head.bias /= deviation
+    return average, deviation
+
+
+# ----------------------------------------------------------------------------------------------- dpo
+
+DPO_LOSSES = {                                      # of h, the margin over the reference's
+    "sigmoid": lambda h, beta, smoothing: (-(1 - smoothing) * log_sigmoid(beta * h)
+                                           - smoothing * log_sigmoid(-beta * h)),
+    "ipo": lambda h, beta, smoothing: (h - 1 / (2 * beta)) ** 2,
+    "hinge": lambda h, beta, smoothing: torch.clamp(1 - beta * h, min=0),
+}
+
+
+def dpo_numbers(cfg, model, reference, tokenizer, preferences):
+    """{name: mean over all pairs} of some preferences; "loss" has a graph."""
+    rows = []
+    for p in preferences:
+        prompt, answers = sequences(tokenizer, p)
+        size = [len(a) if cfg.length_normalize else 1 for a in answers]
+        logp = [answer_logprob(model, prompt, a) for a in answers]
+        ref = [answer_logprob(reference, prompt, a).item() for a in answers]
+        ratio = [(x - y) / n for x, y, n in zip(logp, ref, size)]
+        for winner, loser in ordered_pairs(p.ranks):
+            loss = DPO_LOSSES[cfg.loss](ratio[winner] - ratio[loser], cfg.beta, cfg.label_smoothing)
+            if p.ranks[winner] == 1:
+                loss = loss - cfg.nll_coef * logp[winner] / len(answers[winner])
+            good, bad = cfg.beta * ratio[winner].item(), cfg.beta * ratio[loser].item()
+            rows.append({"loss": loss, "accuracy": float(good > bad), "margin": good - bad,
+                         "reward_chosen": good, "reward_rejected": bad,
+                         "logp_chosen": logp[winner].item(), "logp_rejected": logp[loser].item()})
+    return {name: mean([row[name] for row in rows]) for name in rows[0]}
+
+
+def dpo(cfg, model, reference, tokenizer, preferences):
+    """Trains the model. Returns a line {name: number} per step."""
+    preferences = [p for p in preferences if len(set(p.ranks)) > 1]
+    if cfg.records:
+        preferences = preferences[:cfg.records]
+    preferences = comparisons_that_fit(model, tokenizer, preferences)
+    longest = [longest_sequence(tokenizer, p) for p in preferences]
+    total = cfg.epochs * math.ceil(len(preferences) / cfg.batch)
+    optimizer, lines = AdamW(model, max_norm=cfg.max_norm), []
+    for step, batch in enumerate(batches(longest, cfg.batch, cfg.epochs, cfg.seed)):
+        numbers = dpo_numbers(cfg, model, reference, tokenizer, [preferences[i] for i in batch])
+        lr, loss = rate(cfg, step, total, cfg.lr), numbers["loss"]
+        norm = optimizer.step(loss, lr)
+        lines.append(numbers | {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr})
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- ppo
+
+@torch.no_grad()
+def sample(model, prompt, seed, longest, end, temperature=1.0):
+    """An answer, token by token, by going along the distribution until it has covered u."""
+    ids, answer = list(prompt), []
+    while len(answer) < longest and (not answer or answer[-1] != end):
+        p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1).tolist()
+        u, token, covered = uniform(torch.tensor([seed]), len(answer)).item(), 0, p[0]
+        while covered < u and token + 1 < len(p):
+            token += 1
+            covered += p[token]
+        ids.append(token)
+        answer.append(token)
+    return answer
+
+
+def flat(answers, name):
+    return [x for a in answers for x in a[name]]
+
+
+def whitened(answers, name, shift):
+    """Numbers of all tokens scaled to variance 1, and shifted to mean 0 if so wished, in place."""
+    values = flat(answers, name)
+    average = mean(values)
+    deviation = math.sqrt(mean([(x - average) ** 2 for x in values]) + 1e-8)
+    for a in answers:
+        a[name] = [(x - average) / deviation + (0 if shift else average) for x in a[name]]
+
+
+def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta):
+    """A list of answers, each a dict of lists over its tokens."""
+    seeds = [rng.getrandbits(62) for _ in prompts]
+    answers = []
+    for messages, seed in zip(prompts, seeds):
+        prompt = tokenizer.prompt(messages)
+        ids = sample(nets["actor"], prompt, seed, cfg.max_new_tokens, tokenizer.end, cfg.temperature)
+        a = {"prompt": prompt, "ids": ids, "ended": ids[-1] == tokenizer.end}
+        with torch.no_grad():
+            for name, net in (("old", "actor"), ("ref", "reference")):
+                whole = token_logprobs(nets[net], prompt + ids, cfg.temperature)
+                a[name] = [x.item() for x in whole[len(prompt) - 1:]]
+            a["values"] = nets["critic"](torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].tolist()
+            a["score"] = score(nets["reward"], prompt + ids).item() if a["ended"] else cfg.no_end_score
+        a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
+        a["rewards"][-1] += a["score"]
+        answers.append(a)
+    if cfg.whiten_rewards:
+        whitened(answers, "rewards", shift=False)
+    for a in answers:
+        r, v, n = a["rewards"], a["values"] + [0.0], len(a["ids"])
+        delta = [r[t] + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
+        discount = cfg.gamma * cfg.lam
+        a["advantages"] = [sum(discount ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+        a["returns"] = [x + y for x, y in zip(a["advantages"], a["values"])]
+    if cfg.whiten_advantages:
+        whitened(answers, "advantages", shift=True)
+    return answers
+
+
+def ppo_minibatch(cfg, nets, answers):
+    """(policy's loss, critic's loss, what is logged) of some answers, means over their tokens."""
+    policy, value, entropies, policy_clipped, value_clipped, kls = [], [], [], [], [], []
+    for a in answers:
+        ids = torch.tensor([a["prompt"] + a["ids"]])
+        start = len(a["prompt"])
+        logp = (nets["actor"](ids)[0] / cfg.temperature).log_softmax(-1)
+        out = nets["critic"](ids)[0]
+        for t, token in enumerate(a["ids"]):
+            now = logp[start + t - 1]
+            ratio, advantage = (now[token] - a["old"][t]).exp(), a["advantages"][t]
+            limited = min(max(ratio.item(), 1 - cfg.clip), 1 + cfg.clip)
+            is_clipped = limited * advantage < ratio.item() * advantage
+            policy.append(-(limited * advantage if is_clipped else ratio * advantage))
+            policy_clipped.append(float(is_clipped))
+            entropies.append(-(now.exp() * now).sum())
+            kls.append(ratio.item() - 1 - math.log(ratio.item()))
+            v, old, wanted = out[start + t - 1], a["values"][t], a["returns"][t]
+            near = min(max(v.item(), old - cfg.value_clip), old + cfg.value_clip)
+            clip_counts = (near - wanted) ** 2 > (v.item() - wanted) ** 2
+            value.append(0.5 * ((near - wanted) ** 2 if clip_counts else (v - wanted) ** 2))
+            value_clipped.append(float(abs(v.item() - old) > cfg.value_clip))
+    stats = {"policy_loss": mean(policy), "value_loss": mean(value), "entropy": mean(entropies),
+             "clipped": mean(policy_clipped), "value_clipped": mean(value_clipped), "approx_kl": mean(kls)}
+    stats = {name: float(x) for name, x in stats.items()}
+    return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value), stats
+
+
+def ppo(cfg, nets, tokenizer, prompts, demonstrations):
+    """Trains actor and critic. Returns a line {name: number} per step."""
+    actor, critic = (AdamW(nets[name], eps=1e-5, max_norm=cfg.max_norm) for name in ("actor", "critic"))
+    beta, lines = cfg.kl_coef, []
+    prompts = [p for p in prompts if fits(nets["actor"], len(tokenizer.prompt(p)) + cfg.max_new_tokens)]
+    demonstrations = [c for c in map(tokenizer.chat, demonstrations) if fits(nets["actor"], len(c[0]))]
+    for step in range(cfg.steps):
+        rng = begin(cfg, step)
+        chosen = rng.choices(prompts, k=cfg.batch)
+        answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta)
+        stats, updates = [], 0
+        minibatches = []
+        for _ in range(cfg.epochs):
+            minibatches += torch.randperm(cfg.batch).chunk(cfg.minibatches)
+        for rows in minibatches:
+            policy, value, numbers = ppo_minibatch(cfg, nets, [answers[i] for i in rows.tolist()])
+            stats.append(numbers)
+            if cfg.update_kl and numbers["approx_kl"] > cfg.update_kl:
+                break
+            if cfg.ptx_coef:
+                some = rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
+                logprobs = [x for c in some for x in learnt_logprobs(nets["actor"], c)]
+                policy = policy - cfg.ptx_coef * mean(logprobs)
+            actor.step(policy, rate(cfg, step, cfg.steps, cfg.lr))
+            critic.step(value, rate(cfg, step, cfg.steps, cfg.critic_lr))
+            updates += 1
+        kl = mean([sum(a["old"]) - sum(a["ref"]) for a in answers])
+        texts = [tokenizer.decode(a["ids"]) for a in answers]
+        returns = torch.tensor(flat(answers, "returns"))
+        errors = returns - torch.tensor(flat(answers, "values"))
+        lines.append({
+            "step": step + 1, "score": mean([a["score"] for a in answers]), "kl": kl, "kl_coef": beta,
+            **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates,
+            "explained_variance": (1 - errors.var() / returns.var()).item(),
+            "length": mean([len(a["ids"]) for a in answers]),
+            "ended": mean([float(a["ended"]) for a in answers]),
+            "judge": mean([world.judge(p, text) for p, text in zip(chosen, texts)])})
+        if cfg.adaptive_kl:
+            beta *= 1 + min(max(kl / cfg.kl_target - 1, -0.2), 0.2) * cfg.batch / cfg.kl_horizon
+    return lines
