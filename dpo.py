@@ -26,7 +26,8 @@ still be a bad answer: --nll_coef 0 for DPO on its own. The logged "loss" includ
 The reference's log-probabilities are computed once, before training, so that the reference need not stay in
 memory. Rankings of K answers count as all their pairs, each answer read once. The mean is over all pairs,
 each of them one observation of the likelihood; a reward model averages per prompt first, so that a prompt
-with many answers does not outweigh the others. """
+with many answers does not outweigh the others.
+"""
 import math
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     hit, not exceeded; the hinge stops once βh has reached 1; ε lets the sigmoid stop at a finite h.
 
     Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each
-    (B,). """
+    (B,)."""
     chosen_logratios = policy_chosen - ref_chosen.detach()
     rejected_logratios = policy_rejected - ref_rejected.detach()
     h = chosen_logratios - rejected_logratios

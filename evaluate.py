@@ -7,7 +7,8 @@
 Each model answers every prompt a few times, by sampling. The first is the one to beat, and the reference of
 the KL. Prints a table and some answers next to each other; writes out/report.json, out/report.md and, if
 matplotlib is installed, out/overoptimization.png: the learned reward and the judge's score against √KL, as in
-Gao et al. (2022). """
+Gao et al. (2022).
+"""
 import json
 import math
 import os

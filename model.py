@@ -90,7 +90,7 @@ def rotate(x, positions, theta):
 
     positions is (T,), or (B, 1) when each row stands somewhere else. Pairs are split by halves, as Llama's
     published weights have them. Angles are computed in at least float32: bfloat16 cannot tell late positions
-    apart. """
+    apart."""
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
         also the entropy of each of those distributions, (B, T); only entropy_grad=True keeps what its
         gradient would need. Logits exist only for the positions that the mask names: n × V numbers, not B × T
-        × V. """
+        × V."""
         mask = mask.clone()
         mask[:, 0] = False
         # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
@@ -280,7 +280,7 @@ class GPT(nn.Module):
         Returns tokens (B, T'), prompt then answer then zeros; mask (B, T') bool, true on what was generated;
         logprobs (B, T'), of each generated token at this temperature before top_k and top_p (for temperature
         0: at temperature 1). Raises ValueError if the longest prompt leaves no room for max_new_tokens, and
-        for settings out of range. """
+        for settings out of range."""
         B, longest = len(prompts), int(lengths.max())
         S = longest + max_new_tokens                                # positions that any row may come to use
         self.check_sampling(prompts, lengths, S, temperature, top_k, top_p)
@@ -335,7 +335,7 @@ class GPT(nn.Module):
         with room for S positions, (2, B, H_kv, S, D) for each layer."""
         dtype, device = self.norm.weight.dtype, tokens.device
         if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)           # keys and values come out of matrix products
+            dtype = torch.get_autocast_dtype(device.type)       # keys and values come out of matrix products
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.n_embd // self.config.n_head)
         cache = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)

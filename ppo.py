@@ -26,7 +26,8 @@ log-probability, KL in the reward per token, a fixed score for an answer without
 without moving their mean, advantages whitened, both clipped losses, Adam's ε of 1e-5, a decaying learning
 rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are right-padded and masked),
 rejection of answers without a given token (the chat format has <|im_end|>), and a trunk that policy and value
-share. """
+share.
+"""
 import time
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def whiten(x, mask, shift_mean=True):
 
     Advantages are shifted too: half of the actions then count as better than usual and half as worse, and a
     step's size does not depend on the scale of rewards. Rewards are only scaled: their mean, earned anew with
-    every token, says whether longer answers pay, and to shift it would change which policy is best. """
+    every token, says whether longer answers pay, and to shift it would change which policy is best."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -92,8 +93,7 @@ def whiten(x, mask, shift_mean=True):
 
 def state_values(critic, tokens, mask):
     """V of the state in which each action is chosen, (B, T). The critic's output at column t − 1 has read
-    tokens[:, :t], the state for column t; its output at t knows the action already: hence the shift by
-    one."""
+    tokens[:, :t], the state of column t; its output at t knows the action already. Hence the shift."""
     out = critic(tokens)
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
@@ -101,9 +101,8 @@ def state_values(critic, tokens, mask):
 def rollout(cfg, run, prompts, nets, tokenizer):
     """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
 
-    Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs,
-    old_values, and (B,) scores, lengths (of prompt and answer, in tokens), ended (whether the end token is
-    there). """
+    Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, old_values
+    and (B,) scores, lengths (prompt and answer, in tokens), ended (whether the end token is there)."""
     batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
                        stop_token=tokenizer.end)
     batch["old_logprobs"] = batch.pop("logprobs")       # π_old is the policy that sampled, before the update
@@ -129,14 +128,13 @@ def rollout(cfg, run, prompts, nets, tokenizer):
 # --------------------------------------------------------------------------------------- 2. rewards
 
 def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """What each action earns: −β·(log π − log π_ref), and the last one also the score (Ziegler et al. 2019,
-    eq. 2).
+    """What each action earns: −β·(log π − log π_ref), and the last one also the score.
 
     scores (B,); logprobs, ref_logprobs (B, T) in nats, of the chosen tokens; mask (B, T) bool; kl_coef is β.
-    Returns (B, T), 0 outside the mask.
+    Returns (B, T), 0 outside the mask (Ziegler et al. 2019, eq. 2).
 
     KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples. So the log-ratios of sampled tokens, added
-    up over an answer, estimate it without bias, and each token is charged for its own part. """
+    up over an answer, estimate it without bias, and each token is charged for its own part."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                # the last true column of each row
@@ -147,18 +145,16 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 # ------------------------------------------------------------------------------------ 3. advantages
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over the actions of each
-    row:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over each row's actions:
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + V_t
 
-    rewards, values, mask (B, T); values[:, t] is that of the state in which action t is chosen; the value
-    after the last action is 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a
-    graph.
+    rewards, values, mask (B, T); values[:, t] is that of the state in which action t is chosen, and after the
+    last action it is 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a graph.
 
     The score comes at the end of an answer: which token earned it? λ = 1 credits each action with all that
     followed: right on average, but as noisy as the rest of the answer. λ = 0 asks the critic what the next
-    state is worth: hardly any noise, but wrong by as much as the critic is. """
+    state is worth: hardly any noise, but wrong by as much as the critic is."""
     rewards, values = torch.where(mask, rewards.detach(), 0), torch.where(mask, values.detach(), 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
@@ -194,10 +190,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     fraction of them where the clipped term is the one that counts.
 
     −ρA pushes good actions (A > 0) up and bad ones down without end, but answers of π_old say little about a
-    policy far from it. So a token's gradient is exactly zero once it has moved far enough in the direction it
-    was pushed: A > 0 and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Outside the range on the other side (A > 0 and ρ
-    < 1 − ε, or A < 0 and ρ > 1 + ε) the move was a mistake. There ρA is the smaller term: the min keeps its
-    gradient, to undo it. """
+    policy far from it. So a token's gradient is exactly zero once it has moved far where it was pushed: A > 0
+    and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Out of range on the other side (A > 0 and ρ < 1 − ε, or A < 0 and
+    ρ > 1 + ε) the move was a mistake: there ρA is the smaller term, and the min keeps its gradient alive."""
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -206,13 +201,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """½·mean of the larger of (V − return)² and (V_clipped − return)², where V_clipped moves at most `clip`
-    from the old value (OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values alone; a
-    scalar.
+    """½·mean of the larger of (V − return)² and (V_clipped − return)², with V_clipped at most `clip` away
+    from the old value (OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values alone.
 
-    The max is the policy's min, for a loss: of two errors the worse one counts. A value that has moved
-    towards its return by more than `clip` learns no more from this rollout; one that has moved away is called
-    back. """
+    The max is the policy's min, for a loss: of two errors the worse one counts. A value that moved more than
+    `clip` towards its return learns no more from this rollout; one that moved away from it is called back."""
     old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
     values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -223,7 +216,7 @@ def approximate_kl(logprobs, old_logprobs, mask):
     """KL(π_old ‖ π) per token, from tokens that π_old sampled: mean of ρ − 1 − log ρ, k3 in Schulman (2020).
 
     −log ρ has the same mean, for E[ρ] = 1, but is negative on about half of the tokens, and between two
-    policies so close its noise drowns the KL. k3 is never negative, and far less noisy. """
+    policies so close its noise drowns the KL. k3 is never negative, and far less noisy."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
@@ -244,8 +237,8 @@ def ppo_loss(cfg, nets, b):
 
 
 def ptx_loss(cfg, run, actor, demonstrations):
-    """ptx_coef times the SFT loss on some demonstrations: what the reward does not ask for, and PPO would
-    forget, stays learnt (Ouyang et al. 2022, eq. 2)."""
+    """ptx_coef times the SFT loss on some demonstrations, so that what the reward does not ask for is not
+    forgotten (Ouyang et al. 2022, eq. 2)."""
     tokens = pad([d.ids for d in demonstrations]).to(run.device)
     mask = pad([d.learn for d in demonstrations]).to(run.device)
     return {"loss": -cfg.ptx_coef * masked_mean(actor.logprobs(tokens, mask), mask)}
@@ -272,19 +265,19 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
 
 
 def update(cfg, run, batch, nets, optimizers, demonstrations):
-    """A few epochs of optimiser steps on one rollout with its advantages and returns. Returns {name: mean
-    over steps}, and "updates", how many were taken. The first step that finds the policy too far away is
-    dropped, and so are those still to come; the steps before it are kept."""
-    steps, updates, taken = [], 0, True
+    """A few epochs of optimiser steps on a rollout with its advantages and returns. Returns {name: mean over
+    steps}, and "updates", the number taken. The first step that finds the policy too far away is dropped and
+    ends the update; the steps before it are kept."""
+    minibatches, steps = [], []
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches):
-            if taken:
-                rows = rows.tolist()
-                stats, taken = optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations)
-                steps.append(stats)
-                updates += int(taken)
+        minibatches += torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches)
+    for rows in minibatches:
+        stats, taken = optimizer_step(cfg, run, batch, rows.tolist(), nets, optimizers, demonstrations)
+        steps.append(stats)
+        if not taken:
+            break
     means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
-    return means | {"updates": updates}
+    return means | {"updates": len(steps) if taken else len(steps) - 1}
 
 
 # --------------------------------------------------------------------------------------------- 5. β
@@ -293,9 +286,8 @@ class AdaptiveKL:
     """A proportional controller of β (Ziegler et al. 2019, section 2.2):
     e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon).
 
-    Which β leads to which KL depends on the reward model, and nobody knows it in advance; the KL that one
-    wants is easier to name. The clip keeps one odd batch from throwing β off, and the product keeps β
-    positive."""
+    Which β leads to which KL depends on the reward model; the KL that one wants is easier to name in advance.
+    The clip keeps one odd batch from throwing β off, and the product keeps β positive."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon

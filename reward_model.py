@@ -15,7 +15,8 @@ overfitted (Ouyang et al. 2022, section 3.5).
 A comparison fixes only differences of r: with r(x, y) + c(x) in place of r(x, y), for any c, the loss is the
 same. So after training r is shifted and scaled until samples of the SFT model score 0 on average, with
 standard deviation 1. The order of any two scores stays what it was, since both are shifted and divided alike;
-but PPO's settings, above all β, then mean the same for every reward model. """
+but PPO's settings, above all β, then mean the same for every reward model.
+"""
 import math
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def pairwise_loss(chosen, rejected, margin=0.0):
 
     chosen, rejected: scores (B,); margin m: number or (B,), of use where people say by how much the better
     answer is better: then r⁺ must win by m before the loss is satisfied (Touvron et al. 2023, eq. 2). Returns
-    a scalar in nats; log 2 for a model that knows nothing. """
+    a scalar in nats; log 2 for a model that knows nothing."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
@@ -117,7 +118,7 @@ def calibration(gaps):
 
     gaps: r⁺ − r⁻ of each pair. Returns a row (mean of what it said, share that won, pairs) per tenth from 0.5
     to 1. Measured before the score is rescaled: a factor on r leaves the order, but changes every such
-    probability. """
+    probability."""
     said, won, rows = torch.sigmoid(gaps.abs()), (gaps > 0).float(), []
     edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ itself reaches 1
     for low, high in zip(edges, edges[1:]):

@@ -9,7 +9,8 @@ those, but need not learn to say them. And it must learn to emit <|im_end|>, or 
 
 What comes out answers fluently, and as well as the average demonstration: maximum likelihood copies the
 people who answer badly as faithfully as those who answer well. To prefer the good answers is the work of the
-later stages. """
+later stages.
+"""
 import math
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def sft_loss(logprobs, mask):
     """−mean log p over the tokens to learn: logprobs (B, T) in nats, mask (B, T) bool; a scalar.
 
     The mean is over tokens, not over rows: averaged per row first, a token of a short answer would count more
-    than one of a long answer, and the loss would no longer be the cross-entropy of the text. """
+    than one of a long answer, and the loss would no longer be the cross-entropy of the text."""
     return -torch.where(mask, logprobs, 0).sum() / mask.sum()
 
 

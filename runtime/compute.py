@@ -8,7 +8,8 @@ processes never changes the result, apart from rounding.
 
 Processes go through networks together (a sharded network gathers its blocks in all of them), so all must run
 as many forward passes. What a stage hands over must therefore not decide by the data whether to call a
-network. """
+network.
+"""
 import contextlib
 
 import torch
@@ -72,7 +73,7 @@ def micro_batches(lengths, micro_batch, micro_tokens, ranks):
     lengths: of each row, a number of tokens, or a list of them for a row of several sequences. A micro-batch
     holds at most micro_batch sequences, and if micro_tokens is not 0, at most so many tokens with their
     padding; a row that is larger comes alone. Rows are taken in order of length, so that little is padding,
-    and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order. """
+    and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda i: sequences_and_longest(lengths[i])[1])
     return [cut(order[r::ranks], lengths, micro_batch, micro_tokens) for r in range(ranks)]
 
@@ -157,7 +158,7 @@ class Compute:
         loss: a function from a list of some of the rows to {"loss": scalar, name: scalar, ...}, each a mean
         over these rows, where a row counts as much as its weight says. rows: anything that can be indexed.
         weights: of each row, numbers. lengths: of each row, see micro_batches. Returns {name: float}, means
-        over all rows. """
+        over all rows."""
         return self.weighted_mean(loss, rows, weights, lengths, backward=True)
 
     @torch.no_grad()
@@ -187,7 +188,7 @@ class Compute:
 
         function: from a list of b of the rows to a dict of tensors (b,) or (b, t). lengths: of each row, see
         micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for all
-        rows; tensors (b, t) are padded with 0 to the same width. """
+        rows; tensors (b, t) are padded with 0 to the same width."""
         order, parts = [], []
         for piece, is_filler in self.passes(as_list(lengths), micro_batch or self.cfg.micro_batch):
             with self.autocast():

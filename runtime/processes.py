@@ -1,7 +1,8 @@
 """Several processes that work as one: how they meet, what they tell each other, and how they end together.
 
 `torchrun --nproc_per_node=8 ppo.py` starts eight copies of a script, one per device. Without torchrun there
-is one process, and everything here does nothing: a sum over all processes is the number itself. """
+is one process, and everything here does nothing: a sum over all processes is the number itself.
+"""
 import os
 import time
 import uuid

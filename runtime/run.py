@@ -1,6 +1,7 @@
 """A Run is one stage at work: it owns the output folder, writes metrics.jsonl (one line per step) and, if
 TensorBoard is installed, its event files, prints one tidy line now and then with the time left, and keeps a
-checkpoint to go on from. """
+checkpoint to go on from.
+"""
 import contextlib
 import dataclasses
 import json
@@ -37,7 +38,7 @@ class Run(Compute):
 
     A run that was killed goes on from its last checkpoint with the same command, and ends with the weights
     that it would have had. So all that a step draws at random comes from the seed and the step's number
-    (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`. """
+    (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`."""
 
     def __init__(self, cfg, total):
         """cfg: a stage's flags.Training; total: steps in all."""
@@ -132,7 +133,7 @@ class Run(Compute):
         step, forget them. Returns the norm before clipping.
 
         A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
-        after three in a row raises ValueError. """
+        after three in a row raises ValueError."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_norm or math.inf)).item()
         if math.isfinite(norm) and math.isfinite(loss):

@@ -441,6 +441,13 @@ def test_a_scalar_head_on_a_language_model_keeps_the_trunk_and_back(tmp_path, sh
     assert torch.equal(back.hidden(tokens), model.hidden(tokens)) and back(tokens).shape == (2, 7, V)
 
 
+def test_a_new_scalar_head_gives_random_states_scores_of_standard_deviation_one(tmp_path):
+    torch.manual_seed(8)
+    GPT(GPTConfig(V, 8, 1, 4, 1024)).save(tmp_path)
+    head = GPT.load(tmp_path, head="scalar").head
+    assert head.weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1) and not head.bias.any()
+
+
 def test_a_loaded_model_does_not_share_memory_and_can_be_trained(tmp_path):
     make("gpt2").float().save(tmp_path)
     a, b = GPT.load(tmp_path), GPT.load(tmp_path)

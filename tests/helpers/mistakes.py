@@ -1,0 +1,281 @@
+"""Plant mistakes one at a time, and see whether the fast tests notice.
+
+    python tests/helpers/mistakes.py              all of them (minutes); ends with status 1 if one goes unnoticed
+    python tests/helpers/mistakes.py gae kl       those whose names contain a word
+
+Each works on a copy of the project in a temporary folder; the checkout is never touched. The tests that are likeliest to
+notice run first, and all the fast ones if they do not.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+# {file: [(mistake, the right code, the wrong code), ...]}
+MISTAKES = {
+    "model.py": [
+        ("log-probabilities of the state after the token", "self.hidden(tokens)[:, :-1][mask[:, 1:]]",
+         "self.hidden(tokens)[:, 1:][mask[:, 1:]]"),
+        ("temperature missing from the sampled log-probabilities", "logits / (temperature or 1.0), dim=-1)",
+         "logits, dim=-1)"),
+        ("end token left out of the rollout's mask", "(column < ends[:, None])", "(column < ends[:, None] - 1)"),
+        ("a cached row reads another row's position",
+         "future = torch.arange(keys.shape[2], device=q.device) > positions ",
+         "future = torch.arange(keys.shape[2], device=q.device) > positions[:1] "),
+        ("every token drawn with the same noise", "uniform(seeds[rows], step)", "uniform(seeds[rows], 0)"),
+        ("a row's noise depends on its place in the batch", "uniform(seeds[rows], step)",
+         "uniform(seeds[:len(rows)], step)"),
+        ("top-k keeps one too many", "ranked[:, top_k:] = -torch.inf", "ranked[:, top_k + 1:] = -torch.inf"),
+        ("top-p leaves out the token that crosses p", "beyond = p.cumsum(-1) - p >= top_p", "beyond = p.cumsum(-1) >= top_p"),
+        ("rows that leave the batch take others' cache with them", "cache = [layer[:, running] for layer in cache]",
+         "cache = [layer[:, :int(running.sum())] for layer in cache]"),
+        ("score read one token too early", "self(tokens).gather(1, lengths[:, None] - 1)",
+         "self(tokens).gather(1, (lengths[:, None] - 2).clamp(min=0))"),
+        ("entropy without its sign", "-(logp.exp() * logp).sum(-1)", "(logp.exp() * logp).sum(-1)"),
+        ("rotary positions turned back", "b * cos + a * sin], dim=-1)", "b * cos - a * sin], dim=-1)"),
+        ("a new head keeps the old one's weights", "            model.head.to_empty(device=\"cpu\").apply(model._init)\n",
+         "            model.head.to_empty(device=\"cpu\")\n            model.head.weight.data.zero_()\n"),
+    ],
+    "sft.py": [
+        ("SFT loss as a mean per row", "return -torch.where(mask, logprobs, 0).sum() / mask.sum()",
+         "return -(torch.where(mask, logprobs, 0).sum(-1) / mask.sum(-1)).mean()"),
+        ("SFT micro-batches weighed by rows", "weights, lengths = [sum(d.learn) for d in demonstrations],",
+         "weights, lengths = [1 for d in demonstrations],"),
+        ("SFT's schedule a step ahead", "schedule(run.step, steps", "schedule(run.step + 1, steps"),
+        ("held-out loss of the training set", "held_out_loss = mean_loss(run.average, model, run, held_out)\n    print",
+         "held_out_loss = mean_loss(run.average, model, run, examples)\n    print"),
+        ("every epoch but one", "steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)",
+         "steps = math.ceil(len(examples) / cfg.batch)"),
+        ("weight decay not handed on", "make_optimizer(model, cfg.lr, cfg.weight_decay)", "make_optimizer(model, cfg.lr)"),
+    ],
+    "reward_model.py": [
+        ("reward model with chosen and rejected swapped", "-F.logsigmoid(chosen - rejected - margin)",
+         "-F.logsigmoid(rejected - chosen - margin)"),
+        ("ranking upside down", "(ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]",
+         "(ranks[:, :, None] > ranks[:, None, :]) & (ranks > 0)[:, None, :]"),
+        ("margin never reaches the loss", "ranking_loss(scores, ranks, margin)", "ranking_loss(scores, ranks)"),
+        ("held-out accuracy of the training set", "evaluate(model, run, held_out)", "evaluate(model, run, examples)"),
+        ("score scaled but not shifted", "model.head.bias.sub_(mean).div_(deviation)", "model.head.bias.div_(deviation)"),
+        ("score shifted after it was scaled", "model.head.bias.sub_(mean).div_(deviation)",
+         "model.head.bias.div_(deviation).sub_(mean)"),
+        ("score divided by its variance", "max(scores.std().item(), 1e-6)", "max(scores.var().item(), 1e-6)"),
+        ("absent answers count as best", "ranks.masked_fill(absent, ranks.max() + 1).argmin", "ranks.argmin"),
+        ("a winner as long as the loser counts as longer", '("same_length", longer.abs() <= 4)', '("same_length", longer <= 4)'),
+        ("calibration by the gap's sign alone", "said, won, rows = torch.sigmoid(gaps.abs())",
+         "said, won, rows = torch.sigmoid(gaps)"),
+    ],
+    "dpo.py": [
+        ("DPO with chosen and rejected swapped", "    h = chosen_logratios - rejected_logratios\n",
+         "    h = rejected_logratios - chosen_logratios\n"),
+        ("reference left trainable", "chosen_logratios = policy_chosen - ref_chosen.detach()",
+         "chosen_logratios = policy_chosen - ref_chosen"),
+        ("smoothed labels on the wrong side", "-(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing",
+         "-label_smoothing * F.logsigmoid(beta * h) - (1 - label_smoothing)"),
+        ("IPO's margin twice too large", "(h - 1 / (2 * beta)) ** 2", "(h - 1 / beta) ** 2"),
+        ("imitation of every winner", "torch.where(is_best, nll, 0)", "nll"),
+        ("imitation as a sum over tokens", "-logprobs[b, chosen] / tokens[b, chosen]", "-logprobs[b, chosen]"),
+        ("only the policy is normalised by length", "policy, reference = (x / tokens.clamp(min=1) for x in (logprobs, ref_logprobs))",
+         "policy = logprobs / tokens.clamp(min=1)"),
+        ("DPO's pairs weighed by prompts", "weights=[len(c.pairs) for c in comparisons]", "weights=[1 for c in comparisons]"),
+        ("reference of other answers", "zip(comparisons, found[\"logprobs\"].tolist())",
+         "zip(comparisons, found[\"logprobs\"].roll(1, 0).tolist())"),
+        ("prompt counted in an answer's log-probability", "(column >= starts[:, None])", "(column >= 0 * starts[:, None])"),
+        ("all records in place of the first ones", "preferences = preferences[:cfg.records]", "preferences = preferences[-cfg.records:]"),
+    ],
+    "ppo.py": [
+        ("KL reward with the wrong sign", "-kl_coef * (logprobs - ref_logprobs)", "kl_coef * (logprobs - ref_logprobs)"),
+        ("mean per row in place of per token", "return torch.where(mask, x, 0).sum() / mask.sum()",
+         "return (torch.where(mask, x, 0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()"),
+        ("score added on the padding", "last = (mask * column).argmax(dim=1)", "last = (mask * 0 + column).argmax(dim=1)"),
+        ("advantages not detached", "    advantages = advantages.detach()\n", ""),
+        ("old log-probabilities recomputed", 'policy_loss(logprobs, b["old_logprobs"]', "policy_loss(logprobs, logprobs"),
+        ("value of the state after the action",
+         "return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask", "return out * mask"),
+        ("temperature missing from the new log-probabilities", 'logprobs(b["tokens"], mask, cfg.temperature, entropy=True,',
+         'logprobs(b["tokens"], mask, entropy=True,'),
+        ("advantage that looks back in place of ahead", "for t in reversed(range(rewards.shape[1])):",
+         "for t in range(rewards.shape[1]):"),
+        ("GAE without λ", "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
+        ("clipping the wrong way", "-masked_mean(torch.min(unclipped, clipped), mask)",
+         "-masked_mean(torch.max(unclipped, clipped), mask)"),
+        ("value loss takes the smaller error", "0.5 * masked_mean(torch.max(", "0.5 * masked_mean(torch.min("),
+        ("β adapts the wrong way", "min(max(kl / self.target - 1, -0.2), 0.2)", "min(max(1 - kl / self.target, -0.2), 0.2)"),
+        ("an update that never stops", 'stats["approx_kl"] > cfg.update_kl', "False"),
+        ("an update that stops at the KL to the reference's scale", 'stats["approx_kl"] > cfg.update_kl',
+         'stats["approx_kl"] > 4 * cfg.update_kl'),
+        ("a step that is dropped leaves its gradients", '        optimizers["actor"].zero_grad()\n', ""),
+        ("a dropped step counts as taken", "updates += int(taken)", "updates += 1"),
+        ("an unfinished answer keeps its score", 'torch.where(batch["ended"], batch["scores"], cfg.no_end_score)', 'batch["scores"]'),
+        ("a finished answer loses its score", 'torch.where(batch["ended"], batch["scores"]', 'torch.where(~batch["ended"], batch["scores"]'),
+        ("critic trained uphill", "cfg.entropy_coef * entropy + value,", "cfg.entropy_coef * entropy - value,"),
+        ("entropy bonus as a penalty", "policy - cfg.entropy_coef * entropy", "policy + cfg.entropy_coef * entropy"),
+        ("entropy's gradient forgotten", "entropy_grad=cfg.entropy_coef > 0", "entropy_grad=False"),
+        ("controller told the movement of the update", 'controller.update(metrics["kl"], len(prompts))',
+         'controller.update(metrics["approx_kl"], len(prompts))'),
+        ("controller told a batch of one", 'controller.update(metrics["kl"], len(prompts))', 'controller.update(metrics["kl"], 1)'),
+        ("a fixed β adapts", "    if cfg.adaptive_kl:\n        controller", "    if True:\n        controller"),
+        ("rewards with the first β for ever", "estimate(cfg, batch, controller.coef)", "estimate(cfg, batch, cfg.kl_coef)"),
+        ("reference that is the policy", 'nets["reference"].logprobs(tokens', 'nets["actor"].logprobs(tokens'),
+        ("temperature missing from the reference", '"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature)',
+         '"ref_logprobs": nets["reference"].logprobs(tokens, mask)'),
+        ("temperature missing from sampling", "cfg.max_new_tokens, cfg.temperature,", "cfg.max_new_tokens, 1.0,"),
+        ("old values of the reward model", 'state_values(nets["critic"], tokens, mask)', 'state_values(nets["reward"], tokens, mask)'),
+        ("critic at the policy's learning rate", "cfg.critic_lr * factor", "cfg.lr * factor"),
+        ("learning rate without its schedule", "cfg.lr * factor", "cfg.lr"),
+        ("rewards shifted too", "whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)"),
+        ("advantages never whitened", "advantages = whiten(advantages, mask)", "pass"),
+        ("critic learns advantages", 'value_loss(values, b["old_values"], b["returns"]', 'value_loss(values, b["old_values"], b["advantages"]'),
+        ("minibatches weighed by rows", 'weights=batch["mask"][rows].sum(1)', "weights=[1] * len(rows)"),
+        ("the same minibatches in each epoch", 'torch.randperm(len(batch["tokens"]))', 'torch.arange(len(batch["tokens"]))'),
+        ("PTX unlearns", "-cfg.ptx_coef * masked_mean(", "cfg.ptx_coef * masked_mean("),
+        ("PTX without its weight", "-cfg.ptx_coef * masked_mean(", "-masked_mean("),
+        ("KL per token logged as per answer", '"kl": log_ratio.sum(1).mean().item()', '"kl": log_ratio.mean().item()'),
+        ("explained variance of the advantages", 'explained_variance(batch["old_values"], batch["returns"], mask)',
+         'explained_variance(batch["old_values"], batch["advantages"], mask)'),
+        ("Adam's ε left at its default", 'make_optimizer(nets["actor"], cfg.lr, eps=1e-5)', 'make_optimizer(nets["actor"], cfg.lr)'),
+        ("β forgotten by checkpoints", "optimizers[\"critic\"], controller=controller)", "optimizers[\"critic\"])"),
+        ("critic forgotten by checkpoints", 'run.resume(actor=nets["actor"], critic=nets["critic"],', 'run.resume(actor=nets["actor"],'),
+    ],
+    "evaluate.py": [
+        ("a tie counts as a win", "1.0 if a > b else 0.5 if a == b else 0.0", "1.0 if a >= b else 0.0"),
+        ("interval of 90 %", "torch.tensor([0.025, 0.975])", "torch.tensor([0.05, 0.95])"),
+        ("answers resampled in place of prompts", ".view(-1, n).mean(1)", ".view(-1, 1).mean(1)"),
+        ("the worst of n", "[max(answers[k * n:(k + 1) * n])[1]", "[min(answers[k * n:(k + 1) * n])[1]"),
+        ("KL the wrong way round", "(model.logprobs(tokens, mask) - self.reference.logprobs(tokens, mask))",
+         "(self.reference.logprobs(tokens, mask) - model.logprobs(tokens, mask))"),
+        ("best-of-n's KL without its correction", "return math.log(n) - (n - 1) / n", "return math.log(n)"),
+        ("training prompts in the report", '_, prompts = loading.load("prompts", cfg.data)', 'prompts, _ = loading.load("prompts", cfg.data)'),
+        ("every checkpoint draws the same noise", "answers = self.answers(model, self.cfg.samples, noise=number)",
+         "answers = self.answers(model, self.cfg.samples, noise=0)"),
+        ("the judge hears of the next prompt", "prompts = [p for p in self.prompts for _ in range(self.cfg.samples)]",
+         "prompts = [p for _ in range(self.cfg.samples) for p in self.prompts]"),
+        ("word pairs across answers", "for text in texts for pair in zip(text.split(), text.split()[1:])",
+         'for text in [" ".join(texts)] for pair in zip(text.split(), text.split()[1:])'),
+        ("the reward beside an answer is the judge's", 'f", reward {c.reward[i * n]:.2f}"', 'f", reward {c.judge[i * n]:.2f}"'),
+    ],
+    "runtime/compute.py": [
+        ("a filler counts", "share = 0.0 if is_filler else", "share ="),
+        ("every micro-batch counts alike", "sum(weights[i] for i in piece) / sum(weights)", "1 / len(passes)"),
+        ("rows of a map in the order of their lengths", "return {name: x[back.to(x.device)].to(self.device)",
+         "return {name: x.to(self.device)"),
+        ("a filler's rows in a map", "            if not is_filler:\n", "            if True:\n"),
+        ("an offloaded network stays on the device", '            model.to("cpu")\n', "            pass\n"),
+        ("a bound on tokens without their padding", "(sequences + more) * longest > micro_tokens",
+         "sequences + more * longest > micro_tokens"),
+        ("rows with several sequences count as one", "(1, length) if isinstance(length, int) else (len(length), max(length))",
+         "(1, length) if isinstance(length, int) else (1, max(length))"),
+        ("processes that go through different numbers of passes", "while len(passes) < max(len(theirs) for theirs in everyone):",
+         "while len(passes) < min(len(theirs) for theirs in everyone):"),
+        ("ended when the answer is full", '"ended": last == stop_token', '"ended": last != stop_token'),
+    ],
+    "runtime/run.py": [
+        ("the same randomness at every step", 'random.Random(f"{self.cfg.seed}/{step}")', 'random.Random(f"{self.cfg.seed}")'),
+        ("gradients never clipped", "clip_grad_norm_(parameters, self.cfg.max_norm or math.inf)",
+         "clip_grad_norm_(parameters, math.inf)"),
+        ("learning rate never set", '                group["lr"] = lr\n', "                pass\n"),
+        ("gradients never forgotten", "        optimizer.zero_grad()\n        return norm", "        return norm"),
+        ("bad steps count for ever", "            self.failed_in_a_row[id(optimizer)] = 0\n", ""),
+        ("a step that is not finite is taken", "if math.isfinite(norm) and math.isfinite(loss):", "if True:"),
+        ("steps after the checkpoint stay in the log", 'json.loads(line)["step"] <= self.step', 'json.loads(line)["step"] > 0'),
+        ("a resumed run draws the first step's noise", "self.begin(self.checkpoints.load(parts))",
+         "self.step = self.checkpoints.load(parts)"),
+        ("a checkpoint of a step that failed", "if not any(self.failed_in_a_row.values()):", "if True:"),
+        ("another run's settings go unnoticed", "if name in now and was.get(name) != json.loads(json.dumps(now[name])):",
+         "if False:"),
+        ("warned at every step", "            if text not in self.warned:\n", "            if True:\n"),
+    ],
+    "runtime/checkpoints.py": [
+        ("Adam's second moment forgotten", 'for key, x in moments.items()}', 'for key, x in moments.items() if key != "exp_avg_sq"}'),
+        ("the checkpoint before the last one", "sorted(listdir(self.shards), reverse=True)", "sorted(listdir(self.shards))"),
+        ("weights that ran off are saved", "        if not is_finite(state):\n            return\n", ""),
+    ],
+    "runtime/optimizer.py": [
+        ("biases and norms decay", 'if p.dim() < 2], "weight_decay": 0.0}', 'if p.dim() < 2], "weight_decay": weight_decay}'),
+        ("another β₂", "betas=(0.9, 0.99)", "betas=(0.9, 0.999)"),
+        ("warm-up starts at 0", "return (step + 1) / warmup", "return step / warmup"),
+        ("decay that counts the warm-up", "done = (step - warmup) / max(1, total - warmup)", "done = step / max(1, total)"),
+    ],
+    "runtime/files.py": [
+        ("only a file's first piece is checked", "for start in range(0, max(1, os.path.getsize(path)), size)]", "for start in [0]]"),
+        ("a folder that belongs to everybody", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    ],
+    "data/tokenizer.py": [
+        ("loss on the prompt", 'message["role"] == "assistant"', 'message["role"] != "system"'),
+    ],
+    "data/batches.py": [
+        ("the same order in every epoch", 'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")'),
+        ("a tie counts as a pair", "if self.ranks[i] < self.ranks[j]", "if self.ranks[i] <= self.ranks[j]"),
+        ("answers that are too long are kept", "kept = [e for e in examples if length(e) <= block_size]", "kept = examples"),
+    ],
+    "data/loading.py": [
+        ("held-out records in the training set", "if i % 10 != 9]", "if i % 10 != 10]"),
+        ("ties stay in", "if len(set(p.ranks)) > 1]", "if len(set(p.ranks)) > 0]"),
+    ],
+    "data/annotators.py": [
+        ("a taste for short answers", "self.length * words / 10", "-self.length * words / 10"),
+        ("the worst answer ranked first", "key=lambda i: -noisy[i]", "key=lambda i: noisy[i]"),
+        ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
+    ],
+    "data/records.py": [
+        ("the rejected transcript is the chosen one",
+         'return prompt, chosen_turns[-1]["content"], rejected_turns[-1]["content"]',
+         'return prompt, rejected_turns[-1]["content"], chosen_turns[-1]["content"]'),
+        ("the input is lost", '                text += "\\n\\n" + more\n', "                pass\n"),
+        ("margins are lost", "float(margin))", "0.0)"),
+    ],
+}
+# Tests beyond the file's own that are likely to notice.
+LIKELY = {"model.py": ["test_ppo"], "runtime/compute.py": ["test_ppo", "test_dpo"], "runtime/optimizer.py": ["test_sft"],
+          "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"], "ppo.py": ["test_known_answers", "test_run"]}
+
+
+def pytest_args(path):
+    """The test files to run first for a mistake in a source file, then all."""
+    own = "test_" + os.path.basename(path).removesuffix(".py")
+    first = [f"tests/{name}.py" for name in [own, *LIKELY.get(path, [])]]
+    return [first, ["tests"]]
+
+
+def plant(path, name, right, wrong):
+    """Whether the fast tests notice: (name, the test that does or None, seconds)."""
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "project")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"))
+        target = os.path.join(copy, path)
+        with open(target, encoding="utf-8") as f:
+            code = f.read()
+        if code.count(right) != 1:
+            return name, None, f"the right code is found {code.count(right)} times in {path}"
+        with open(target, "w", encoding="utf-8") as f:
+            f.write(code.replace(right, wrong))
+        for files in pytest_args(path):
+            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=copy,
+                                  capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            if done.returncode != 0:
+                by = lines[0].split(" - ")[0] if lines else f"pytest's status {done.returncode}"
+                return name, by, f"{time.time() - started:.0f} s"
+    return name, None, f"{time.time() - started:.0f} s"
+
+
+def main(words):
+    chosen = [(path, *mistake) for path, mistakes in MISTAKES.items() for mistake in mistakes
+              if not words or any(word in mistake[0] or word in path for word in words)]
+    missed = []
+    with ThreadPoolExecutor(max_workers=max(1, os.cpu_count())) as pool:
+        for name, by, took in pool.map(lambda m: plant(*m), chosen):
+            print(f"{'caught' if by else 'MISSED'}  {name}  ({took}; {by})", flush=True)
+            if not by:
+                missed.append(name)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
