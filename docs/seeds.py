@@ -11,7 +11,8 @@ for path in sys.argv[1:]:
         report = json.load(f)
     learnt = report["reward_model"]
     sft, dpo, ppo, free = (report["models"][name] for name in ("sft", "dpo", "ppo", "ppo_no_kl"))
-    rows.append([str(report["seed"]), f"{sft['judge']:.2f}", f"{learnt['accuracy']:.1%} of {learnt['ceiling']:.1%}",
+    rows.append([str(report["seed"]), f"{sft['judge']:.2f}",
+                 f"{learnt['accuracy']:.1%} of {learnt['ceiling']:.1%}",
                  f"{dpo['judge']:.2f}, {dpo['win_rate']:.1%}",
                  f"{ppo['judge']:.2f}, {ppo['win_rate']:.1%}, {ppo['kl']:.1f}",
                  f"{ppo['reward']:.2f}, {ppo['judge']:.2f}", f"{free['reward']:.2f}, {free['judge']:.2f}",
