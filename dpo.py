@@ -1,33 +1,34 @@
-"""Direct preference optimisation: stages 2 and 3 in one loss.
+"""Direct preference optimisation (DPO): what the reward model and PPO do in two stages, in one loss.
 
-    python dpo.py                                             from out/sft, on the embedded world's rankings
+    python dpo.py                                           from out/sft, on the embedded world's rankings
     python dpo.py --loss ipo --beta 0.2
 
-The policy that maximises E[r] − β·KL(π ‖ π_ref) is known in closed form, π*(y|x) = π_ref(y|x)·exp(r(x, y)/β)
-/ Z(x). Solved for r, every policy is the optimum of some reward:
+PPO looks for the policy π that maximises E[r] − β·KL(π ‖ π_ref): reward r, without going far from a
+reference, the SFT model. The solution is known in closed form, π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x),
+where Z(x) makes the probabilities of all answers y to the prompt x sum to 1. Solved for r, every policy is
+the optimum of some reward:
 
     r(x, y) = β·log(π(y|x)/π_ref(y|x)) + β·log Z(x)
 
-Nobody can compute Z(x), a sum over all answers. But Bradley & Terry's model of a comparison, P(y⁺ preferred
-to y⁻) = σ(r(x, y⁺) − r(x, y⁻)), holds only a difference of rewards for one prompt, in which β·log Z(x)
+Nobody can compute Z(x), a sum over all answers. But in Bradley & Terry's model of a comparison, P(y⁺
+preferred to y⁻) = σ(r(x, y⁺) − r(x, y⁻)), only a difference of rewards for one prompt appears, and β·log Z(x)
 cancels. What is left is the likelihood of the comparisons under the policy itself, which is its own reward
-model (Rafailov et al. 2023). No samples, no critic, no reward network: one classification loss on preference
-data. In return, the policy learns only from answers that were compared, never from its own.
+model (Rafailov et al. 2023): no samples, no critic, no reward network, one classification loss on preference
+data. The price is that the policy learns only from answers that were compared, never from its own.
 
-β says how much a departure from the reference counts as evidence of reward. As β → 0, log-ratios must become
-huge to explain the same preferences, and the policy runs away from the reference; as β → ∞ the slightest
-departure explains them, and it stays there.
+β turns log-ratios log(π/π_ref) into rewards. With a small β, log-ratios must be large to fit the same
+preferences, and as β → 0 the policy runs away from the reference; with a large one small log-ratios are
+enough, and as β → ∞ the policy stays at the reference.
 
-The loss sees only differences. It is as glad to push both answers of a pair down, the rejected one further,
-and that probability goes to answers which nobody compared. So each prompt's best answer is also imitated a
-little (Pang et al. 2024, arXiv 2404.19733, eq. 1), the best one alone, since the winner of another pair may
-still be a bad answer: --nll_coef 0 for DPO on its own. The logged "loss" includes this term.
+The loss sees only differences: it is satisfied just as well when both answers of a pair become less likely,
+the rejected one more so, and what they lose goes to answers that nobody compared. So a prompt's best answer
+is also imitated (Pang et al. 2024, arXiv 2404.19733, eq. 1), and no other, since the winner of another pair
+may still be a bad answer. The logged "loss" includes this term; `--nll_coef 0` is DPO on its own.
 
-The reference's log-probabilities are computed once, before training, so that the reference need not stay in
-memory. Rankings of K answers count as all their pairs, each answer read once. The mean is over all pairs,
-each of them one observation of the likelihood; a reward model averages per prompt first, so that a prompt
-with many answers does not outweigh the others.
-"""
+Preference data and reference both stay as they are, so the reference's log-probabilities are computed once,
+before training, and the reference need not stay in memory. Rankings of K answers count as all their pairs,
+each answer read once. The mean is over all pairs, because each is one observation in the likelihood that is
+maximised."""
 import math
 from dataclasses import dataclass
 
@@ -49,11 +50,12 @@ class Config(Training):
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=LOSSES)
-    beta: float = flag(0.5, "β, the KL penalty: a small one lets the policy go far from the reference", 1e-6)
+    beta: float = flag(0.5, "β, the KL penalty: the smaller, the farther from the reference", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs assumed to be swapped (cDPO; sigmoid)", 0, 0.499)
-    nll_coef: float = flag(None, "weight of −log p per token of each prompt's best answer; "
-                           "none: 2 with sigmoid, 0 with the other losses", 0)
-    length_normalize: bool = flag(False, "compare mean log-probabilities per token, not sums")
+    nll_coef: float = flag(None, "weight of −log p per token of the chosen answer, in pairs where it is its "
+                           "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
+    length_normalize: bool = flag(False, "compare log-probabilities per token, lest length decide; β then "
+                                  "multiplies smaller numbers")
     records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
@@ -79,11 +81,12 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
         ipo       (h − 1/(2β))²                        Azar et al. 2023, eq. 17
         hinge     max(0, 1 − βh)                       SLiC (Zhao et al. 2023)
 
-    Where all annotators agree, the sigmoid is never satisfied, and h grows without end. IPO's margin is to be
-    hit, not exceeded; the hinge stops once βh has reached 1; ε lets the sigmoid stop at a finite h.
+    Where the same answer always wins, the sigmoid is never satisfied, and h grows without end. Three
+    remedies: ε assumes that some labels are wrong, which makes a finite h best; IPO asks for one margin, and
+    punishes more as well as less; the hinge has no gradient beyond βh = 1.
 
     Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each
-    (B,)."""
+    (B,). Gradients never reach the reference, even if its numbers come with a graph."""
     chosen_logratios = policy_chosen - ref_chosen.detach()
     rejected_logratios = policy_rejected - ref_rejected.detach()
     h = chosen_logratios - rejected_logratios
@@ -101,8 +104,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 # -------------------------------------------------------------------------------------- comparisons
 
 def answer_logprobs(model, run, comparisons):
-    """log p of each answer of B Comparisons, and its number of tokens: both (B, K), 0 where a prompt has
-    fewer than K."""
+    """log p(answer | prompt), the sum over its tokens, of each answer of B Comparisons, and the number of
+    these tokens: both (B, K), 0 where a prompt has fewer than K answers."""
     sequences = [ids for c in comparisons for ids in c.sequences]
     starts = torch.tensor([c.start for c in comparisons for _ in c.sequences])
     ends = torch.tensor([len(ids) for ids in sequences])
@@ -124,8 +127,8 @@ def add_reference(model, run, comparisons):
 
 
 def mean_loss(mean, model, run, comparisons):
-    """The loss over all pairs of some Comparisons with what a person watches, {name: mean}. mean:
-    run.accumulate, which adds its gradient to the model's, or run.average, which only measures."""
+    """{name: mean over all pairs of some Comparisons}, of the loss and what is logged beside it. mean:
+    run.accumulate, which adds the loss's gradient to the model's, or run.average, which only measures."""
     return mean(lambda rows: pair_loss(run.cfg, model, run, rows), comparisons,
                 weights=[len(c.pairs) for c in comparisons], lengths=[c.lengths for c in comparisons])
 
@@ -135,7 +138,7 @@ def pair_loss(cfg, model, run, comparisons):
     logprobs, tokens = answer_logprobs(model, run, comparisons)
     ref_logprobs = pad([c.ref_logprobs for c in comparisons]).to(logprobs)
     pairs = [(b, chosen, rejected) for b, c in enumerate(comparisons) for chosen, rejected in c.pairs]
-    b, chosen, rejected = torch.tensor(pairs, device=run.device).T        # each pair's prompt and two answers
+    b, chosen, rejected = torch.tensor(pairs, device=run.device).T      # indices into (B, K), one per pair
     is_best = torch.tensor([i in comparisons[b].best for b, i, _ in pairs], device=run.device)
     policy, reference = logprobs, ref_logprobs
     if cfg.length_normalize:
@@ -144,7 +147,7 @@ def pair_loss(cfg, model, run, comparisons):
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[b, chosen], policy[b, rejected], reference[b, chosen], reference[b, rejected],
         cfg.beta, cfg.loss, cfg.label_smoothing)
-    nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, so that length has no say
+    nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, whatever the length
     losses = losses + cfg.nll_coef * torch.where(is_best, nll, 0)
     return {"loss": losses.mean(), "accuracy": (chosen_rewards > rejected_rewards).float().mean(),
             "margin": (chosen_rewards - rejected_rewards).mean(),

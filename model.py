@@ -436,7 +436,7 @@ def sample(logits, temperature, top_k, top_p, u):
         ranked = ranked.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    # Reaching u of the total, which rounding leaves a hair beside 1, always lands on a token of probability >
+    # Reaching u of the total, which rounding puts slightly off 1, always lands on a token of probability >
     # 0.
     u = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]

@@ -1,14 +1,15 @@
-"""Stage 3, PPO: optimise the learned reward, and stay close to where it was learnt.
+"""Stage 3, PPO: optimise the learned reward, and stay close to the answers that it has been learnt from.
 
-    python ppo.py                                                     on the embedded world
+    python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same with nothing to hold it back
 
-Four networks. The policy π ("actor") starts as the SFT model, and so does the frozen reference π_ref; the
-critic V starts as the reward model, and so does the frozen reward. An action is one token, a state all tokens
-before it. One step, in the order of this file:
+Four networks. The policy π ("actor") starts as the model of supervised fine-tuning (SFT), and so does the
+frozen reference π_ref. The critic V starts as the reward model, for that knows good answers from bad ones
+already, and so does the frozen reward. An action is one token, a state all tokens before it. One step, as in
+this file:
 
     1. rollout      the policy answers a batch of prompts, and the other networks read the answers
-    2. rewards      each token pays −β·(log π − log π_ref) for leaving the reference; the last earns the score
+    2. rewards      each token earns −β·(log π − log π_ref), a KL penalty; the last one also earns the score
     3. advantages   compare what followed each token with what the critic expected (GAE)
     4. update       a few epochs of clipped optimiser steps on these answers
     5. β            adapts, so that π stays about `kl_target` nats per answer away from π_ref
@@ -17,17 +18,17 @@ Why stay close at all? The reward model has learnt from answers like the SFT mod
 is a guess, and a policy that climbs it finds the places where the guess is too high: the score goes up while
 the answers get worse (reward hacking). The KL penalty keeps the policy where the score means something.
 
-Every (B, T) array is right-padded, and its column t speaks of the choice of tokens[:, t], made in the state
-tokens[:, :t]; `mask` (B, T) is true on the tokens that the policy chose.
+Every (B, T) array is right-padded; column t belongs to the choice of tokens[:, t], made in the state
+tokens[:, :t]; `mask` (B, T) is true on the tokens that the policy chose; log-probabilities and values are 0
+elsewhere.
 
 Of the implementation details that Huang et al. list (2024, arXiv 2403.17031, and its 2023 precursor), here
-are: critic from the reward model, no dropout, scores normalised on SFT samples, the temperature in every
-log-probability, KL in the reward per token, a fixed score for an answer without an end, rewards whitened
-without moving their mean, advantages whitened, both clipped losses, Adam's ε of 1e-5, a decaying learning
-rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are right-padded and masked),
-rejection of answers without a given token (the chat format has <|im_end|>), and a trunk that policy and value
-share.
-"""
+are: critic from the reward model, no dropout, scores normalised on SFT samples (by reward_model.py), the
+temperature in the log-probabilities of answers, KL in the reward per token, a fixed score for an answer
+without an end, rewards whitened without moving their mean, advantages whitened, both clipped losses, Adam's ε
+of 1e-5, a decaying learning rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are
+right-padded and masked), rejection of answers without a given token (the chat format has <|im_end|>), and a
+trunk that policy and value share (what is good for one need not be for the other)."""
 import time
 from dataclasses import dataclass
 
@@ -48,22 +49,22 @@ class Config(Training):
     steps: int = flag(54, "steps of rollout and update", 1)
     batch: int = flag(128, "prompts per rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
-    temperature: float = flag(1.0, "of sampling, and of every log-probability", 0.01)
+    temperature: float = flag(1.0, "of sampling, and of the answers' log-probabilities", 0.01)
     no_end_score: float = flag(-3.0, "score of an answer that does not end, in place of the reward model's")
     epochs: int = flag(2, "passes over a rollout", 1)
     minibatches: int = flag(2, "optimiser steps per epoch", 1)
     lr: float = flag(1e-3, "the policy's peak learning rate", 0)
     critic_lr: float = flag(1e-3, "the critic's", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
-    decay: str = flag("linear", "of both learning rates, to 0", choices=("constant", "linear", "cosine"))
+    decay: str = flag("linear", "of both learning rates", choices=("constant", "linear", "cosine"))
     kl_coef: float = flag(0.1, "β, the KL penalty; where it starts if it adapts", 0)
     adaptive_kl: bool = flag(True, "adapt β, to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6)
     kl_horizon: int = flag(1000, "answers over which β adapts", 1)
     gamma: float = flag(1.0, "discount per token", 0, 1)
     lam: float = flag(0.95, "λ of GAE: 1 trusts what followed, 0 the critic", 0, 1)
-    clip: float = flag(0.2, "ε: how far the policy's ratio may move and still learn", 0)
-    value_clip: float = flag(0.2, "how far a value may move and still learn", 0)
+    clip: float = flag(0.2, "ε: a token whose π/π_old is this far from 1 has learnt enough from a rollout", 0)
+    value_clip: float = flag(0.2, "a value that is this far from the old one has learnt enough", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy", 0)
     whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, their mean unmoved")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
@@ -74,16 +75,17 @@ class Config(Training):
 
 
 def masked_mean(x, mask):
-    """Mean of x over the true places of the mask: a scalar, whatever stands in the others."""
+    """Mean of x where the mask is true: a scalar, whatever x is elsewhere."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
 def whiten(x, mask, shift_mean=True):
     """Give x (B, T) standard deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside it.
 
-    Advantages are shifted too: half of the actions then count as better than usual and half as worse, and a
-    step's size does not depend on the scale of rewards. Rewards are only scaled: their mean, earned anew with
-    every token, says whether longer answers pay, and to shift it would change which policy is best."""
+    Advantages are shifted too: an action is good or bad compared with the batch's average, and the size of a
+    step does not depend on the scale of rewards. Rewards are only scaled: their mean, which each further
+    token earns once more, decides whether long answers pay, and shifting it would change which policy is
+    best."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -93,7 +95,8 @@ def whiten(x, mask, shift_mean=True):
 
 def state_values(critic, tokens, mask):
     """V of the state in which each action is chosen, (B, T). The critic's output at column t − 1 has read
-    tokens[:, :t], the state of column t; its output at t knows the action already. Hence the shift."""
+    tokens[:, :t], the state of column t; its output at t has seen the action itself. So outputs move one
+    column to the right (column 0 has no state, and no action)."""
     out = critic(tokens)
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
@@ -105,7 +108,9 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     and (B,) scores, lengths (prompt and answer, in tokens), ended (whether the end token is there)."""
     batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
                        stop_token=tokenizer.end)
-    batch["old_logprobs"] = batch.pop("logprobs")       # π_old is the policy that sampled, before the update
+    # π_old is the policy that sampled. At temperature τ that is softmax(logits/τ): log-probabilities at
+    # another temperature would be those of another policy.
+    batch["old_logprobs"] = batch.pop("logprobs")
 
     def measure(rows):
         b = select(batch, rows)
@@ -114,8 +119,8 @@ def rollout(cfg, run, prompts, nets, tokenizer):
                  "old_values": state_values(nets["critic"], tokens, mask),
                  "scores": nets["reward"].score(tokens, b["lengths"])}
         if run.bfloat16:
-            # Token by token, bfloat16 rounds otherwise than in the update's passes over whole answers.
-            # π/π_old must be 1 before the first step, so π_old is computed anew, in the way that π will be.
+            # Sampling one token at a time rounds differently from reading whole answers, as the update does.
+            # But π/π_old must be 1 before the first step: compute π_old once more, in the way that π will be.
             found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
         return found
 
@@ -134,7 +139,8 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     Returns (B, T), 0 outside the mask (Ziegler et al. 2019, eq. 2).
 
     KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples. So the log-ratios of sampled tokens, added
-    up over an answer, estimate it without bias, and each token is charged for its own part."""
+    up over an answer, estimate it without bias. Paid token by token, not in one sum at the end, each action
+    answers for its own part, and nobody has to find out whose it was."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                # the last true column of each row
@@ -149,8 +155,9 @@ def gae(rewards, values, mask, gamma, lam):
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + V_t
 
-    rewards, values, mask (B, T); values[:, t] is that of the state in which action t is chosen, and after the
-    last action it is 0. Returns advantages and returns, both (B, T), 0 outside the mask, without a graph.
+    rewards, values, mask (B, T); values[:, t] is that of the state in which action t is chosen. After the
+    last action it is 0, for nothing more is earned. Returns advantages and returns, both (B, T), 0 outside
+    the mask, without a graph. The return is what the critic learns to predict.
 
     The score comes at the end of an answer: which token earned it? λ = 1 credits each action with all that
     followed: right on average, but as noisy as the rest of the answer. λ = 0 asks the critic what the next
@@ -161,7 +168,8 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # Columns between two turns of a row are skipped: what comes after them follows what came before.
+        # A row may hold several turns. The columns between them are skipped, as if its actions were
+        # neighbours.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
@@ -189,10 +197,13 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     All (B, T), gradients flow through logprobs alone. Returns the scalar mean over the mask's tokens, and the
     fraction of them where the clipped term is the one that counts.
 
-    −ρA pushes good actions (A > 0) up and bad ones down without end, but answers of π_old say little about a
-    policy far from it. So a token's gradient is exactly zero once it has moved far where it was pushed: A > 0
-    and ρ > 1 + ε, or A < 0 and ρ < 1 − ε. Out of range on the other side (A > 0 and ρ < 1 − ε, or A < 0 and
-    ρ > 1 + ε) the move was a mistake: there ρA is the smaller term, and the min keeps its gradient alive."""
+    ρ corrects for who sampled: weighted by it, answers of π_old count as often as π would give them, so that
+    they serve for several steps. −ρA alone pushes good actions (A > 0) up and bad ones down without end,
+    though answers of π_old say little about a policy far from it. Hence the clip:
+
+        A > 0, ρ > 1 + ε   or   A < 0, ρ < 1 − ε    pushed far enough: the clipped term counts, gradient 0
+        A > 0, ρ < 1 − ε   or   A < 0, ρ > 1 + ε    moved the wrong way: ρA counts, and keeps its gradient
+    """
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -204,8 +215,8 @@ def value_loss(values, old_values, returns, mask, clip):
     """½·mean of the larger of (V − return)² and (V_clipped − return)², with V_clipped at most `clip` away
     from the old value (OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values alone.
 
-    The max is the policy's min, for a loss: of two errors the worse one counts. A value that moved more than
-    `clip` towards its return learns no more from this rollout; one that moved away from it is called back."""
+    Of two errors the larger counts, as the smaller of two gains does for the policy. A value that has moved
+    more than `clip` towards its return gets no gradient; one that has moved away from it still does."""
     old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
     values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -231,14 +242,14 @@ def ppo_loss(cfg, nets, b):
     value = value_loss(values, b["old_values"], b["returns"], mask, cfg.value_clip)
     entropy = masked_mean(entropy, mask)
     value_clipped = masked_mean(((values - b["old_values"]).abs() > cfg.value_clip).float(), mask)
-    return {"loss": policy - cfg.entropy_coef * entropy + value,       # of two networks: gradients do not mix
+    return {"loss": policy - cfg.entropy_coef * entropy + value,    # of two networks: gradients do not mix
             "policy_loss": policy, "value_loss": value, "entropy": entropy, "clipped": clipped,
             "value_clipped": value_clipped, "approx_kl": approximate_kl(logprobs, b["old_logprobs"], mask)}
 
 
 def ptx_loss(cfg, run, actor, demonstrations):
     """ptx_coef times the SFT loss on some demonstrations, so that what the reward does not ask for is not
-    forgotten (Ouyang et al. 2022, eq. 2)."""
+    forgotten (PPO-ptx: Ouyang et al. 2022, eq. 2)."""
     tokens = pad([d.ids for d in demonstrations]).to(run.device)
     mask = pad([d.learn for d in demonstrations]).to(run.device)
     return {"loss": -cfg.ptx_coef * masked_mean(actor.logprobs(tokens, mask), mask)}
@@ -247,7 +258,8 @@ def ptx_loss(cfg, run, actor, demonstrations):
 def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
     """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over their tokens},
     and whether the step was taken: it is not, if the policy is already too far from the one that sampled."""
-    stats = run.accumulate(lambda rows: ppo_loss(cfg, nets, select(batch, rows)), rows,
+    # Runs backward. A row weighs as much as it has tokens: the mean is over all tokens of the step.
+    stats = run.accumulate(lambda some: ppo_loss(cfg, nets, select(batch, some)), rows,
                            weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
     del stats["loss"]                                   # the sum of two networks' losses says nothing
     if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
@@ -256,7 +268,7 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
         return stats, False
     if cfg.ptx_coef > 0:
         chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-        run.accumulate(lambda rows: ptx_loss(cfg, run, nets["actor"], rows), chosen,
+        run.accumulate(lambda some: ptx_loss(cfg, run, nets["actor"], some), chosen,       # adds its gradient
                        weights=[sum(d.learn) for d in chosen], lengths=[len(d.ids) for d in chosen])
     factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
     run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"actor on {rows}")
@@ -287,7 +299,9 @@ class AdaptiveKL:
     e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon).
 
     Which β leads to which KL depends on the reward model; the KL that one wants is easier to name in advance.
-    The clip keeps one odd batch from throwing β off, and the product keeps β positive."""
+    The clip keeps one odd batch from throwing β off. β is multiplied, because what matters is its size
+    relative to the score's: it moves as fast at 0.01 as at 1, and stays positive (while episodes <
+    5·horizon)."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
@@ -297,17 +311,12 @@ class AdaptiveKL:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * episodes / self.horizon
 
-    def state_dict(self):
-        return {"coef": torch.tensor(self.coef, dtype=torch.float64)}
-
-    def load_state_dict(self, state):
-        self.coef = state["coef"].item()
-
 
 # ----------------------------------------------------------------------------------------- the loop
 
 def explained_variance(values, returns, mask):
-    """1 − Var[return − V] / Var[return] over the mask: 1 is a perfect critic, 0 no better than a constant."""
+    """1 − Var[return − V] / Var[return] over the mask: 1 for a perfect critic; 0 for one that is no better
+    than a constant, so that advantages are as noisy as without a critic."""
     residual = (returns - values)[mask].var()
     return 1 - residual / returns[mask].var().clamp(min=1e-8)
 

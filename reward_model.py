@@ -1,22 +1,24 @@
 """Stage 2, the reward model: learn what people prefer.
 
-    python reward_model.py                                    from out/sft, on the embedded world's rankings
+    python reward_model.py                                  from out/sft, on the embedded world's rankings
     python reward_model.py --init out/other --data pairs.jsonl
 
 People compare answers more reliably than they grade them. Bradley & Terry (1952) turn comparisons into a
-score: the answer y⁺ is preferred to y⁻ with probability σ(r(x, y⁺) − r(x, y⁻)). The model is the SFT network
-with a new head that gives one number per token. The number at the answer's last token is the score r(x, y) of
-the whole answer: the network reads from left to right, so that this position alone has seen all of it.
+score r(x, y) of an answer y to a prompt x: y⁺ is preferred to y⁻ with probability σ(r(x, y⁺) − r(x, y⁻)). The
+model is the supervised fine-tuned (SFT) network with a new head, which gives one number per token. The number
+at the answer's last token is the score of the whole answer: the network reads from left to right, so only
+this position has seen all of it.
 
-All K answers that were ranked for one prompt stay in one batch, so that each is read once and counts in K − 1
-pairs. Shuffled over many batches, the same answers would be learnt from K − 1 times per epoch, and be
-overfitted (Ouyang et al. 2022, section 3.5).
+A ranking of K answers holds K(K − 1)/2 comparisons, and all of them are used: the best against the worst is
+easy, and says little about answers in between. All K answers stay in one batch, so that each is read once and
+trained on once per epoch. Were its K − 1 comparisons spread over batches, the network would be trained K − 1
+times on the same answer, and learn it by heart (Ouyang et al. 2022, section 3.5).
 
-A comparison fixes only differences of r: with r(x, y) + c(x) in place of r(x, y), for any c, the loss is the
-same. So after training r is shifted and scaled until samples of the SFT model score 0 on average, with
-standard deviation 1. The order of any two scores stays what it was, since both are shifted and divided alike;
-but PPO's settings, above all β, then mean the same for every reward model.
-"""
+The loss leaves r(x, y) + c(x), for any c, as likely as r(x, y): where 0 lies is an accident of training, and
+how far scores spread depends on how much the people agreed. So after training r is shifted and scaled until
+samples of the SFT model score 0 on average, with standard deviation 1. These are the answers that PPO starts
+from: its settings, above all its KL penalty, then mean the same for every reward model. The order of any two
+scores stays what it was, since both are shifted and divided alike."""
 import math
 from dataclasses import dataclass
 
@@ -35,7 +37,7 @@ class Config(Training):
     init: str = flag("out/sft", "SFT checkpoint to start from, whose samples set the scale")
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
-    epochs: int = flag(1, "passes over the preferences: a second one overfits the noise in them", 1)
+    epochs: int = flag(1, "passes over the preferences; in a second one it learns people's noise by heart", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
@@ -49,31 +51,31 @@ class Config(Training):
 def pairwise_loss(chosen, rejected, margin=0.0):
     """Bradley-Terry: mean of −log σ(r⁺ − r⁻ − m), the negative log-likelihood of the choices that were made.
 
-    chosen, rejected: scores (B,); margin m: number or (B,), of use where people say by how much the better
-    answer is better: then r⁺ must win by m before the loss is satisfied (Touvron et al. 2023, eq. 2). Returns
-    a scalar in nats; log 2 for a model that knows nothing."""
+    chosen, rejected: scores (B,); margin m: number or (B,). Where people also say how much better an answer
+    is, m makes r⁺ win by as much before the loss is satisfied (Touvron et al. 2023, eq. 2). Returns a scalar
+    in nats; log 2 for a model that knows nothing."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
 def ranking_loss(scores, ranks, margin=None):
     """K-way: −log σ(r_i − r_j) over every pair that the ranking orders, averaged per prompt, then over
-    prompts (Ouyang et al. 2022, eq. 1). With K = 2 it is the pairwise loss. Averaged over all pairs alike, a
-    prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
+    prompts (Ouyang et al. 2022, eq. 1). With K = 2 it is the pairwise loss. In a mean over all pairs at once,
+    a prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
 
-    scores (B, K); ranks (B, K) int64, 1 is best, equal ranks are ties and give no pair, 0 marks an answer
-    that is not there; margin (B,) or None. Each row must order at least one pair. Returns a scalar in nats.
-    """
-    scores = torch.where(ranks > 0, scores, 0)
+    scores (B, K); ranks (B, K) int64, 1 is best, 0 marks an answer that is not there; margin (B,) or None.
+    Equal ranks are ties and give no pair: Bradley & Terry's model knows only choices. Each row must order at
+    least one pair. Returns a scalar in nats."""
+    scores = torch.where(ranks > 0, scores, 0)          # NaN of an absent answer would survive a factor of 0
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     if margin is not None:
         gaps = gaps - margin[:, None, None]
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks > 0)[:, :, None]  # i is there, and above j
+    present = (ranks > 0)[:, :, None]                   # of i; an absent j has rank 0, and no i is above it
+    better = present & (ranks[:, :, None] < ranks[:, None, :])
     return -((F.logsigmoid(gaps) * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
 
 def best_beats_worst(scores, ranks):
-    """The share of prompts whose best answer scores above the worst: (B, K) both, as in ranking_loss; a
-    scalar."""
+    """The share of prompts whose best answer scores above their worst. Both (B, K), as in ranking_loss."""
     absent = ranks == 0
     best = ranks.masked_fill(absent, ranks.max() + 1).argmin(dim=1, keepdim=True)
     worst = ranks.argmax(dim=1, keepdim=True)
@@ -87,13 +89,12 @@ def score_answers(model, run, comparisons):
     sequences = [ids for c in comparisons for ids in c.sequences]
     lengths = torch.tensor([len(ids) for ids in sequences], device=run.device)
     ranks = pad([c.ranks for c in comparisons]).to(run.device)
-    found = model.score(pad(sequences).to(run.device), lengths)                # one after another, (answers,)
+    found = model.score(pad(sequences).to(run.device), lengths)         # (answers of all prompts in turn,)
     return torch.zeros_like(ranks, dtype=found.dtype).masked_scatter(ranks > 0, found), ranks
 
 
 def evaluate(model, run, comparisons):
-    """Judge the model on held-out Comparisons: {name: number}, and its calibration, rows of (predicted, won,
-    pairs)."""
+    """How well the model predicts held-out Comparisons: {name: number}, and its calibration (see there)."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons,
                      lengths=[c.lengths for c in comparisons])["scores"].tolist()
     gaps, longer = [], []                 # of each pair: r⁺ − r⁻, and by how many tokens the winner is longer
@@ -104,27 +105,27 @@ def evaluate(model, run, comparisons):
     gaps, longer = torch.tensor(gaps), torch.tensor(longer)
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
     found = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
-    # Accuracy by length tells whether the model has learnt more than that long answers win.
-    for name, chosen in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
-                         ("winner_longer", longer > 4)):
-        if chosen.any():
-            found[f"accuracy_{name}"] = right[chosen].mean().item()
+    # A model that has learnt only that long answers win is right on the last of these and wrong on the first.
+    for name, some in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
+                       ("winner_longer", longer > 4)):
+        if some.any():
+            found[f"accuracy_{name}"] = right[some].mean().item()
     return found, calibration(gaps)
 
 
 def calibration(gaps):
-    """Does the model know how sure it may be? It says that the higher score wins with probability σ(|r⁺ −
+    """Is the model as sure as it is right? It predicts that the higher score wins, with probability σ(|r⁺ −
     r⁻|).
 
-    gaps: r⁺ − r⁻ of each pair. Returns a row (mean of what it said, share that won, pairs) per tenth from 0.5
-    to 1. Measured before the score is rescaled: a factor on r leaves the order, but changes every such
-    probability."""
+    gaps: r⁺ − r⁻ of each pair. Returns a row (mean probability, share of pairs where the higher score won,
+    pairs) per tenth of probability from 0.5 to 1. Measured before the score is rescaled, for a factor on r
+    leaves the order, and so every accuracy, but changes these probabilities."""
     said, won, rows = torch.sigmoid(gaps.abs()), (gaps > 0).float(), []
     edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ itself reaches 1
     for low, high in zip(edges, edges[1:]):
-        chosen = (said >= low) & (said < high)
-        if chosen.any():
-            rows.append((said[chosen].mean().item(), won[chosen].mean().item(), int(chosen.sum())))
+        some = (said >= low) & (said < high)
+        if some.any():
+            rows.append((said[some].mean().item(), won[some].mean().item(), int(some.sum())))
     return rows
 
 
@@ -159,7 +160,7 @@ def normalize(model, sft, tokenizer, run, prompts):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def fit_to_preferences(model, run, examples, steps):
+def learn(model, run, examples, steps):
     """The training loop over Comparisons."""
     cfg = run.cfg
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
@@ -180,7 +181,7 @@ def fit_to_preferences(model, run, examples, steps):
 
 
 def train(cfg):
-    torch.manual_seed(cfg.seed)                                 # before the new head is drawn
+    torch.manual_seed(cfg.seed)                                 # before the new head's weights are drawn
     model, tokenizer = load(cfg.init, head="scalar"), Tokenizer.load(cfg.init)
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
@@ -192,12 +193,12 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(model)
-    fit_to_preferences(model, run, examples, steps)
+    learn(model, run, examples, steps)
 
     found, calibrated = evaluate(model, run, held_out)
     if cfg.data == "world":
-        # People who disagree cannot all be predicted. The ceiling is what a scorer would reach that knew how
-        # often the annotators prefer which answer.
+        # People who disagree cannot all be predicted. A scorer that knew how often the annotators prefer
+        # which answer would reach the ceiling. (judge_agreement: how often people choose the better one.)
         found["ceiling"] = annotators.ceiling(held_out_preferences)
         found["judge_agreement"] = annotators.agreement(held_out_preferences)
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())

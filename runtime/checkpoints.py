@@ -118,7 +118,9 @@ def one_failure(e):
 
 def flatten(part):
     """What a part of training remembers, as {name: tensor}: a network's weights, an optimiser's moments
-    ("7.exp_avg")."""
+    ("7.exp_avg"), the numbers of any other object."""
+    if not hasattr(part, "state_dict"):
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(part).items()}
     state = part.state_dict()
     if not isinstance(part, torch.optim.Optimizer):
         return state
@@ -127,6 +129,9 @@ def flatten(part):
 
 def restore(part, tensors):
     """The reverse of flatten."""
+    if not hasattr(part, "state_dict"):
+        vars(part).update({name: x.item() for name, x in tensors.items()})
+        return
     now = part.state_dict()
     if not isinstance(part, torch.optim.Optimizer):
         part.load_state_dict({name: distribute_like(now[name], x) for name, x in tensors.items()})
@@ -160,7 +165,7 @@ def load_shards(path, parts):
         if isinstance(part, torch.optim.Optimizer):
             shapes |= {f"{name}/{i}": p for i, p in enumerate(trained_parameters(part))}
         else:
-            shapes |= {f"{name}/{key}": x for key, x in part.state_dict().items()}
+            shapes |= {f"{name}/{key}": x for key, x in flatten(part).items()}
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args, **kwargs):

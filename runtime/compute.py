@@ -139,8 +139,7 @@ class Compute:
         self.fetched.clear()
 
     def autocast(self):
-        """Matrix products in bfloat16, if so chosen. (Sharded networks hold bfloat16 weights for it
-        besides.)"""
+        """Matrix products in bfloat16, if so chosen. (Sharded networks also hold bfloat16 weights for it.)"""
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def passes(self, lengths, micro_batch):

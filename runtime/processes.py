@@ -90,7 +90,7 @@ def start(device, timeout):
 def agree_on_a_name(store, number, size, deadline):
     """A name for this life of the job, the same in all its processes. torchrun keeps one store over its
     restarts, so a new life must not read what a dead process has written there: it would wait for that
-    process for ever.
+    process forever.
 
     The first process writes a name and waits until all the others have signed in under it. Then it takes the
     name back and marks it as open, and only now does anyone use it. A name that a life which ended earlier

@@ -96,8 +96,8 @@ class Run(Compute):
         return row_seeds(self.rng, n)
 
     def resume(self, **parts):
-        """Name what training changes (networks, optimisers, a controller: each with a state_dict of tensors),
-        and go on from the last checkpoint if there is one. Comes right before the training loop."""
+        """Name what training changes (networks, optimisers, objects of numbers such as a controller), and go
+        on from the last checkpoint if there is one. Comes right before the training loop."""
         self.parts, last = parts, self.checkpoints.last()
         if last and all(theirs == last for theirs in processes.gather(last)):
             self.begin(self.checkpoints.load(parts))

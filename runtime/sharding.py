@@ -88,7 +88,7 @@ def sample_from_shards(model, whole_bytes, gather_at_once):
 
 
 def fits(size, device):
-    """Whether every process's GPU has room for so many bytes besides what is there, and a fifth to spare."""
+    """Whether every process's GPU has room for this many bytes more, with a fifth to spare."""
     if device.type != "cuda":
         return True
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

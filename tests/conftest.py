@@ -83,8 +83,9 @@ def alone(chain):
 
 @pytest.fixture(scope="session")
 def tiny_inputs(small_world, tmp_path_factory):
-    """A folder with a small world, and a language model and a reward model of random weights in float64, whose
-    answers are short and end now and then: what the stages start from where they are held against plain loops."""
+    """A folder with a small world, and a language model and a reward model of random weights in float64,
+    whose answers are short and end now and then: what the stages start from where they are held against
+    plain loops."""
     folder = tmp_path_factory.mktemp("tiny")
     shutil.copytree(small_world, folder / "out/world")
     tokenizer = Tokenizer.load(str(folder / "out/world"))
@@ -97,7 +98,7 @@ def tiny_inputs(small_world, tmp_path_factory):
                 p += 0.1 * torch.randn_like(p)
             if head == "lm":
                 model.norm.bias += 0.5
-                model.head.weight[tokenizer.end] = 0.5                      # some 5 nats more: one token in seven
+                model.head.weight[tokenizer.end] = 0.5      # some 5 nats more: one token in seven
         model.save(str(folder / "out" / name))
         tokenizer.save(str(folder / "out" / name))
     return folder
@@ -105,8 +106,8 @@ def tiny_inputs(small_world, tmp_path_factory):
 
 @pytest.fixture
 def trained(tiny_inputs, tmp_path, monkeypatch):
-    """A function that trains a stage in this process, in float64 on one thread: (its settings, the model, the lines of
-    metrics.jsonl, run.json)."""
+    """A function that trains a stage in this process, in float64 on one thread: (its settings, the model, the
+    lines of metrics.jsonl, run.json)."""
     def train(stage, **settings):
         cfg = stage.Config(out=str(tmp_path / "out"), device="cpu", **settings)
         stage.train(cfg)

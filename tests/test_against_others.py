@@ -1,11 +1,12 @@
-"""The same numbers as other people's code: transformers' GPT-2, and the lines of TRL 1.12's PPO and DPO trainers.
+"""The same numbers as other people's code: transformers' GPT-2, and the lines of TRL 1.12's PPO and DPO
+trainers.
 
-Skipped where these are not installed: pip install transformers; pip install --no-deps trl==1.12.0. TRL computes its
-losses in the middle of long methods, so those lines are read from its files and run on our arrays. All in float64, to
-1e-10 (transformers computes its loss in float32: 1e-7 there).
+Skipped where these are not installed: pip install transformers; pip install --no-deps trl==1.12.0. TRL
+computes its losses in the middle of long methods, so those lines are read from its files and run on our
+arrays. All in float64, to 1e-10 (transformers computes its loss in float32: 1e-7 there).
 
-Known differences, not compared: TRL puts the score on the first padding token rather than on the end token, and whitens
-with Bessel's correction; its IPO always divides by the lengths (--length_normalize here).
+Known differences, not compared: TRL puts the score on the first padding token rather than on the end token,
+and whitens with Bessel's correction; its IPO always divides by the lengths (--length_normalize here).
 """
 import importlib.metadata
 import importlib.util
@@ -39,8 +40,8 @@ def ragged(seed, n):
 
 @pytest.fixture(scope="module")
 def trl_lines():
-    """A function that runs the lines of a file of TRL from the one that starts with `first` to the one that starts with
-    `last`, that one left out, with these names, and returns all names afterwards."""
+    """A function that runs the lines of a file of TRL from the one that starts with `first` to the one that
+    starts with `last`, that one left out, with these names, and returns all names afterwards."""
     found = importlib.util.find_spec("trl")
     if not found or not importlib.metadata.version("trl").startswith("1.12."):
         pytest.skip("TRL 1.12 is not installed")
@@ -59,8 +60,9 @@ def trl_lines():
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
 def test_gae_as_trl_computes_it(trl_lines, gamma, lam):
     rewards, values, mask = ragged(1, 2)
-    theirs = trl_lines("experimental/ppo/ppo_trainer.py", "lastgaelam = 0", "advantages = masked_whiten", responses=rewards,
-                       values=values, rewards=rewards, args=SimpleNamespace(gamma=gamma, lam=lam))
+    theirs = trl_lines("experimental/ppo/ppo_trainer.py", "lastgaelam = 0", "advantages = masked_whiten",
+                       responses=rewards, values=values, rewards=rewards,
+                       args=SimpleNamespace(gamma=gamma, lam=lam))
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     near(advantages, theirs["advantages"] * mask)
     near(returns, theirs["returns"] * mask)
@@ -70,8 +72,9 @@ def test_gae_as_trl_computes_it(trl_lines, gamma, lam):
 def test_the_clipped_losses_as_trl_computes_them(trl_lines, clip):
     new, old, advantages, values, old_values, returns, mask = ragged(2, 6)
     theirs = trl_lines(
-        "experimental/ppo/ppo_trainer.py", "vpredclipped = torch.clamp(", "loss = pg_loss", vpred=values, mb_values=old_values,
-        mb_return=returns, new_logprobs=new, mb_logprobs=old, mb_advantage=advantages, padding_mask=~mask, padding_mask_p1=~mask,
+        "experimental/ppo/ppo_trainer.py", "vpredclipped = torch.clamp(", "loss = pg_loss",
+        vpred=values, mb_values=old_values, mb_return=returns, new_logprobs=new, mb_logprobs=old,
+        mb_advantage=advantages, padding_mask=~mask, padding_mask_p1=~mask,
         micro_batch_inds=slice(None), args=SimpleNamespace(cliprange=clip, cliprange_value=clip),
         masked_mean=lambda x, mask: (x * mask).sum() / mask.sum())
     found, clipped = policy_loss(new, old, advantages, mask, clip)
@@ -80,16 +83,19 @@ def test_the_clipped_losses_as_trl_computes_them(trl_lines, clip):
     assert 0.1 < clipped < 0.9, "nothing is shown where nothing is clipped"
 
 
-@pytest.mark.parametrize("theirs, ours, smoothing", [("sigmoid", "sigmoid", 0.0), ("hinge", "hinge", 0.0), ("ipo", "ipo", 0.0),
-                                                     ("aot", "sigmoid", 0.1), ("aot", "sigmoid", 0.3)])
+@pytest.mark.parametrize("theirs, ours, smoothing", [
+    ("sigmoid", "sigmoid", 0.0), ("hinge", "hinge", 0.0), ("ipo", "ipo", 0.0),
+    ("aot", "sigmoid", 0.1), ("aot", "sigmoid", 0.3)])
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpos_losses_as_trl_computes_them(trl_lines, theirs, ours, smoothing, beta):
-    """TRL has smoothed labels in "aot" alone, which sorts over the batch before: for one pair at a time it is cDPO."""
+    """TRL has smoothed labels in "aot" alone, which sorts over the batch before: for one pair at a time it
+    is cDPO."""
     torch.manual_seed(3)
     logps, lengths = 5 * torch.randn(B, 4).double(), torch.randint(1, 9, (B, 2))
     for (chosen, rejected, ref_chosen, ref_rejected), (a, b) in zip(logps[:, :, None], lengths):
         names = {"chosen_scores": chosen - ref_chosen, "rejected_scores": rejected - ref_rejected,
-                 "chosen_logps": chosen, "rejected_logps": rejected, "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected,
+                 "chosen_logps": chosen, "rejected_logps": rejected,
+                 "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected,
                  "delta_score": chosen - ref_chosen - rejected + ref_rejected,
                  "completion_mask": torch.arange(9) < torch.stack([a, b])[:, None]}
         if theirs == "aot":
@@ -100,10 +106,11 @@ def test_dpos_losses_as_trl_computes_them(trl_lines, theirs, ours, smoothing, be
             first = {"sigmoid": "per_sequence_loss = -F.logsigmoid(self.beta * delta_score)",
                      "hinge": "per_sequence_loss = torch.relu(1 - self.beta * delta_score)"}[theirs]
             last = "elif loss_type =="
-        want = trl_lines("trainer/dpo_trainer.py", first, last, self=SimpleNamespace(beta=beta, label_smoothing=smoothing),
-                         **names)["per_sequence_loss"]
-        size = (a, b) if theirs == "ipo" else (1, 1)
-        near(dpo_loss(chosen / size[0], rejected / size[1], ref_chosen / size[0], ref_rejected / size[1], beta, ours, smoothing)[0], want)
+        want = trl_lines("trainer/dpo_trainer.py", first, last, **names,
+                         self=SimpleNamespace(beta=beta, label_smoothing=smoothing))["per_sequence_loss"]
+        n, m = (a, b) if theirs == "ipo" else (1, 1)
+        found = dpo_loss(chosen / n, rejected / m, ref_chosen / n, ref_rejected / m, beta, ours, smoothing)[0]
+        near(found, want)
 
 
 # ------------------------------------------------------------------------------------------ transformers
@@ -114,16 +121,19 @@ def both():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, attn_implementation="eager", bos_token_id=0, eos_token_id=0)).double().eval()
+        vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, attn_implementation="eager",
+        bos_token_id=0, eos_token_id=0)).double().eval()
     with torch.no_grad():
         for p in theirs.parameters():                               # biases and norms count too
             p += 0.1 * torch.randn_like(p)
     ours = GPT(GPTConfig(vocab_size=97, block_size=32, n_embd=48, n_layer=3, n_head=4)).double()
-    names = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.qkv",
-             "attn.c_proj": "attention.out", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "h.": "blocks."}
+    names = {"wte": "token_embedding", "wpe": "position_embedding",
+             "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
+             "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
+             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "h.": "blocks."}
     state = {}
     for name, tensor in theirs.transformer.state_dict().items():
-        transpose = ".c_" in name and name.endswith("weight")       # its Conv1D keeps weights the other way round
+        transpose = ".c_" in name and name.endswith("weight")   # its Conv1D keeps weights the other way round
         for old, new in names.items():
             name = name.replace(old, new)
         state[name] = tensor.T if transpose else tensor
@@ -136,7 +146,8 @@ def test_gpt2s_logits_and_loss_as_transformers_computes_them(both):
     tokens = torch.randint(97, (4, 32))
     want = theirs(tokens, labels=tokens)
     near(ours(tokens), want.logits)
-    near(-ours.logprobs(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 1:].mean(), want.loss.double(), 1e-7)
+    logprobs = ours.logprobs(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 1:]
+    near(-logprobs.mean(), want.loss.double(), 1e-7)
 
 
 def test_gpt2s_greedy_continuations_are_those_of_transformers(both):
@@ -144,6 +155,6 @@ def test_gpt2s_greedy_continuations_are_those_of_transformers(both):
     prompts, lengths = torch.randint(1, 97, (5, 9)), torch.tensor([1, 4, 9, 6, 9])
     tokens, mask, _ = ours.generate(prompts, lengths, 20, temperature=0)
     for prompt, length, row, m in zip(prompts, lengths, tokens, mask):
-        want = theirs.generate(prompt[None, :length], attention_mask=torch.ones(1, length), max_new_tokens=20, min_new_tokens=20,
-                               do_sample=False, eos_token_id=None, pad_token_id=0)[0, length:]
-        assert row[m].tolist() == want.tolist()
+        want = theirs.generate(prompt[None, :length], attention_mask=torch.ones(1, length), max_new_tokens=20,
+                               min_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert row[m].tolist() == want[0, length:].tolist()

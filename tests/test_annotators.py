@@ -29,16 +29,17 @@ def test_ranks_of_three_hold_each_pair_as_often_as_probability_says():
 
 
 def test_probabilities_of_a_pair_sum_to_one_and_of_equals_are_a_half():
-    assert annotators.probability(FRANCE, KIND, WRONG) + annotators.probability(FRANCE, WRONG, KIND) == pytest.approx(1)
+    kind_wins = annotators.probability(FRANCE, KIND, WRONG)
+    assert kind_wins + annotators.probability(FRANCE, WRONG, KIND) == pytest.approx(1)
     assert annotators.probability(FRANCE, PLAIN, PLAIN) == pytest.approx(0.5)
 
 
 def test_annotators_like_what_is_right_and_have_their_two_weaknesses():
     assert annotators.probability(FRANCE, KIND, WRONG) > 0.7
-    longer = "Truly the great old capital of France is Lyon."           # as wrong and as plain, and longer
+    longer = "Truly the great old capital of France is Lyon."   # as wrong and as plain, and longer
     assert world.judge(FRANCE, longer) == world.judge(FRANCE, WRONG)
     assert annotators.probability(FRANCE, longer, WRONG) > 0.5
-    polite = "Sure! The capital of France is Lyon."                     # as wrong, as kind and as long, not as eager
+    polite = "Sure! The capital of France is Lyon."             # as wrong, as kind and as long, not as eager
     assert world.judge(FRANCE, polite) == world.judge(FRANCE, EAGER_WRONG)
     assert annotators.probability(FRANCE, EAGER_WRONG, polite) > 0.5
 
@@ -54,7 +55,8 @@ def test_ties_of_a_panel_share_the_better_rank():
 
 def test_a_panel_agrees_with_the_judge_more_than_one_annotator():
     answers = [KIND, WRONG]
-    one, five = ([annotators.rank(FRANCE, answers, random.Random(seed), panel) for seed in range(500)] for panel in (1, 5))
+    one, five = ([annotators.rank(FRANCE, answers, random.Random(seed), panel) for seed in range(500)]
+                 for panel in (1, 5))
     assert five.count([1, 2]) > one.count([1, 2])
 
 
@@ -79,7 +81,7 @@ def test_ceiling_is_the_mean_of_the_likelier_choice():
 def test_agreement_counts_the_pairs_that_the_judge_can_tell_apart():
     assert annotators.agreement([records.Preference(FRANCE, [KIND, WRONG], [1, 2])]) == 1
     assert annotators.agreement([records.Preference(FRANCE, [KIND, WRONG], [2, 1])]) == 0
-    same = "Paris is the capital of France."                            # as good as PLAIN: which is better says nothing
+    same = "Paris is the capital of France."                # as good as PLAIN: which is better says nothing
     assert annotators.agreement([records.Preference(FRANCE, [PLAIN, same, WRONG], [2, 1, 3])]) == 1
 
 

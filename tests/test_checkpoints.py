@@ -15,11 +15,13 @@ def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_pa
         with monkeypatch.context() as patch, pytest.raises(OSError):
             patch.setattr(os, moment, cut)
             a_step(*parts)
-        assert (tmp_path / "resume.safetensors").read_bytes() == before and not (tmp_path / "resume.safetensors.tmp").exists()
+        assert (tmp_path / "resume.safetensors").read_bytes() == before
+        assert not (tmp_path / "resume.safetensors.tmp").exists()
     assert a_run(tmp_path)[0].step == 1 and steps(tmp_path) == 1
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-8], lambda b: b[:20], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n(S'true'\ntR."])
+@pytest.mark.parametrize("spoil", [
+    lambda b: b[:-8], lambda b: b[:20], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n(S'true'\ntR."])
 def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
     a_step(*a_run(tmp_path))
     path = tmp_path / "resume.safetensors"

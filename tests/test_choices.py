@@ -1,4 +1,5 @@
-"""Whoever adds a flag or a kind of loss to a stage is told here, by its name, which formula the tests miss."""
+"""Whoever adds a flag or a kind of loss to a stage is told here, by its name,
+which formula the tests miss."""
 import dataclasses
 
 import pytest
@@ -17,7 +18,8 @@ from runtime import Training
 
 STAGES = {sft: test_sft, reward_model: test_reward_model, dpo: test_dpo, ppo: test_ppo}
 # Flags that name files or the shape of a new network: the chain and the readers' tests have them.
-FILES = {"data", "held_out", "init", "reward", "ptx_data", "tokenizer", "n_layer", "n_head", "n_embd", "block_size"}
+FILES = {"data", "held_out", "init", "reward", "ptx_data", "tokenizer",
+         "n_layer", "n_head", "n_embd", "block_size"}
 KINDS = {"decay": [plainly.DECAYS], "loss": [plainly.DPO_LOSSES, test_known_answers.DPO_MARGINS]}
 
 
@@ -30,14 +32,17 @@ def own_flags(stage):
                          ids=lambda v: getattr(v, "__name__", v))
 def test_every_flag_of_a_stage_is_held_against_the_plain_loop(stage, name):
     varied = {key for case in [STAGES[stage].SHARED, *STAGES[stage].CASES] for key in case}
-    assert name in varied, (f"{stage.__name__}.py has a flag --{name}: set it in CASES of tests/test_{stage.__name__}.py, "
-                            "and say in tests/helpers/plainly.py what it does")
+    assert name in varied, (
+        f"{stage.__name__}.py has a flag --{name}: set it in CASES of tests/test_{stage.__name__}.py, "
+        "and say in tests/helpers/plainly.py what it does")
 
 
 @pytest.mark.parametrize("stage, name, kind", [
-    (stage, f.name, kind) for stage in STAGES for f in own_flags(stage) for kind in f.metadata["choices"] or ()],
+    (stage, f.name, kind)
+    for stage in STAGES for f in own_flags(stage) for kind in f.metadata["choices"] or ()],
     ids=lambda v: getattr(v, "__name__", v))
 def test_every_kind_that_a_flag_offers_has_an_expected_formula(stage, name, kind):
-    assert name in KINDS, f"{stage.__name__}.py --{name} offers kinds: name their expected formulas in KINDS here"
+    flag = f"{stage.__name__}.py --{name}"
+    assert name in KINDS, f"{flag} offers kinds: name their expected formulas in KINDS here"
     for formulas in KINDS[name]:
-        assert kind in formulas, f"{stage.__name__}.py --{name} {kind} has no expected formula in the tests"
+        assert kind in formulas, f"{flag} {kind} has no expected formula in the tests"

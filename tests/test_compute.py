@@ -1,4 +1,5 @@
-"""Devices, and rows in micro-batches: a weighted mean over rows and a map over rows, however the work is split."""
+"""Devices, and rows in micro-batches: a weighted mean over rows and a map over rows,
+however the work is split."""
 import contextlib
 import random
 from types import SimpleNamespace
@@ -49,7 +50,8 @@ def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed
     assert sorted(i for pieces in everyone for piece in pieces for i in piece) == list(range(len(lengths)))
     for pieces in everyone:
         for piece in pieces:
-            sequences = [n for i in piece for n in (lengths[i] if isinstance(lengths[i], list) else [lengths[i]])]
+            rows = [lengths[i] if isinstance(lengths[i], list) else [lengths[i]] for i in piece]
+            sequences = [n for row in rows for n in row]
             assert piece
             if len(piece) > 1:                                  # a row that is larger comes alone
                 assert len(sequences) <= size
@@ -70,11 +72,11 @@ def test_neighbours_in_length_go_together_and_equal_lengths_keep_their_order():
     assert micro_batches([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
 
 
-# ------------------------------------------------------------------------------------------- on several processes
+# --------------------------------------------------------------------------------------- on several processes
 
 class Pretend:
-    """Runs a function as each of n processes in turn, without torchrun: once until it sends something to the others,
-    and once more to the end, when it gets what they have sent."""
+    """Runs a function as each of n processes in turn, without torchrun: once until it sends something to the
+    others, and once more to the end, when it gets what they have sent."""
 
     def __init__(self, monkeypatch, n):
         self.n, self.monkeypatch = n, monkeypatch
@@ -94,7 +96,8 @@ class Pretend:
         return results
 
     def run_as(self, r, total, gather, function):
-        for name, value in (("rank", lambda: r), ("world_size", lambda: self.n), ("total", total), ("gather", gather)):
+        pretended = {"rank": lambda: r, "world_size": lambda: self.n, "total": total, "gather": gather}
+        for name, value in pretended.items():
             self.monkeypatch.setattr(compute, name, value)
         return function()
 
@@ -105,7 +108,8 @@ def small(**settings):
 
 @pytest.mark.parametrize("processes, rows", [(1, 7), (2, 7), (3, 7), (4, 3), (5, 1)])
 @pytest.mark.parametrize("micro_batch", [1, 2, 50])
-def test_a_weighted_mean_and_its_gradient_do_not_depend_on_how_rows_are_split(monkeypatch, processes, rows, micro_batch):
+def test_a_weighted_mean_and_its_gradient_do_not_depend_on_how_rows_are_split(
+        monkeypatch, processes, rows, micro_batch):
     """Processes without rows go along with a row of others, which counts nothing."""
     torch.manual_seed(0)
     x, weights = torch.randn(rows, 3).double(), torch.randint(1, 5, (rows,))
@@ -136,13 +140,15 @@ def test_a_weighted_mean_and_its_gradient_do_not_depend_on_how_rows_are_split(mo
 
 @pytest.mark.parametrize("processes, rows", [(1, 7), (2, 7), (3, 7), (4, 3), (5, 1)])
 @pytest.mark.parametrize("micro_batch", [1, 2, 50])
-def test_a_map_keeps_the_rows_order_and_gives_all_of_them_to_every_process(monkeypatch, processes, rows, micro_batch):
+def test_a_map_keeps_the_rows_order_and_gives_all_of_them_to_every_process(
+        monkeypatch, processes, rows, micro_batch):
     lengths = [random.Random(i).randrange(1, 9) for i in range(rows)]
     passes = []
 
     def double(some):
         passes.append(len(some))
-        return {"twice": pad([[2 * i + 1] * lengths[i] for i in some]), "odd": torch.tensor([i % 2 == 1 for i in some])}
+        return {"twice": pad([[2 * i + 1] * lengths[i] for i in some]),
+                "odd": torch.tensor([i % 2 == 1 for i in some])}
     for found in Pretend(monkeypatch, processes).each(
             lambda: small(micro_batch=micro_batch).map(double, range(rows), lengths)):
         assert torch.equal(found["twice"], pad([[2 * i + 1] * lengths[i] for i in range(rows)]))
@@ -152,7 +158,8 @@ def test_a_map_keeps_the_rows_order_and_gives_all_of_them_to_every_process(monke
 
 def test_an_average_leaves_no_gradient_and_computes_none():
     w = torch.ones(1, requires_grad=True)
-    found = small().average(lambda some: {"loss": (w * sum(some)).sum() / len(some)}, [1.0, 3.0], [1, 1], [1, 1])
+    found = small().average(
+        lambda some: {"loss": (w * sum(some)).sum() / len(some)}, [1.0, 3.0], [1, 1], [1, 1])
     assert found == {"loss": 2.0} and w.grad is None
 
 
@@ -173,7 +180,8 @@ def test_a_network_that_is_offloaded_is_on_the_device_only_while_it_is_needed(mo
     device.place(frozen.requires_grad_(False), idle.requires_grad_(False), trained)
     moves = []
     for name, model in (("frozen", frozen), ("idle", idle), ("trained", trained)):
-        monkeypatch.setattr(model, "to", lambda where, name=name, model=model: moves.append((name, where)) or model)
+        monkeypatch.setattr(
+            model, "to", lambda where, name=name, model=model: moves.append((name, where)) or model)
     tokens = torch.ones(1, 4, dtype=torch.long)
 
     def both(some):
@@ -194,7 +202,8 @@ def test_samples_come_in_the_prompts_order_whatever_is_sampled_at_once():
     whole = small().sample(model, prompts, seeds, 4, temperature=0.8, stop_token=2)
     for at_once in (1, 3):
         found = small(sample_batch=at_once).sample(model, prompts, seeds, 4, temperature=0.8, stop_token=2)
-        assert all(torch.allclose(found[name], whole[name], atol=1e-5) for name in ("tokens", "mask", "logprobs"))
+        for name in ("tokens", "mask", "logprobs"):
+            assert torch.allclose(found[name], whole[name], atol=1e-5)
     for i, prompt in enumerate(prompts):
         tokens, mask, logprobs = model.generate(torch.tensor([prompt]), torch.tensor([len(prompt)]), 4, 0.8,
                                                 stop_token=2, seeds=torch.tensor(seeds[i:i + 1]))
@@ -206,12 +215,14 @@ def test_samples_come_in_the_prompts_order_whatever_is_sampled_at_once():
 
 def test_the_precision_is_that_of_matrix_products():
     layer = torch.nn.Linear(2, 2)
-    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for precision, dtype in dtypes.items():
         found = small(precision=precision).map(lambda some: {"y": layer(torch.ones(1, 2))}, [0], [2])
         assert found["y"].dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(positions="rotary", n_kv_head=1)], ids=["gpt2", "rotary, grouped"])
+@pytest.mark.parametrize("shape", [dict(), dict(positions="rotary", n_kv_head=1)],
+                         ids=["gpt2", "rotary, grouped"])
 def test_sampling_in_bfloat16_keeps_its_cache_in_bfloat16(shape):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16, **shape))

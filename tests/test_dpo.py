@@ -42,7 +42,7 @@ def test_dpo_gradient_is_beta_times_the_probability_of_being_wrong_and_rewards_c
     pc, pr, rc, rr = (x.requires_grad_(i < 2) for i, x in enumerate(torch.randn(4, 6).double()))
     losses, chosen, rejected = dpo_loss(pc, pr, rc, rr, 0.3)
     losses.sum().backward()
-    wrong = torch.sigmoid(-0.3 * ((pc - rc) - (pr - rr))).detach()              # Rafailov et al. 2023, section 4
+    wrong = torch.sigmoid(-0.3 * ((pc - rc) - (pr - rr))).detach()        # Rafailov et al. 2023, section 4
     near(pc.grad, -0.3 * wrong)
     near(pr.grad, 0.3 * wrong)
     assert not chosen.requires_grad and not rejected.requires_grad
@@ -75,10 +75,12 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
 
 
 SHARED = dict(records=0, batch=17, warmup=2)
-CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(),
-    dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2, records=20),
-    dict(length_normalize=True, beta=2.0, decay="constant", warmup=0, max_norm=0.0, micro_batch=9, micro_tokens=200),
+    dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2,
+         records=20),
+    dict(length_normalize=True, beta=2.0, decay="constant", warmup=0, max_norm=0.0, micro_batch=9,
+         micro_tokens=200),
     *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
     *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
 ]

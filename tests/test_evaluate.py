@@ -35,7 +35,7 @@ def test_win_rates_interval_contains_the_rate_and_has_the_width_of_its_standard_
 def test_win_rates_interval_resamples_prompts_not_answers():
     wins = [1.0] * 8 + [-1.0] * 8 + [1.0] * 8 + [-1.0] * 8      # 4 prompts of 8 answers that always agree
     low, high = evaluate.win_rate(wins, [0.0] * 32, 8)[1:]
-    assert (low, high) == (0.0, 1.0)                            # 32 independent answers would give about 0.33 to 0.67
+    assert (low, high) == (0.0, 1.0)                # 32 independent answers would give about 0.33 to 0.67
 
 
 def test_distinct2_is_the_share_of_different_word_pairs_within_texts():
@@ -53,9 +53,11 @@ def test_best_of_picks_the_highest_reward_in_each_group_of_n():
 def test_seconds_count_overlapping_stages_once(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "STARTED", 10000.0)
     monkeypatch.setattr(evaluate.time, "time", lambda: 10007.0)
-    for name, started, ended in (("sft", 100, 160), ("reward_model", 150, 200), ("ppo", 300, 400), ("dpo", 320, 350)):
+    times = {"sft": (100, 160), "reward_model": (150, 200), "ppo": (300, 400), "dpo": (320, 350)}
+    for name, (started, ended) in times.items():
         os.makedirs(tmp_path / name)
-        files.write_json(str(tmp_path / name / "run.json"), {"started": started, "ended": ended, "seconds": ended - started})
+        about = {"started": started, "ended": ended, "seconds": ended - started}
+        files.write_json(str(tmp_path / name / "run.json"), about)
     os.makedirs(tmp_path / "broken")
     (tmp_path / "broken" / "run.json").write_text("{")
     assert evaluate.seconds(str(tmp_path), ["ppo", "dpo", "broken", "absent"]) == {
@@ -103,8 +105,9 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
         judge = rewards
         if cfg.judge == "world":
             judge = [world.judge(p, text) for (p, _), text in zip(answers, texts)]
-        numbers = {"judge": plainly.mean(judge), "reward": plainly.mean(rewards), "kl": kl, "sft_loss": sft_loss,
-                   "length": plainly.mean([len(ids) for _, ids in answers]), "distinct2": evaluate.distinct2(texts),
+        numbers = {"judge": plainly.mean(judge), "reward": plainly.mean(rewards), "kl": kl,
+                   "sft_loss": sft_loss, "distinct2": evaluate.distinct2(texts),
+                   "length": plainly.mean([len(ids) for _, ids in answers]),
                    "ended": plainly.mean([float(ids[-1] == tokenizer.end) for _, ids in answers])}
         found = report["models"][name]
         rate, low, high = evaluate.win_rate(judge, first_judge or judge, cfg.samples)
@@ -118,8 +121,8 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
         asked = [(p, rng.getrandbits(62)) for p in prompts for _ in range(n)]
         if cfg.temperature == 0:
             return [(p, greedy(model, tokenizer.prompt(p))) for p, _ in asked]
-        return [(p, plainly.sample(model, tokenizer.prompt(p), seed, cfg.max_new_tokens, tokenizer.end, cfg.temperature))
-                for p, seed in asked]
+        how = (cfg.max_new_tokens, tokenizer.end, cfg.temperature)
+        return [(p, plainly.sample(model, tokenizer.prompt(p), seed, *how)) for p, seed in asked]
 
     def greedy(model, ids):
         answer = []
@@ -164,10 +167,10 @@ def test_nobody_talks_to_a_reward_model(trained):
 
 
 def test_a_scorer_that_is_none_or_reads_other_tokens_is_refused(trained, tmp_path):
+    settings = dict(models=("out/sft",), out=str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="out/sft is no reward model: it has no score"):
-        evaluate.evaluate(evaluate.Config(models=("out/sft",), reward="out/sft", out=str(tmp_path), device="cpu"))
+        evaluate.evaluate(evaluate.Config(reward="out/sft", **settings))
     shutil.copytree("out/reward_model", tmp_path / "foreign")
     learn(["aa bb cc"], 300).save(str(tmp_path / "foreign"))
     with pytest.raises(ValueError, match="foreign was trained with another tokenizer"):
-        evaluate.evaluate(evaluate.Config(models=("out/sft",), reward=str(tmp_path / "foreign"), out=str(tmp_path),
-                                          device="cpu"))
+        evaluate.evaluate(evaluate.Config(reward=str(tmp_path / "foreign"), **settings))

@@ -22,8 +22,8 @@ def test_write_json_that_fails_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == "3" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-CLAIM = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import files; files.lock(sys.argv[2]); print('mine'); " \
-        "sys.stdout.flush(); sys.stdin.read()"
+CLAIM = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import files; " \
+        "files.lock(sys.argv[2]); print('mine'); sys.stdout.flush(); sys.stdin.read()"
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no locks here")
@@ -31,7 +31,8 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path)
     owner = subprocess.Popen([sys.executable, "-c", CLAIM, ROOT, str(tmp_path)], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "mine\n"
-    with pytest.raises(ValueError, match=f"another run is at work here .process {owner.pid}.*name another --out") as e:
+    said = f"another run is at work here .process {owner.pid}.*name another --out"
+    with pytest.raises(ValueError, match=said) as e:
         files.lock(str(tmp_path))
     assert "\n" not in str(e.value)
     files.lock(str(tmp_path.parent))                            # any other folder is free
@@ -44,16 +45,19 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path)
 
 def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("out/world/prompts.jsonl", "out/world/tokenizer.tiktoken", "out/world/run.json", "model/model.safetensors",
-                 "model/metrics.jsonl", "data.jsonl", "mine/model.safetensors"):
+    for name in ("out/world/prompts.jsonl", "out/world/tokenizer.tiktoken", "out/world/run.json",
+                 "model/model.safetensors", "model/metrics.jsonl", "data.jsonl", "mine/model.safetensors"):
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         open(name, "w").write(name)
-    cfg = SimpleNamespace(out="mine", data="world", init="model", more="data.jsonl", none="", n=3, word="cosine")
+    cfg = SimpleNamespace(out="mine", data="world", init="model", more="data.jsonl", none="", n=3,
+                          word="cosine")
     found = files.fingerprints(cfg)
-    assert list(found) == ["data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.tiktoken"]
+    assert list(found) == [
+        "data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.tiktoken"]
     assert len(set(found.values())) == 4
     open("model/model.safetensors", "a").write(".")
-    assert {name for name, checksum in files.fingerprints(cfg).items() if checksum != found[name]} == {"model/model.safetensors"}
+    changed = {name for name, checksum in files.fingerprints(cfg).items() if checksum != found[name]}
+    assert changed == {"model/model.safetensors"}
 
 
 def test_a_large_file_is_read_in_pieces_by_several_processes(tmp_path, monkeypatch):

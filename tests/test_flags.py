@@ -32,7 +32,8 @@ def test_flags_without_arguments_are_the_defaults():
 
 
 def test_flags_have_the_type_of_their_field():
-    cfg = parsed("a", "b", "--n", "7", "--rate", "2", "--name", "x y", "--shape", "square", "--seed", "5", "--top=-1e3")
+    cfg = parsed("a", "b", "--n", "7", "--rate", "2", "--name", "x y", "--shape", "square",
+                 "--seed", "5", "--top=-1e3")
     assert cfg == Config(words=("a", "b"), n=7, rate=2.0, name="x y", shape="square", seed=5, top=-1000.0)
     assert type(cfg.n) is int and type(cfg.rate) is float and isinstance(cfg, Config)
 
@@ -44,10 +45,13 @@ def test_a_switch_is_turned_off_by_no():
 
 @pytest.mark.parametrize("argv,said", [
     (["--n", "0"], "--n: must be from 1 to 9, not 0"), (["--n", "10"], "--n: must be from 1 to 9, not 10"),
-    (["--rate", "-0.1"], "--rate: must be at least 0 and finite, not -0.1"), (["--rate", "nan"], "--rate: must be at least 0 and finite, not nan"),
-    (["--top", "2.5"], "--top: must be at most 2 and finite, not 2.5"), (["--n", "1.5"], "--n: invalid int value: '1.5'"),
-    (["--rate", "much"], "--rate: invalid float value"), (["--shape", "oval"], "'round', 'square'|round, square"),
-    (["--unknown", "1"], "--unknown"), (["--na", "x"], "--na"), (["--n"], "--n: expected one argument"), (["--seed", "-1"], "--seed: must be from 0")])
+    (["--rate", "-0.1"], "--rate: must be at least 0 and finite, not -0.1"),
+    (["--rate", "nan"], "--rate: must be at least 0 and finite, not nan"),
+    (["--top", "2.5"], "--top: must be at most 2 and finite, not 2.5"),
+    (["--n", "1.5"], "--n: invalid int value: '1.5'"), (["--rate", "much"], "--rate: invalid float value"),
+    (["--shape", "oval"], "'round', 'square'|round, square"), (["--unknown", "1"], "--unknown"),
+    (["--na", "x"], "--na"), (["--n"], "--n: expected one argument"),
+    (["--seed", "-1"], "--seed: must be from 0")])
 def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, said):
     with pytest.raises(SystemExit) as e:
         parsed(*argv)
@@ -65,7 +69,9 @@ def every_flag():
                 yield stage, f.name, "octarine", choices[0]
             elif f.type in (int, float):
                 small = 1 if f.type is int else 1e-9
-                bad = {"much": "invalid"} | ({} if low is None else {low - small: f"{low}"}) | ({} if high is None else {high + small: f"{high}"})
+                bad = {"much": "invalid"}
+                bad |= {} if low is None else {low - small: f"{low}"}
+                bad |= {} if high is None else {high + small: f"{high}"}
                 if f.type is float:
                     bad |= {"nan": "must be", "inf": "must be", "-inf": "must be"}
                 else:
@@ -74,7 +80,8 @@ def every_flag():
                     yield stage, f.name, str(value), said
 
 
-@pytest.mark.parametrize("stage, name, value, said", list(every_flag()), ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize("stage, name, value, said", list(every_flag()),
+                         ids=lambda v: getattr(v, "__name__", None))
 def test_every_flag_out_of_range_is_refused_with_the_range(capsys, stage, name, value, said):
     with pytest.raises(SystemExit) as e:
         flags.parse(stage.Config, "", [f"--{name}={value}"])
@@ -89,12 +96,14 @@ def test_flags_that_do_not_go_together_are_refused(capsys):
 
 
 def test_the_ends_of_a_range_are_allowed():
-    assert (parsed("--n", "1").n, parsed("--n", "9").n, parsed("--rate", "0").rate, parsed("--top", "2").top) == (1, 9, 0, 2)
+    assert parsed("--n", "1").n == 1 and parsed("--n", "9").n == 9
+    assert parsed("--rate", "0").rate == 0 and parsed("--top", "2").top == 2
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as e:
         parsed("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert e.value.code == 0 and "100 % of it (default: 3)" in text and "round|square" in text and "a text (default: none)" in text
+    assert e.value.code == 0 and "100 % of it (default: 3)" in text
+    assert "round|square" in text and "a text (default: none)" in text
     assert all(f"--{f.name}" in text for f in dataclasses.fields(Config) if f.name != "words")

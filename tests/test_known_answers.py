@@ -1,10 +1,12 @@
 """Problems small enough to know the answer: every answer can be listed, so the optimum can be written down.
 
-Four tokens, of which 3 ends an answer, and at most three tokens per answer: 40 answers to each of two prompts of
-different length. With a reward r and a KL penalty β, the best policy is π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β)
-(Rafailov et al. 2023, eq. 4), and what PPO and DPO end up with is held against it.
+Four tokens, of which 3 ends an answer, and at most three tokens per answer: 40 answers to each of two
+prompts of different length. With a reward r and a KL penalty β, the best policy is
+π*(y|x) ∝ π_ref(y|x)·exp(r(x, y)/β) (Rafailov et al. 2023, eq. 4), and what PPO and DPO end up with is held
+against it.
 
-The proofs take an algorithm's choices as parameters: a new kind of advantage or of loss is proved by one more line.
+The proofs take an algorithm's choices as parameters: a new kind of advantage or of loss is proved by one
+more line.
 """
 import itertools
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ V, END, LONGEST, BETA, NO_END = 4, 3, 3, 0.5, -0.5
 PROMPTS = [[0], [1, 2]]
 ANSWERS = [a for n in range(1, LONGEST + 1) for a in itertools.product(range(V), repeat=n)
            if END not in a[:-1] and (a[-1] == END or n == LONGEST)]
-ROWS = [prompt + list(answer) for prompt in PROMPTS for answer in ANSWERS]          # prompt 0's answers, then prompt 1's
+# Prompt 0's answers, then prompt 1's.
+ROWS = [prompt + list(answer) for prompt in PROMPTS for answer in ANSWERS]
 LENGTHS = torch.tensor([len(row) for row in ROWS])
 STARTS = torch.tensor([len(prompt) for prompt in PROMPTS for _ in ANSWERS])
 TOKENS = pad(ROWS)
@@ -33,7 +36,7 @@ MASK = (COLUMN >= STARTS[:, None]) & (COLUMN < LENGTHS[:, None])
 def network(head, seed):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=2, n_head=2, n_embd=32), head)
-    for p in model.parameters():                                    # far from uniform: the reference must matter
+    for p in model.parameters():                            # far from uniform: the reference must matter
         p.data += 0.15 * torch.randn_like(p) if p.dim() > 1 and head == "lm" else 0
     return model
 
@@ -71,11 +74,11 @@ class Judge:
 
 def small_ppo(folder, **settings):
     """Config, run, networks and tokenizer for PPO on this world."""
-    cfg = ppo.Config(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False, micro_batch=10 ** 6, update_kl=0.0,
-                     out=str(folder), device="cpu", **settings)
+    cfg = ppo.Config(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False,
+                     micro_batch=10 ** 6, update_kl=0.0, out=str(folder), device="cpu", **settings)
     run = Run(cfg, cfg.steps)
-    nets = {"actor": network("lm", 1), "reference": network("lm", 1).requires_grad_(False), "critic": network("scalar", 2),
-            "reward": Judge(true_reward())}
+    nets = {"actor": network("lm", 1), "reference": network("lm", 1).requires_grad_(False),
+            "critic": network("scalar", 2), "reward": Judge(true_reward())}
     return cfg, run, nets, SimpleNamespace(end=END)
 
 
@@ -83,7 +86,8 @@ def test_every_answer_is_listed_once():
     assert len(ANSWERS) == len(set(ANSWERS)) == 40
     torch.testing.assert_close(answer_logprobs(network("lm", 1)).exp().sum(1), torch.ones(2))
     start = answer_logprobs(network("lm", 1)).exp()
-    assert total_variation(start, optimum(network("lm", 1), true_reward())) > 0.4, "a problem that starts solved shows nothing"
+    distance = total_variation(start, optimum(network("lm", 1), true_reward()))
+    assert distance > 0.4, "a problem that starts solved shows nothing"
 
 
 # Choices of PPO that leave the optimum where it is: settings of ppo.Config.
@@ -92,15 +96,18 @@ PPO_CHOICES = [dict(), dict(lam=0.8, whiten_advantages=False, minibatches=1, epo
 
 @pytest.mark.parametrize("choices", PPO_CHOICES, ids=str)
 def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, choices):
-    """Within a total variation distance of 0.05 (0.5 at the start), by rollouts, estimates and updates alone."""
+    """Within a total variation distance of 0.05 (0.5 at the start),
+    by rollouts, estimates and updates alone."""
     cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=150, batch=512, lr=3e-3, critic_lr=1e-2, **choices)
     optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
     for step in range(cfg.steps):
         run.begin(step)
         batch = ppo.rollout(cfg, run, PROMPTS * (cfg.batch // 2), nets, tokenizer)
         ppo.update(cfg, run, ppo.estimate(cfg, batch, cfg.kl_coef), nets, optimizers, None)
-    distance = total_variation(answer_logprobs(nets["actor"]).exp(), optimum(nets["reference"], true_reward()))
-    assert distance < 0.05, f"PPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, GAE, losses or rollout are wrong"
+    best = optimum(nets["reference"], true_reward())
+    distance = total_variation(answer_logprobs(nets["actor"]).exp(), best)
+    assert distance < 0.05, (
+        f"PPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, GAE, losses or rollout are wrong")
 
 
 # The margin h over the reference at which the mean loss of a pair is least, if its first answer wins with
@@ -142,7 +149,7 @@ def test_dpo_reaches_the_best_policy_that_the_kl_penalty_allows():
     with torch.no_grad():
         ref = answer_logprobs(reference)
     first, second = torch.tensor(list(itertools.permutations(range(len(ANSWERS)), 2))).T
-    wins = torch.sigmoid(r.view(2, -1)[:, first] - r.view(2, -1)[:, second])           # P(first ≻ second), (2, pairs)
+    wins = torch.sigmoid(r.view(2, -1)[:, first] - r.view(2, -1)[:, second])  # P(first ≻ second), (2, pairs)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     for step in range(600):
         for group in optimizer.param_groups:
@@ -153,11 +160,13 @@ def test_dpo_reaches_the_best_policy_that_the_kl_penalty_allows():
         optimizer.step()
         optimizer.zero_grad()
     distance = total_variation(answer_logprobs(policy).exp(), optimum(reference, r))
-    assert distance < 0.01, f"DPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): dpo_loss or the log-probabilities are wrong"
+    assert distance < 0.01, (
+        f"DPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): dpo_loss or the log-probabilities are wrong")
 
 
 def test_the_reward_model_recovers_the_true_differences():
-    """Within 0.15 of every difference between answers to one prompt, from Bradley-Terry choices between random pairs."""
+    """Within 0.15 of every difference between answers to one prompt,
+    from Bradley-Terry choices between random pairs."""
     model, r = network("scalar", 4), true_reward()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
@@ -173,17 +182,18 @@ def test_the_reward_model_recovers_the_true_differences():
         optimizer.zero_grad()
     found = (model.score(TOKENS, LENGTHS).detach() - r).view(2, -1)
     error = (found - found.mean(1, keepdim=True)).abs().max().item()
-    assert error < 0.15, f"a score is {error:.2f} off r: the Bradley-Terry loss or the place of the score is wrong"
+    assert error < 0.15, (
+        f"a score is {error:.2f} off r: the Bradley-Terry loss or the place of the score is wrong")
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.5])
 def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
-    """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With exact values
-    in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
+    """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With
+    exact values in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
     cfg, run, nets, tokenizer = small_ppo(tmp_path, batch=2, whiten_advantages=False, lam=lam)
     for net in ("actor", "reference"):
         nets[net] = nets[net].double()
-    with torch.no_grad():                                           # the actor has moved already, so that the KL counts
+    with torch.no_grad():                               # the actor has moved already, so that the KL counts
         for p in nets["actor"].parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     r, ref = true_reward().double().view(2, -1), answer_logprobs(nets["reference"]).detach()
@@ -196,7 +206,8 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
     J = (logp.exp() * (r - BETA * (logp - ref))).sum(1).mean()
     exact = flat(torch.autograd.grad(J, parameters))
 
-    # V of a state: what is still to come, r − β·Σ(log π − log π_ref) over the tokens ahead, averaged over answers.
+    # V of a state: what is still to come, r − β·Σ(log π − log π_ref) over the tokens ahead, averaged over
+    # answers.
     tokenwise = nets["actor"].logprobs(TOKENS, MASK).detach() - nets["reference"].logprobs(TOKENS, MASK)
     p, values = logp.detach().exp().flatten(), {}
     for i, row in enumerate(ROWS):
@@ -204,22 +215,33 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
             ahead = r.flatten()[i] - BETA * tokenwise[i, t:].sum()
             weight, total = values.get(tuple(row[:t]), (0.0, 0.0))
             values[tuple(row[:t])] = (weight + p[i], total + p[i] * ahead)
-    nets["critic"] = lambda tokens: torch.tensor([[(lambda w, x: float(x / w))(*values.get(tuple(row[:t + 1]), (1.0, 0.0)))
-                                                   for t in range(len(row))] for row in tokens.tolist()], dtype=torch.float64)
+
+    def value(state):
+        weight, total = values.get(tuple(state), (1.0, 0.0))
+        return float(total / weight)
+
+    def critic(tokens):
+        found = [[value(row[:t + 1]) for t in range(len(row))] for row in tokens.tolist()]
+        return torch.tensor(found, dtype=torch.float64)
+
+    nets["critic"] = critic
     torch.manual_seed(11)
     estimates = []
     for _ in range(40):
         batch = ppo.estimate(cfg, ppo.rollout(cfg, run, PROMPTS * 256, nets, tokenizer), BETA)
         logprobs = nets["actor"].logprobs(batch["tokens"], batch["mask"])
-        loss, clipped = ppo.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"], cfg.clip)
+        loss, clipped = ppo.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
+                                        cfg.clip)
         assert clipped == 0
-        tokens_an_answer = batch["mask"].sum() / len(batch["mask"])                # the loss is a mean over tokens
+        tokens_an_answer = batch["mask"].sum() / len(batch["mask"])        # the loss is a mean over tokens
         estimates.append(flat(torch.autograd.grad(-loss * tokens_an_answer, parameters)))
     estimates = torch.stack(estimates)
     direction = exact / exact.norm()
     along = estimates @ direction
     off = abs(along.mean() - exact.norm()) / (along.std() / 40 ** 0.5)
-    assert off < 4, f"the gradient is {off:.1f} standard errors from ∇E[r − β·KL]: kl_rewards, gae or policy_loss is wrong"
+    assert off < 4, (
+        f"the gradient is {off:.1f} standard errors from ∇E[r − β·KL]: "
+        "kl_rewards, gae or policy_loss is wrong")
     assert along.std() / 40 ** 0.5 < 0.05 * exact.norm(), "too noisy to show anything"
     cosine = torch.cosine_similarity(estimates.mean(0), exact, dim=0)
     assert cosine > 0.97, f"the gradient points elsewhere than ∇E[r − β·KL]: cosine {cosine:.3f}"

@@ -8,8 +8,10 @@ from runtime import Training, launch
 
 
 @pytest.mark.parametrize("error, said", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory: a lower --micro_batch"), (MemoryError(), "out of memory"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "out of memory: a lower --micro_batch"),
+    (MemoryError(), "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: "
+                  "can't allocate memory: you tried"), "out of memory"),
     (OSError(28, "No space left on device"), "out/run: No space left on device"),
     (FileNotFoundError(2, "No such file or directory", "x.json"), "x.json: No such file or directory")])
 def test_what_a_machine_can_run_out_of_is_one_line(monkeypatch, error, said):
@@ -38,7 +40,7 @@ def test_an_error_that_a_user_can_put_right_is_one_line_and_status_1(monkeypatch
     monkeypatch.setattr(sys, "argv", ["/somewhere/stage.py"])
     with pytest.raises(SystemExit) as e:
         launch.main(Training, train, "A test.")
-    assert e.value.code == "stage.py: no such thing"            # sys.exit of a text: status 1, the text to stderr
+    assert e.value.code == "stage.py: no such thing"        # sys.exit of a text: status 1, the text to stderr
     monkeypatch.setattr(sys, "argv", ["stage.py", "--debug"])
     with pytest.raises(ValueError, match="no such thing"):
         launch.main(Training, train, "A test.")

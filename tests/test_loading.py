@@ -5,8 +5,8 @@ import pytest
 
 from data import loading, records, world
 
-FILES = sorted([f"{kind}{part}.jsonl" for kind in ("demonstrations", "preferences", "prompts") for part in ("", "_heldout")]
-               + ["tokenizer.json", "tokenizer.tiktoken"])
+FILES = sorted([f"{kind}{part}.jsonl" for kind in ("demonstrations", "preferences", "prompts")
+                for part in ("", "_heldout")] + ["tokenizer.json", "tokenizer.tiktoken"])
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,13 @@ def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
             asked[part].add(json.dumps(prompt))
     assert asked[""] and asked["_heldout"]
     assert not asked[""] & asked["_heldout"]
-    assert len(asked[""]) + len(asked["_heldout"]) == len(world.items())        # the prompts' files hold them all
+    assert len(asked[""]) + len(asked["_heldout"]) == len(world.items())    # the prompts' files hold them all
 
 
 def test_no_held_out_prompt_is_an_earlier_turn_of_training():
     held_out = {item.prompt for item in world.items() if item.held_out and len(item.messages) == 1}
-    earlier = {text for item in world.items() if not item.held_out for role, text in item.messages[:-1] if role == "user"}
+    earlier = {text for item in world.items() if not item.held_out
+               for role, text in item.messages[:-1] if role == "user"}
     assert earlier and not earlier & held_out
 
 
@@ -89,7 +90,8 @@ def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch
 
 def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
     path = str(tmp_path / "pairs.jsonl")
-    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"} for i in range(20)])
+    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"}
+                         for i in range(20)])
     train, held_out = loading.load("preferences", path)
     assert len(train) == 17 and [p.prompt[-1]["content"] for p in held_out] == ["9"]
     assert "1 of 18 comparisons are ties" in capsys.readouterr().out
@@ -109,11 +111,13 @@ def test_a_second_file_is_what_is_held_out(made, tmp_path):
     assert len(train) == 25 and held_out == [[{"role": "user", "content": "b"}]]
 
 
-ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.", "Rewrite this sentence in the passive voice."]
+ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.",
+           "Rewrite this sentence in the passive voice."]
 
 
 @pytest.mark.parametrize("data, texts, warned", [
-    ("world", [i.prompt for i in world.items()[:50]], False), ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
+    ("world", [i.prompt for i in world.items()[:50]], False),
+    ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", ["What is the capital of Kenya?"], False), ("mine.jsonl", ENGLISH, True)])
 def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys, data, texts, warned):
     tok = loading.load_tokenizer(str(made), "world")
@@ -122,4 +126,5 @@ def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys
     error = capsys.readouterr().err
     assert error.count("\n") == (1 if warned else 0)
     if warned:
-        assert "out/sft was trained on the embedded world, and mine.jsonl is other text" in error and "--init" in error
+        assert "out/sft was trained on the embedded world, and mine.jsonl is other text" in error
+        assert "--init" in error

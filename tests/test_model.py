@@ -15,14 +15,16 @@ from model import GPT, Attention, GPTConfig, load_tensors, rotate, sample, save_
 V, STOP = 11, 2
 SHAPES = {
     "gpt2": dict(n_head=2),
-    "llama": dict(n_head=4, n_kv_head=2, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False),
+    "llama": dict(n_head=4, n_kv_head=2, positions="rotary", norm="rmsnorm", mlp="swiglu",
+                  bias=False, tied=False),
 }
 
 
 def make(shape, seed=0, head="lm"):
     """A random network in float64 whose distributions are far from uniform."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=V, block_size=24, n_layer=2, n_embd=16, **SHAPES[shape]), head=head).double()
+    config = GPTConfig(vocab_size=V, block_size=24, n_layer=2, n_embd=16, **SHAPES[shape])
+    model = GPT(config, head=head).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.3 + ("norm" in name and name.endswith("weight")))
@@ -41,7 +43,8 @@ def test_each_gelu_is_the_one_it_is_called(mlp, approximate):
     torch.testing.assert_close(block(x), block.down(torch.nn.GELU(approximate)(block.up(x))))
 
 
-PROMPTS = torch.tensor([[1, 2, 0, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0], [10, 9, 8, 0, 0], [2, 2, 2, 2, 0], [5, 1, 0, 0, 0]])
+PROMPTS = torch.tensor([[1, 2, 0, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0],
+                        [10, 9, 8, 0, 0], [2, 2, 2, 2, 0], [5, 1, 0, 0, 0]])
 LENGTHS = torch.tensor([2, 5, 1, 3, 4, 2])
 SEEDS = torch.arange(6) + 100
 
@@ -102,12 +105,13 @@ def test_gradient_of_logprobs_is_that_of_log_softmax(model):
 
 # ------------------------------------------------------------------------------------------ generate
 
-@pytest.mark.parametrize("how", [dict(), dict(stop_token=STOP), dict(temperature=0.6, stop_token=STOP), dict(top_k=3),
-                                 dict(top_p=0.6, stop_token=STOP), dict(temperature=1.7, top_k=5, top_p=0.8, stop_token=STOP)])
+@pytest.mark.parametrize("how", [
+    dict(), dict(stop_token=STOP), dict(temperature=0.6, stop_token=STOP), dict(top_k=3),
+    dict(top_p=0.6, stop_token=STOP), dict(temperature=1.7, top_k=5, top_p=0.8, stop_token=STOP)])
 def test_cached_logprobs_of_generate_equal_those_without_a_cache_before_filtering(model, how):
     tokens, mask, logprobs = model.generate(PROMPTS, LENGTHS, 12, seeds=SEEDS, **how)
     if "stop_token" in how and "top_p" not in how:
-        assert len(set(mask.sum(1).tolist())) > 1               # rows finish at different times, or nothing is tested
+        assert len(set(mask.sum(1).tolist())) > 1       # rows finish at different times, or nothing is tested
     want = model.logprobs(tokens, mask, how.get("temperature", 1.0))
     torch.testing.assert_close(logprobs, want, rtol=0, atol=1e-10)
     assert (logprobs[~mask] == 0).all()
@@ -119,7 +123,8 @@ def test_rows_that_finish_and_leave_the_batch_do_not_disturb_the_others(model):
     tokens, mask, logprobs = model.generate(prompts, lengths, 18, stop_token=STOP, seeds=torch.arange(40))
     assert len(set(mask.sum(1).tolist())) > 4
     torch.testing.assert_close(logprobs, model.logprobs(tokens, mask), rtol=0, atol=1e-10)
-    free, free_mask, _ = model.generate(prompts, lengths, 18, seeds=torch.arange(40))       # the same noise, no stop
+    # the same noise, no stop
+    free, free_mask, _ = model.generate(prompts, lengths, 18, seeds=torch.arange(40))
     for b in range(40):
         answer, whole = tokens[b][mask[b]].tolist(), free[b][free_mask[b]].tolist()
         cut = whole.index(STOP) + 1 if STOP in whole else len(whole)
@@ -170,7 +175,7 @@ def test_seeds_decide_the_answer_and_none_follows_torchs_generator(model):
 
 def test_a_finished_row_ends_with_the_stop_token_exactly_once(model):
     torch.manual_seed(3)
-    prompts, lengths = torch.full((60, 3), STOP), torch.randint(1, 4, (60,))                # stop tokens in the prompt
+    prompts, lengths = torch.full((60, 3), STOP), torch.randint(1, 4, (60,))    # stop tokens in the prompt
     tokens, mask, _ = model.generate(prompts, lengths, 12, stop_token=STOP, seeds=torch.arange(60))
     finished = 0
     for t, m in zip(tokens, mask):
@@ -185,7 +190,8 @@ def test_generate_is_laid_out_as_prompt_then_answer_then_zeros(model):
     before = PROMPTS.clone()
     tokens, mask, logprobs = model.generate(PROMPTS, LENGTHS, 10, stop_token=STOP, seeds=SEEDS)
     assert torch.equal(PROMPTS, before)
-    assert tokens.shape == mask.shape == logprobs.shape and tokens.dtype == torch.long and mask.dtype == torch.bool
+    assert tokens.shape == mask.shape == logprobs.shape
+    assert tokens.dtype == torch.long and mask.dtype == torch.bool
     assert mask.any(0)[-1]                                      # no column that no row needs
     for b, n in enumerate(LENGTHS.tolist()):
         size = int(mask[b].sum())
@@ -207,12 +213,13 @@ def test_sampled_frequencies_match_softmax(model, temperature):
     tokens, _, _ = model.generate(prompts, torch.full((n,), 2), 1, temperature, seeds=torch.arange(n))
     p = (model(prompts[:1])[0, -1] / temperature).softmax(-1)
     found = torch.bincount(tokens[:, 2], minlength=V) / n
-    assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1 / n).all()                 # five standard deviations
+    assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1 / n).all()         # five standard deviations
 
 
 def test_second_token_is_independent_of_the_first_ones_noise(model):
     n = 20000
-    tokens, _, _ = model.generate(torch.full((n, 1), 4), torch.ones(n, dtype=torch.long), 2, seeds=torch.arange(n))
+    prompts, lengths = torch.full((n, 1), 4), torch.ones(n, dtype=torch.long)
+    tokens, _, _ = model.generate(prompts, lengths, 2, seeds=torch.arange(n))
     first = tokens[:, 1].mode().values
     second = tokens[tokens[:, 1] == first, 2]
     p = model(torch.tensor([[4, first]]))[0, -1].softmax(-1)
@@ -220,7 +227,8 @@ def test_second_token_is_independent_of_the_first_ones_noise(model):
     assert ((found - p).abs() < 5 * (p * (1 - p) / len(second)).sqrt() + 1 / len(second)).all()
 
 
-@pytest.mark.parametrize("top_k,top_p", [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 1.0), (0, 1e-9)])
+@pytest.mark.parametrize("top_k,top_p", [
+    (1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (50, 1.0), (0, 1e-9)])
 def test_top_k_and_top_p_sample_every_token_of_their_set_and_no_other(top_k, top_p):
     torch.manual_seed(4)
     logits = torch.randn(V).double() * 1.5
@@ -234,9 +242,10 @@ def test_top_k_and_top_p_sample_every_token_of_their_set_and_no_other(top_k, top
     n = 20000
     found = sample(logits.expand(n, V), 1.0, top_k, top_p, uniform(torch.arange(n), 0))
     assert set(found.tolist()) == set(allowed)
-    for i, x in allowed.items():                                # renormalised over the set, five standard deviations
+    for i, x in allowed.items():                        # renormalised over the set, five standard deviations
         q = x / sum(allowed.values())
-        assert (found == i).double().mean().item() == pytest.approx(q, abs=5 * math.sqrt(q * (1 - q) / n) + 1e-9)
+        tolerance = 5 * math.sqrt(q * (1 - q) / n) + 1e-9
+        assert (found == i).double().mean().item() == pytest.approx(q, abs=tolerance)
 
 
 def test_the_ends_of_the_uniform_never_pick_a_token_of_probability_zero():
@@ -256,7 +265,8 @@ def test_uniform_is_uniform_inside_zero_and_one_and_differs_by_step_and_seed():
         assert ((counts - 0.05).abs() < 5 * math.sqrt(0.05 * 0.95 / len(u))).all()
         assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 5 / math.sqrt(len(u))
     first, second = uniform(torch.arange(n), 0), uniform(torch.arange(n), 1)
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 5 / math.sqrt(n) and (first != second).all()
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 5 / math.sqrt(n)
+    assert (first != second).all()
 
 
 # ------------------------------------------------------------------------------------------ the network
@@ -289,7 +299,8 @@ def test_score_is_the_scalar_at_the_last_token_whatever_the_padding():
 def test_grouped_query_attention_equals_a_slow_one_head_at_a_time(kv, positions):
     torch.manual_seed(5)
     C, H, D, T = 16, 4, 4, 6
-    attention = Attention(GPTConfig(vocab_size=V, n_embd=C, n_head=H, n_kv_head=kv, positions=positions)).double()
+    config = GPTConfig(vocab_size=V, n_embd=C, n_head=H, n_kv_head=kv, positions=positions)
+    attention = Attention(config).double()
     x = torch.randn(2, T, C).double()
     found = attention(x, torch.arange(T))
     w, bias = attention.qkv.weight, attention.qkv.bias
@@ -337,7 +348,8 @@ def test_rotary_angles_of_late_positions_survive_bfloat16():
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_scores_of_a_network_in_bfloat16_are_finer_than_bfloat16(weights):
     torch.manual_seed(7)
-    model = GPT(GPTConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=16), head="scalar").to(weights)
+    config = GPTConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(config, head="scalar").to(weights)
     with torch.autocast("cpu", torch.bfloat16):
         scores = model(torch.randint(32, (4, 16)))
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
@@ -346,11 +358,11 @@ def test_scores_of_a_network_in_bfloat16_are_finer_than_bfloat16(weights):
 def test_norms_and_mlps_are_those_of_their_papers():
     torch.manual_seed(7)
     x = torch.randn(3, 16).double()
+    centred, variance = x - x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     llama, gpt2 = make("llama"), make("gpt2")
     for layer, want in (
             (llama.norm, x / ((x ** 2).mean(-1, keepdim=True) + 1e-5).sqrt() * llama.norm.weight),
-            (gpt2.norm, (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-             * gpt2.norm.weight + gpt2.norm.bias)):
+            (gpt2.norm, centred / (variance + 1e-5).sqrt() * gpt2.norm.weight + gpt2.norm.bias)):
         torch.testing.assert_close(layer(x), want, rtol=0, atol=1e-12)
     mlp = llama.blocks[0].mlp
     gate, up = (x @ mlp.up.weight.T)[:, :64], (x @ mlp.up.weight.T)[:, 64:]
@@ -387,9 +399,9 @@ def test_lengths_that_no_prompt_can_have_are_refused(model, bad):
 
 
 @pytest.mark.parametrize("field,value", [
-    ("vocab_size", 0), ("block_size", -1), ("n_layer", 1.5), ("n_layer", "2"), ("n_head", 0), ("n_embd", 0), ("n_kv_head", -2),
-    ("mlp_hidden", -4), ("positions", "alibi"), ("norm", "batchnorm"), ("mlp", "relu"), ("bias", "no"), ("tied", None),
-    ("n_head", 5), ("n_kv_head", 3), ("n_kv_head", 8), ("n_embd", 18),
+    ("vocab_size", 0), ("block_size", -1), ("n_layer", 1.5), ("n_layer", "2"), ("n_head", 0), ("n_embd", 0),
+    ("n_kv_head", -2), ("mlp_hidden", -4), ("positions", "alibi"), ("norm", "batchnorm"), ("mlp", "relu"),
+    ("bias", "no"), ("tied", None), ("n_head", 5), ("n_kv_head", 3), ("n_kv_head", 8), ("n_embd", 18),
     pytest.param("n_embd", None),
     pytest.param("norm_eps", "small"),
     pytest.param("rope_theta", 0.0)])
@@ -419,12 +431,13 @@ def test_top_p_zero_is_greedy_or_refused(model):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_save_and_load_give_back_every_bit(tmp_path, shape, head):
     model = make(shape, head=head).float()
-    model.save(tmp_path / "new" / "folder")
-    loaded = GPT.load(tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    model.save(folder)
+    loaded = GPT.load(folder)
     assert loaded.config == model.config and loaded.head_kind == head
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -459,9 +472,11 @@ def test_a_loaded_model_does_not_share_memory_and_can_be_trained(tmp_path):
 
 def test_tensor_files_round_trip_all_types_shapes_and_strides(tmp_path):
     path = str(tmp_path / "t.safetensors")
-    tensors = {"f64": torch.randn(2, 3).double(), "bf16": torch.randn(5).bfloat16(), "f16": torch.randn(3).half(),
-               "i64": torch.arange(4) - 2, "u8": torch.tensor([0, 255], dtype=torch.uint8), "bool": torch.tensor([True, False, True]),
-               "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "transposed": torch.randn(3, 4).T, "last": torch.randn(2)}
+    tensors = {"f64": torch.randn(2, 3).double(), "bf16": torch.randn(5).bfloat16(),
+               "f16": torch.randn(3).half(), "i64": torch.arange(4) - 2,
+               "u8": torch.tensor([0, 255], dtype=torch.uint8), "bool": torch.tensor([True, False, True]),
+               "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4),
+               "transposed": torch.randn(3, 4).T, "last": torch.randn(2)}
     save_tensors(path, tensors)
     loaded = load_tensors(path)
     assert loaded.keys() == tensors.keys()
@@ -502,9 +517,12 @@ def test_a_truncated_tensor_file_is_one_line(tmp_path, keep):
 
 
 @pytest.mark.parametrize("body", [
-    b"PK\x03\x04 a zip, as torch.save writes them", struct.pack("<Q", 4) + b"\xff\xfe\x00\x01", struct.pack("<Q", 2) + b"[]",
-    struct.pack("<Q", 9) + b'{"a": 12}', struct.pack("<Q", 63) + b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}  ' + b"0000",
-    pytest.param(struct.pack("<Q", 64) + b'{"a": {"dtype": "U8", "shape": [-2, -2], "data_offsets":[0, 4]}}' + b"0000")])
+    b"PK\x03\x04 a zip, as torch.save writes them",
+    struct.pack("<Q", 4) + b"\xff\xfe\x00\x01",
+    struct.pack("<Q", 2) + b"[]",
+    struct.pack("<Q", 9) + b'{"a": 12}',
+    struct.pack("<Q", 63) + b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}  ' + b"0000",
+    struct.pack("<Q", 64) + b'{"a": {"dtype": "U8", "shape": [-2, -2], "data_offsets":[0, 4]}}' + b"0000"])
 def test_a_foreign_tensor_file_is_one_line(tmp_path, body):
     make("gpt2").save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(body)
@@ -524,8 +542,9 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path):
     refused(tmp_path, "norm.bias is missing")
 
 
-@pytest.mark.parametrize("change,match", [({"colour": "red"}, "unknown field 'colour'"), ({"n_layer": 0}, "n_layer"),
-                                          ({"head": "tail"}, "head"), ({"n_layer": None}, "n_layer")])
+@pytest.mark.parametrize("change,match", [
+    ({"colour": "red"}, "unknown field 'colour'"), ({"n_layer": 0}, "n_layer"),
+    ({"head": "tail"}, "head"), ({"n_layer": None}, "n_layer")])
 def test_a_config_file_that_cannot_be_names_its_field(tmp_path, change, match):
     make("gpt2").save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -549,8 +568,9 @@ def test_a_config_without_a_field_names_it(tmp_path, field):
     refused(tmp_path, field)
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"block_size": 2 ** 62, "vocab_size": 2 ** 62},
-                                    {"mlp_hidden": 10 ** 12}, {"n_embd": 2 ** 40, "n_head": 1, "n_kv_head": 1}])
+@pytest.mark.parametrize("change", [
+    {"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"block_size": 2 ** 62, "vocab_size": 2 ** 62},
+    {"mlp_hidden": 10 ** 12}, {"n_embd": 2 ** 40, "n_head": 1, "n_kv_head": 1}])
 def test_a_config_that_asks_for_the_moon_is_refused_without_reaching_for_it(tmp_path, change):
     make("gpt2").save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -582,8 +602,10 @@ def test_a_hostile_pickle_is_never_run(tmp_path, monkeypatch):
 def test_a_tensor_file_cut_or_scribbled_over_is_read_or_refused_in_one_line(tensor_bytes, data):
     path, whole = tensor_bytes
     start = data.draw(st.integers(0, len(whole) - 1))
-    noise = data.draw(st.binary(max_size=12) | st.sampled_from([b"[" * 9, b'"shape": [-1]', b"99999999999", b"}"]))
-    spoilt = data.draw(st.sampled_from([whole[:start], whole[:start] + noise + whole[start + len(noise):], whole[:start] + noise + whole[start:]]))
+    pieces = st.sampled_from([b"[" * 9, b'"shape": [-1]', b"99999999999", b"}"])
+    noise = data.draw(st.binary(max_size=12) | pieces)
+    before, after = whole[:start], whole[start:]
+    spoilt = data.draw(st.sampled_from([before, before + noise + after[len(noise):], before + noise + after]))
     path.write_bytes(spoilt)
     try:
         load_tensors(str(path))
@@ -594,7 +616,8 @@ def test_a_tensor_file_cut_or_scribbled_over_is_read_or_refused_in_one_line(tens
 @pytest.fixture(scope="module")
 def tensor_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
-    save_tensors(str(path), {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64), "c": torch.tensor(True)})
+    save_tensors(str(path), {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int64),
+                             "c": torch.tensor(True)})
     return path, path.read_bytes()
 
 

@@ -5,7 +5,8 @@ from runtime import models
 
 
 def test_require_says_what_to_run_first(tmp_path):
-    with pytest.raises(ValueError, match=r"no model in .*/sft: run `python sft\.py` first, or name another") as e:
+    said = r"no model in .*/sft: run `python sft\.py` first, or name another"
+    with pytest.raises(ValueError, match=said) as e:
         models.require(str(tmp_path / "sft"))
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="no model in .*/mine: name another folder"):

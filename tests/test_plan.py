@@ -1,4 +1,5 @@
-"""The memory that plan.py promises is the memory that training takes, and the bytes are those that are sent."""
+"""The memory that plan.py promises is the memory that training takes,
+and the bytes are those that are sent."""
 import ctypes
 import json
 import os
@@ -19,16 +20,18 @@ from runtime import make_optimizer, plan
 SHAPES = {
     "deep": dict(n_layer=12, n_head=4, n_embd=256, vocab_size=1024, mlp="gelu"),
     "wide": dict(n_layer=3, n_head=4, n_embd=512, vocab_size=16384),
-    "llama": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=384, mlp_hidden=1024, vocab_size=8192, mlp="swiglu", norm="rmsnorm",
-                  positions="rotary", bias=False, tied=False),
+    "llama": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=384, mlp_hidden=1024, vocab_size=8192,
+                  mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, tied=False),
 }
 PROMPT = "When is a good time to go to bed and what is the capital of France and what colour is a cat?"
-ANSWERS = "Paris is the capital of France, and eight is a good time.", "London is the capital of Spain, and nine is a good time."
+ANSWERS = ("Paris is the capital of France, and eight is a good time.",
+           "London is the capital of Spain, and nine is a good time.")
 FLAGS = {                                           # two and more micro-batches of four rows in each process
     "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
     "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --normalize 64",
     "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --records 16",
-    "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 --update_kl 0 --max_new_tokens {n}",
+    "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 "
+           "--update_kl 0 --max_new_tokens {n}",
 }
 
 
@@ -48,7 +51,8 @@ def steps(cfg, device):
 
 @pytest.fixture(scope="module")
 def inputs(chain, tmp_path_factory):
-    """A folder with networks of all shapes and data whose rows are all as long: its path, and the tokens of prompt and answer."""
+    """A folder with networks of all shapes and data whose rows are all as long: its path, and the tokens of
+    prompt and answer."""
     folder, tokenizer = tmp_path_factory.mktemp("plan"), Tokenizer.load(str(chain[0] / "out/world"))
     for name, shape in SHAPES.items():
         for head in ("lm", "scalar"):
@@ -59,15 +63,17 @@ def inputs(chain, tmp_path_factory):
         path = str(folder / "coarse" / head / "model.safetensors")
         save_tensors(path, {name: x.bfloat16() for name, x in load_tensors(path).items()})
     record = {"prompt": PROMPT, "response": ANSWERS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(35)))        # three are held out
-    return folder, len(tokenizer.prompt([{"role": "user", "content": PROMPT}])), len(tokenizer.response(ANSWERS[0]))
+    (folder / "data.jsonl").write_text((json.dumps(record) + "\n") * 35)        # three are held out
+    prompt = tokenizer.prompt([{"role": "user", "content": PROMPT}])
+    return folder, len(prompt), len(tokenizer.response(ANSWERS[0]))
 
 
 def measured(inputs, shape, stage, processes, kind, flags="", networks=None):
-    """What plan.py is asked, and [(most bytes held while loading, and while training, bytes sent a step) of each process]
-    of a run of a stage. networks: their folder, if not the shape's."""
+    """What plan.py is asked, and [(most bytes held while loading, and while training, bytes sent per step) of
+    each process] of a run of a stage. networks: their folder, if not the shape's."""
     folder, prompt, answer = inputs
-    flags = f"{FLAGS[stage].format(shape=networks or shape, n=answer)} {flags} --parallel {kind} --out out/{shape}/{stage}"
+    always = FLAGS[stage].format(shape=networks or shape, n=answer)
+    flags = f"{always} {flags} --parallel {kind} --out out/{shape}/{stage}"
     arguments = [f"{stage}.py", *flags.split(), "--device", "cpu", "--save_seconds", "1e6", "--no-resume"]
     start = torchrun(processes, "tests/helpers/peak_bytes.py", arguments, folder)
     if processes == 1:
@@ -75,26 +81,32 @@ def measured(inputs, shape, stage, processes, kind, flags="", networks=None):
     start["env"] |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(**start)
     assert done.returncode == 0, done.stderr[-3000:]
-    cfg = plan.Config(stage=stage, processes=processes, parallel=kind, batch=16, micro_batch=4, length=prompt + answer,
-                      learnt=answer / (prompt + answer), bytes=2 if "bfloat16" in flags else 4, normalize=64,
+    cfg = plan.Config(stage=stage, processes=processes, parallel=kind, batch=16, micro_batch=4,
+                      length=prompt + answer, learnt=answer / (prompt + answer),
+                      bytes=2 if "bfloat16" in flags else 4, normalize=64,
                       checkpoint_blocks="--checkpoint_blocks" in flags, **SHAPES[shape])
     found = re.findall(r"process \d: loading (\d+), peak (\d+), sent (\d+)", done.stderr)
     assert len(found) == processes
     return cfg, [tuple(map(int, each)) for each in found]
 
 
-glibc = pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc for its memory")
+has_glibc = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
+glibc = pytest.mark.skipif(not has_glibc, reason="asks glibc for its memory")
 FAST = "wide", "sft", 2, "fsdp", ""
-SLOW = [case for shape in SHAPES for stage in FLAGS for processes, kind in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
-        for flags in ("", "--checkpoint_blocks")[:1 + (stage in ("sft", "ppo"))] if (case := (shape, stage, processes, kind, flags)) != FAST]
-SLOW += [(shape, stage, processes, kind, "--precision bfloat16") for shape, stage, processes, kind in (     # CPUs without it are slow
-    ("deep", "sft", 2, "fsdp"), ("wide", "sft", 2, "fsdp"), ("llama", "sft", 1, "ddp"), ("llama", "sft", 2, "ddp"),
-    ("llama", "dpo", 2, "fsdp"), ("llama", "ppo", 2, "fsdp"))]
+SLOW = [case for shape in SHAPES for stage in FLAGS
+        for processes, kind in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
+        for flags in ("", "--checkpoint_blocks")[:1 + (stage in ("sft", "ppo"))]
+        if (case := (shape, stage, processes, kind, flags)) != FAST]
+SLOW += [(*case, "--precision bfloat16") for case in (      # CPUs without it are slow
+    ("deep", "sft", 2, "fsdp"), ("wide", "sft", 2, "fsdp"), ("llama", "sft", 1, "ddp"),
+    ("llama", "sft", 2, "ddp"), ("llama", "dpo", 2, "fsdp"), ("llama", "ppo", 2, "fsdp"))]
+CASES = [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @glibc
-@pytest.mark.parametrize("shape, stage, processes, kind, flags", [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
-def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape, stage, processes, kind, flags):
+@pytest.mark.parametrize("shape, stage, processes, kind, flags", CASES)
+def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(
+        inputs, shape, stage, processes, kind, flags):
     cfg, found = measured(inputs, shape, stage, processes, kind, flags)
     promised = plan.Plan(cfg).numbers()
     weights = sum(4 * plan.network(cfg.shape, head).all for head in plan.TRAINED[stage] + plan.FROZEN[stage])
@@ -110,7 +122,7 @@ def test_a_plan_is_within_a_tenth_of_what_a_stage_takes_and_sends(inputs, shape,
 def test_a_file_of_bfloat16_is_not_unrolled_by_processes_that_share_it(inputs):
     cfg, found = measured(inputs, "wide", "ppo", 2, "fsdp", networks="coarse")
     weights = sum(4 * plan.network(cfg.shape, head).all for head in plan.TRAINED["ppo"] + plan.FROZEN["ppo"])
-    embedding = 4 * cfg.vocab_size * cfg.n_embd                     # the largest piece, which is whole for a moment
+    embedding = 4 * cfg.vocab_size * cfg.n_embd             # the largest piece, which is whole for a moment
     assert all(loading < weights / 2 + embedding + 8e6 for loading, _, _ in found), (weights, found)
 
 
@@ -119,7 +131,8 @@ def peak(function):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
     now = most = 0
-    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now)
     return most
@@ -128,7 +141,8 @@ def peak(function):
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plan_is_within_a_tenth_of_what_tensors_fill(shape, again):
-    cfg = plan.Config(stage="sft", processes=1, batch=8, micro_batch=4, length=128, bytes=4, checkpoint_blocks=again, **SHAPES[shape])
+    cfg = plan.Config(stage="sft", processes=1, batch=8, micro_batch=4, length=128, bytes=4,
+                      checkpoint_blocks=again, **SHAPES[shape])
     assert plan.Plan(cfg).numbers()["peak"] == pytest.approx(peak(lambda: steps(cfg, "cpu")), rel=0.1)
 
 

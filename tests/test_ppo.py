@@ -1,4 +1,5 @@
-"""PPO's formulas against slow loops written from the papers, in float64 on random ragged batches, and its loop."""
+"""PPO's formulas against slow loops written from the papers, in float64 on random ragged batches,
+and its loop."""
 import math
 
 import pytest
@@ -64,8 +65,8 @@ def test_kl_rewards_charge_every_action_and_pay_the_score_on_the_last(seed):
 
 def test_kl_rewards_of_a_row_without_actions_are_zero():
     mask = torch.tensor([[False, True], [False, False]])
-    near(kl_rewards(torch.tensor([2.0, 5.0]).double(), torch.ones(2, 2).double(), torch.zeros(2, 2).double(), mask, 0.5),
-         [[0, 1.5], [0, 0]])
+    scores, logprobs, ref = torch.tensor([2.0, 5.0]), torch.ones(2, 2), torch.zeros(2, 2)
+    near(kl_rewards(scores.double(), logprobs.double(), ref.double(), mask, 0.5), [[0, 1.5], [0, 0]])
 
 
 @seeds
@@ -78,7 +79,7 @@ def test_gae_is_the_discounted_sum_of_td_errors(seed, gamma, lam):
         r, v = [rewards[b, t].item() for t in acts], [values[b, t].item() for t in acts] + [0.0]
         delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(acts))]
         for i, t in enumerate(acts):
-            want = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(acts)))        # eq. 16, as a sum
+            want = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(acts)))    # eq. 16, as a sum
             near(advantages[b, t], want)
             near(returns[b, t], want + v[i])
     assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
@@ -168,8 +169,10 @@ def test_value_loss_sends_no_gradient_to_old_values_or_returns():
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 @pytest.mark.parametrize("formula", [
-    lambda x, y, z, m: masked_mean(x, m), lambda x, y, z, m: whiten(x, m), lambda x, y, z, m: gae(x, y, m, 0.9, 0.9)[0],
-    lambda x, y, z, m: kl_rewards(torch.ones(B).double(), x, y, m, 0.1), lambda x, y, z, m: policy_loss(x, y, z, m, 0.2)[0],
+    lambda x, y, z, m: masked_mean(x, m), lambda x, y, z, m: whiten(x, m),
+    lambda x, y, z, m: gae(x, y, m, 0.9, 0.9)[0],
+    lambda x, y, z, m: kl_rewards(torch.ones(B).double(), x, y, m, 0.1),
+    lambda x, y, z, m: policy_loss(x, y, z, m, 0.2)[0],
     lambda x, y, z, m: value_loss(x, y, z, m, 0.2), lambda x, y, z, m: sft_loss(x, m)],
     ids=["masked_mean", "whiten", "gae", "kl_rewards", "policy_loss", "value_loss", "sft_loss"])
 def test_nan_and_infinity_outside_the_mask_are_ignored(formula, junk):
@@ -183,8 +186,9 @@ def test_policy_loss_ignores_large_finite_log_ratios_outside_the_mask():
          policy_loss(new, old, advantages, mask, 0.2)[0])
 
 
-@pytest.mark.parametrize("kl,factor", [(6.0, 1), (7.2, 1 + 0.2 * 64 / 1000), (60.0, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000),
-                                       (0.0, 1 - 0.2 * 64 / 1000), (5.7, 1 - 0.05 * 64 / 1000), (-3.0, 1 - 0.2 * 64 / 1000)])
+@pytest.mark.parametrize("kl,factor", [
+    (6.0, 1), (7.2, 1 + 0.2 * 64 / 1000), (60.0, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000),
+    (0.0, 1 - 0.2 * 64 / 1000), (5.7, 1 - 0.05 * 64 / 1000), (-3.0, 1 - 0.2 * 64 / 1000)])
 def test_adaptive_kl_moves_in_proportion_and_at_most_a_fifth(kl, factor):
     controller = AdaptiveKL(0.3, 6.0, 1000)
     controller.update(kl, 64)
@@ -198,18 +202,20 @@ def test_state_values_are_the_critics_word_before_the_action():
     tokens = torch.randint(13, (B, T))
     found = state_values(critic, tokens, mask)
     for b in range(B):
-        for t in range(T):
-            want = critic(tokens[b:b + 1, :t])[0, -1].item() if mask[b, t] else 0.0             # it has not read tokens[t]
+        for t in range(T):                                      # the critic has not read tokens[t]
+            want = critic(tokens[b:b + 1, :t])[0, -1].item() if mask[b, t] else 0.0
             assert found[b, t].item() == pytest.approx(want, abs=1e-6)
 
 
 def test_state_values_keep_float64():
-    assert state_values(tiny("scalar"), torch.randint(13, (B, T)), torch.ones(B, T, dtype=torch.bool)).dtype == torch.float64
+    critic, tokens, mask = tiny("scalar"), torch.randint(13, (B, T)), torch.ones(B, T, dtype=torch.bool)
+    assert state_values(critic, tokens, mask).dtype == torch.float64
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
     values, returns, mask = ragged(2, 2)
-    near(ppo.explained_variance(dirt(returns, mask), dirt(returns, mask) * mask + dirt(values, mask) * ~mask, mask), 1.0)
+    perfect, same = dirt(returns, mask), dirt(returns, mask) * mask + dirt(values, mask) * ~mask
+    near(ppo.explained_variance(perfect, same, mask), 1.0)
     near(ppo.explained_variance(torch.full_like(values, 3.0), dirt(returns, mask), mask), 0.0)
     residual, kept = (returns - values)[mask], returns[mask]
     near(ppo.explained_variance(values, returns, mask), 1 - residual.var().item() / kept.var().item())
@@ -221,7 +227,7 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(
 def test_micro_batches_by_their_share_of_tokens_leave_ppos_gradient_the_same(sizes):
     model, (old, advantages, mask) = tiny("lm"), ragged(4, 2)
     tokens = torch.randint(13, (B, T))
-    mask[0] = torch.arange(T) == 4                              # a short answer: an even share would weigh it too high
+    mask[0] = torch.arange(T) == 4                  # a short answer: an even share would weigh it too high
     policy_loss(model.logprobs(tokens, mask), old - 2, advantages, mask, 0.2)[0].backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -239,10 +245,11 @@ def test_ppos_update_is_the_same_whatever_the_micro_batch(tmp_path, micro_batch)
     tokens, after = torch.randint(13, (B, T)), []
     for size in (B, micro_batch):
         nets = {"actor": tiny("lm"), "critic": tiny("scalar")}
-        cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0, max_norm=0.5,
-                         out=str(tmp_path), device="cpu")
-        batch = {"tokens": tokens, "mask": mask, "old_logprobs": nets["actor"].logprobs(tokens, mask).detach() + 0.1 * logprobs * mask,
-                 "old_values": values * mask, "advantages": advantages * mask, "returns": returns * mask,
+        cfg = ppo.Config(epochs=2, minibatches=2, micro_batch=size, entropy_coef=0.01, update_kl=0.0,
+                         max_norm=0.5, out=str(tmp_path), device="cpu")
+        old = nets["actor"].logprobs(tokens, mask).detach() + 0.1 * logprobs * mask
+        batch = {"tokens": tokens, "mask": mask, "old_logprobs": old, "old_values": values * mask,
+                 "advantages": advantages * mask, "returns": returns * mask,
                  "lengths": T - mask.flip(1).int().argmax(1)}
         optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in nets.items()}
         run = Run(cfg, cfg.steps)
@@ -250,13 +257,14 @@ def test_ppos_update_is_the_same_whatever_the_micro_batch(tmp_path, micro_batch)
         found = ppo.update(cfg, run, batch, nets, optimizers, None)
         after.append((found, {(k, n): p for k, net in nets.items() for n, p in net.named_parameters()}))
     (whole, want), (split, got) = after
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=str(name))  # values are float32
+    for name in want:                                           # values are float32
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=str(name))
     assert split == pytest.approx(whole, rel=1e-4, abs=1e-6) and whole["updates"] == 4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_probabilities(tmp_path, temperature):
+def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_probabilities(
+        tmp_path, temperature):
     values, shift, advantages, returns, mask = ragged(3, 4)
     tokens, lengths = torch.randint(13, (B, T)), T - mask.flip(1).int().argmax(1)
     nets = {"actor": tiny("lm"), "critic": tiny("scalar", 1)}
@@ -267,32 +275,38 @@ def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_pr
     ratio = (new - old)[mask].exp()
     loss = -torch.min(ratio * advantages[mask], ratio.clamp(0.8, 1.2) * advantages[mask]).mean()
     names, parameters = zip(*nets["actor"].named_parameters())
-    want = {n: p.detach() - 0.1 * g for n, p, g in zip(names, parameters, torch.autograd.grad(loss, parameters))}
-    cfg = ppo.Config(epochs=1, minibatches=1, micro_batch=B, lr=0.1, critic_lr=0.0, max_norm=0.0, update_kl=0.0,
-                     temperature=temperature, warmup=0, decay="constant", out=str(tmp_path), device="cpu")
+    gradients = torch.autograd.grad(loss, parameters)
+    want = {n: p.detach() - 0.1 * g for n, p, g in zip(names, parameters, gradients)}
+    cfg = ppo.Config(epochs=1, minibatches=1, micro_batch=B, lr=0.1, critic_lr=0.0, max_norm=0.0,
+                     update_kl=0.0, temperature=temperature, warmup=0, decay="constant",
+                     out=str(tmp_path), device="cpu")
     run = Run(cfg, cfg.steps)
-    batch = {"tokens": tokens, "mask": mask, "old_logprobs": old * mask, "old_values": values, "advantages": advantages,
-             "returns": returns, "lengths": lengths}
-    found = ppo.update(cfg, run, batch, nets, {k: torch.optim.SGD(net.parameters(), lr=1.0) for k, net in nets.items()}, None)
+    batch = {"tokens": tokens, "mask": mask, "old_logprobs": old * mask, "old_values": values,
+             "advantages": advantages, "returns": returns, "lengths": lengths}
+    optimizers = {k: torch.optim.SGD(net.parameters(), lr=1.0) for k, net in nets.items()}
+    found = ppo.update(cfg, run, batch, nets, optimizers, None)
     for name, p in nets["actor"].named_parameters():
         torch.testing.assert_close(p, want[name], rtol=1e-6, atol=1e-8, msg=f"policy step: {name}")
     assert found["policy_loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"entropy": 1e-4}, "--entropy_coef"), ({"kl": 50.0}, "--kl_coef"), ({"ended": 0.0}, "--max_new_tokens"), ({}, None)])
+    ({"entropy": 1e-4}, "--entropy_coef"), ({"kl": 50.0}, "--kl_coef"), ({"ended": 0.0}, "--max_new_tokens"),
+    ({}, None)])
 def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(change, said):
     found = ppo.warnings(ppo.Config(), {"entropy": 0.4, "kl": 4.0, "ended": 1.0} | change)
     assert len(found) == (0 if said is None else 1) and all(said in text for text in found)
-    assert not ppo.warnings(ppo.Config(adaptive_kl=False), {"entropy": 0.4, "kl": 50.0, "ended": 1.0})     # it has no target
+    no_target = ppo.Config(adaptive_kl=False)
+    assert not ppo.warnings(no_target, {"entropy": 0.4, "kl": 50.0, "ended": 1.0})
 
 
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
-CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(),
-    dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05, no_end_score=-1.5),
+    dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05,
+         no_end_score=-1.5),
     dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
          minibatches=3, seed=4),
     dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1),
@@ -305,10 +319,11 @@ CASES = [                                           # each flag of the stage is 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
-    """Without autocast in the case of bfloat16: what is left is that old log-probabilities are computed anew."""
+    """Without autocast in the case of bfloat16:
+    what is left is that old log-probabilities are computed anew."""
     cfg, model, lines, _ = trained(ppo, **SHARED | settings)
-    nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"), "critic": GPT.load("out/reward_model"),
-            "reward": GPT.load("out/reward_model")}
+    nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"),
+            "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
     prompts, _ = loading.load("prompts", "world")
     demonstrations, _ = loading.load("demonstrations", "world")
     expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations)
@@ -319,4 +334,5 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
         updates = [line["updates"] for line in lines]
         assert any(0 < n < cfg.epochs * cfg.minibatches for n in updates), "an update that stops half-way"
     if settings.get("clip") == 0.05:
-        assert all(line["clipped"] > 0 and line["value_clipped"] > 0 for line in lines), "some of all is clipped"
+        clipped = [line["clipped"] > 0 and line["value_clipped"] > 0 for line in lines]
+        assert all(clipped), "some of all is clipped"

@@ -9,12 +9,15 @@ from helpers.start import FLAGS, KINDS, assert_close, command, in_float64, misbe
 
 
 @pytest.mark.parametrize("where, rank, kind", [("update", 1, "fsdp"), *(
-    pytest.param(where, rank, kind, marks=pytest.mark.slow) for where in ("rollout", "update", "save") for rank in (0, 1)
-    for kind in KINDS if (where, rank, kind) != ("update", 1, "fsdp") and (where, rank) != ("save", 1))])
+    pytest.param(where, rank, kind, marks=pytest.mark.slow)
+    for where in ("rollout", "update", "save") for rank in (0, 1) for kind in KINDS
+    if (where, rank, kind) != ("update", 1, "fsdp") and (where, rank) != ("save", 1))])
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(alone, where, rank, kind):
-    """kill -9, and torchrun starts all anew: they go on, and end in the weights of a run that was left alone."""
+    """kill -9, and torchrun starts all anew:
+    they go on, and end in the weights of a run that was left alone."""
     out = f"out/killed_{where}_{rank}_{kind}"
-    done = misbehave(where, "kill", rank, f"{FLAGS['ppo']} --parallel {kind} --save_seconds 0 --out {out}", alone, restarts=1)
+    flags = f"{FLAGS['ppo']} --parallel {kind} --save_seconds 0 --out {out}"
+    done = misbehave(where, "kill", rank, flags, alone, restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on after step" in done.stdout
     assert_close(alone / out, alone / "out/alone/ppo")
@@ -30,7 +33,8 @@ def test_two_machines_start_again_after_a_killed_process(alone, rank):
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     out = f"out/two_machines_{rank}"
-    arguments = ["update", "kill", str(rank), "ppo.py", *f"{FLAGS['ppo']} --parallel fsdp --save_seconds 0 --out {out}".split()]
+    flags = f"{FLAGS['ppo']} --parallel fsdp --save_seconds 0 --out {out}"
+    arguments = ["update", "kill", str(rank), "ppo.py", *flags.split()]
     start = torchrun(2, "tests/helpers/misbehave.py", arguments, alone, restarts=2)
     meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", f"--rdzv_id={port}"]
     start["args"] = [word for a in start["args"] for word in (meet if a == "--standalone" else [a])]
@@ -45,7 +49,8 @@ def test_two_machines_start_again_after_a_killed_process(alone, rank):
 def test_a_process_that_raises_ends_the_job_with_its_line(alone, rank):
     began = time.time()
     done = misbehave("update", "raise", rank, f"{FLAGS['ppo']} --out out/raised_{rank}", alone)
-    assert done.returncode == 1 and own_lines(done.stderr) == ["ppo.py: this process has had enough"], done.stderr[-3000:]
+    said = ["ppo.py: this process has had enough"]
+    assert done.returncode == 1 and own_lines(done.stderr) == said, done.stderr[-3000:]
     assert time.time() - began < 60
 
 
@@ -56,7 +61,7 @@ def test_a_process_that_hangs_ends_the_job_within_the_time_limit(alone, rank):
     done = misbehave("rollout", "hang", rank, f"{FLAGS['ppo']} --timeout 5 --out out/hung_{rank}", alone)
     [line] = own_lines(done.stderr)
     assert done.returncode == 1 and f"process {1 - rank} has lost another one, or waited 5 s for it" in line
-    assert time.time() - began < 90                                 # torchrun gives the hanging one 30 s to end
+    assert time.time() - began < 90                             # torchrun gives the hanging one 30 s to end
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -64,19 +69,23 @@ def test_a_process_that_nobody_joins_says_so(tmp_path, rank):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    alone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    alone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
+             "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     start = command("sft", "--timeout 2")
     done = subprocess.run(**start | {"env": start["env"] | alone}, cwd=tmp_path, capture_output=True)
     assert done.returncode == 1
-    assert own_lines(done.stderr, "sft.py")[0].startswith("sft.py: the processes did not meet within 2 s (--timeout): "), done.stderr
+    first = own_lines(done.stderr, "sft.py")[0]
+    assert first.startswith("sft.py: the processes did not meet within 2 s (--timeout): "), done.stderr
 
 
 def test_a_bad_record_is_one_line_for_all_processes(alone):
     (alone / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-    done = subprocess.run(**torchrun(2, "sft.py", ["--device", "cpu", "--data", "bad.jsonl", "--out", "out/bad"], alone))
+    arguments = ["--device", "cpu", "--data", "bad.jsonl", "--out", "out/bad"]
+    done = subprocess.run(**torchrun(2, "sft.py", arguments, alone))
     assert done.returncode == 1
-    assert own_lines(done.stderr, "sft.py") == ['sft.py: bad.jsonl, line 2: field "response" is missing (demonstrations '
-                                                "have messages, prompt and response, or instruction and output)"]
+    assert own_lines(done.stderr, "sft.py") == [
+        'sft.py: bad.jsonl, line 2: field "response" is missing (demonstrations '
+        "have messages, prompt and response, or instruction and output)"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The record formats: what is good is read as documented, what is bad is one line that names file, line and field."""
+"""The record formats: what is good is read as documented, what is bad is one line that names file, line
+and field."""
 import gzip
 import json
 
@@ -31,8 +32,9 @@ def folder(tmp_path_factory):
     ({"instruction": "Hi", "output": "Hello."}, [USER, BOT]),
     ({"instruction": "Hi", "input": "", "output": "Hello."}, [USER, BOT]),
     ({"instruction": "Hi", "input": None, "output": "Hello."}, [USER, BOT]),
-    ({"instruction": "Add", "input": "1 2", "output": "Hello."}, [{"role": "user", "content": "Add\n\n1 2"}, BOT]),
-    ({"messages": [{**USER, "name": "Ann"}, BOT], "source": 3}, [USER, BOT]),       # what is not ours is left out
+    ({"instruction": "Add", "input": "1 2", "output": "Hello."},
+     [{"role": "user", "content": "Add\n\n1 2"}, BOT]),
+    ({"messages": [{**USER, "name": "Ann"}, BOT], "source": 3}, [USER, BOT]),   # what is not ours is left out
 ])
 def test_each_demonstration_format_is_read(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])
@@ -41,16 +43,21 @@ def test_each_demonstration_format_is_read(tmp_path, record, expected):
 
 @pytest.mark.parametrize("record, expected", [
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, Preference([USER], ["a", "b"], [1, 2], 0.0)),
-    ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2}, Preference([USER], ["a", "b"], [1, 2], 2.0)),
-    ({"prompt": [USER, BOT, USER], "chosen": "a", "rejected": "b"}, Preference([USER, BOT, USER], ["a", "b"], [1, 2])),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2},
+     Preference([USER], ["a", "b"], [1, 2], 2.0)),
+    ({"prompt": [USER, BOT, USER], "chosen": "a", "rejected": "b"},
+     Preference([USER, BOT, USER], ["a", "b"], [1, 2])),
     ({"instruction": "Hi", "input": "x", "chosen": "a", "rejected": "b"},
      Preference([{"role": "user", "content": "Hi\n\nx"}], ["a", "b"], [1, 2])),
-    ({"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": [2, 3, 1]}, Preference([USER], ["a", "b", "c"], [2, 3, 1])),
-    ({"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}, Preference([USER], ["a", "b", "c"], [1, 1, 2])),
+    ({"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": [2, 3, 1]},
+     Preference([USER], ["a", "b", "c"], [2, 3, 1])),
+    ({"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]},
+     Preference([USER], ["a", "b", "c"], [1, 1, 2])),
     ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},
      Preference([USER, BOT, {"role": "user", "content": "Who are you?"}], ["A friend.", "Nobody."], [1, 2])),
+    # only a blank line and the name start a turn
     ({"chosen": "Human: Hi\n\nAssistant: One:\n\ntwo", "rejected": "Human: Hi\n\nAssistant: a Human: b"},
-     Preference([USER], ["One:\n\ntwo", "a Human: b"], [1, 2])),        # only a blank line and the name start a turn
+     Preference([USER], ["One:\n\ntwo", "a Human: b"], [1, 2])),
 ])
 def test_each_preference_format_is_read(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])
@@ -86,7 +93,8 @@ def test_written_records_are_read_back(tmp_path):
 
 # ------------------------------------------------------------------------------------ bad records
 
-PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
+PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
 
 
 @pytest.mark.parametrize("read, record, expected", [
@@ -105,7 +113,8 @@ PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi"
     (prompts, {"prompt": [USER, "Hi"]}, ['"prompt[1]"', "expected an object, found text"]),
     (prompts, {"prompt": [{"role": "user"}]}, ['"prompt[0].content" is missing']),
     (prompts, {"prompt": [{"content": "Hi"}]}, ['"prompt[0].role" is missing']),
-    (prompts, {"prompt": [{"role": "human", "content": "Hi"}]}, ['"prompt[0].role"', "human", "system, user, assistant"]),
+    (prompts, {"prompt": [{"role": "human", "content": "Hi"}]},
+     ['"prompt[0].role"', "human", "system, user, assistant"]),
     (prompts, {"instruction": ""}, ['"instruction" is empty']),
     (prompts, {"instruction": "Hi", "input": 3}, ['"input"', "a number"]),
     (demonstrations, {"prompt": "Hi"}, ['"response" is missing']),
@@ -115,8 +124,10 @@ PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi"
     (demonstrations, {"messages": {}}, ['"messages"', "an object"]),
     (demonstrations, {"messages": []}, ['"messages"', "found none"]),
     (demonstrations, {"messages": [USER]}, ['"messages"', "assistant says nothing"]),
-    (demonstrations, {"messages": [USER, {"role": "assistant", "content": ""}]}, ['"messages[1].content" is empty']),
-    (demonstrations, {"messages": [USER, {"role": "assistant", "content": "\udc00"}]}, ['"messages[1].content"', "surrogate"]),
+    (demonstrations, {"messages": [USER, {"role": "assistant", "content": ""}]},
+     ['"messages[1].content" is empty']),
+    (demonstrations, {"messages": [USER, {"role": "assistant", "content": "\udc00"}]},
+     ['"messages[1].content"', "surrogate"]),
     (preferences, {"prompt": "Hi", "chosen": "a"}, ['"rejected" is missing']),
     (preferences, {"prompt": "Hi", "rejected": "a"}, ['"chosen" is missing']),
     (preferences, {"chosen": "a", "rejected": "b"}, ['"chosen"', "transcript"]),
@@ -139,19 +150,24 @@ PAIR, RANKED = {"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi"
     (preferences, {**RANKED, "ranks": [True, 2]}, ['"ranks"', "whole numbers"]),
     # Anthropic HH
     (preferences, {"chosen": HH, "rejected": HH + "x"}, ['"chosen"', "a turn is empty"]),
-    (preferences, {"chosen": HH + "x", "rejected": "\n\nHuman: Hi"}, ['"rejected"', "ends with the assistant's"]),
+    (preferences, {"chosen": HH + "x", "rejected": "\n\nHuman: Hi"},
+     ['"rejected"', "ends with the assistant's"]),
     (preferences, {"chosen": "Well. " + HH + "x", "rejected": HH + "y"}, ['"chosen"', "transcript"]),
-    (preferences, {"chosen": HH + "x", "rejected": HH.replace("Hello", "Hey") + "y"}, ["share all but the last answer"]),
+    (preferences, {"chosen": HH + "x", "rejected": HH.replace("Hello", "Hey") + "y"},
+     ["share all but the last answer"]),
     (preferences, {"chosen": "Assistant: x", "rejected": "Assistant: y"}, ["share all but the last answer"]),
-    (preferences, {"chosen": "Human: Hi\n\nAssistant: x\n\nAssistant: y", "rejected": "Human: Hi\n\nAssistant: x\n\nAssistant: z"},
+    (preferences, {"chosen": "Human: Hi\n\nAssistant: x\n\nAssistant: y",
+                   "rejected": "Human: Hi\n\nAssistant: x\n\nAssistant: z"},
      ["share all but the last answer"]),
     (demonstrations, {"messages": [{"role": "a\nb", "content": "x"}]}, ['"messages[0].role"']),
 ])
 def test_a_bad_record_is_one_line_naming_file_line_and_field(tmp_path, read, record, expected):
     good = {"prompt": "Hi", "response": "Hello.", "chosen": "a", "rejected": "b"}
     for name, where in (("a.jsonl", "line 3"), ("a.json", "record 2")):
-        path = tmp_path / name                       # line 2 is blank: it counts as a line, though not as a record
-        path.write_text(json.dumps([good, record]) if name == "a.json" else f"{json.dumps(good)}\n\n{json.dumps(record)}\n")
+        path = tmp_path / name
+        # line 2 is blank: it counts as a line, though not as a record
+        lines = f"{json.dumps(good)}\n\n{json.dumps(record)}\n"
+        path.write_text(json.dumps([good, record]) if name == "a.json" else lines)
         with pytest.raises(RecordError) as e:
             read(path)
         assert str(e.value).startswith(f"{path}, {where}: ")
@@ -161,9 +177,11 @@ def test_a_bad_record_is_one_line_naming_file_line_and_field(tmp_path, read, rec
 
 
 @pytest.mark.parametrize("read, record, shapes", [
-    (demonstrations, {"question": "Hi", "answer": "Hello."}, ["messages", "prompt and response", "instruction and output"]),
+    (demonstrations, {"question": "Hi", "answer": "Hello."},
+     ["messages", "prompt and response", "instruction and output"]),
     (demonstrations, {"prompt": "Hi"}, ["messages", "prompt and response"]),
-    (preferences, {"question": "Hi", "good": "a", "bad": "b"}, ["prompt, chosen and rejected", "responses and ranks"]),
+    (preferences, {"question": "Hi", "good": "a", "bad": "b"},
+     ["prompt, chosen and rejected", "responses and ranks"]),
     (prompts, {"text": "Hi"}, ["prompt", "instruction"])])
 def test_a_record_of_no_known_shape_is_told_which_there_are(tmp_path, read, record, shapes):
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
@@ -195,7 +213,8 @@ def test_a_bad_file_is_one_line_naming_it(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError) as e:
         prompts(tmp_path / name)
-    assert expected in str(e.value) and str(e.value).startswith(str(tmp_path / name)) and "\n" not in str(e.value)
+    assert str(e.value).startswith(str(tmp_path / name))
+    assert expected in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_missing_file_and_a_folder_are_record_errors(tmp_path):
@@ -206,11 +225,13 @@ def test_a_missing_file_and_a_folder_are_record_errors(tmp_path):
 
 # ------------------------------------------------------------------------------------ anything at all
 
-TEXT = st.sampled_from(["", "Hi", "a", "\ud800", "user", "assistant", HH + "x", HH + "y"]) | st.text(max_size=5)
+TEXT = (st.sampled_from(["", "Hi", "a", "\ud800", "user", "assistant", HH + "x", HH + "y"])
+        | st.text(max_size=5))
 VALUE = st.recursive(st.none() | st.booleans() | st.integers(-2, 4) | st.floats() | TEXT,
                      lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=2)
                      | st.fixed_dictionaries({}, optional={"role": v, "content": v}), max_leaves=6)
-FIELDS = ("messages", "prompt", "response", "instruction", "input", "output", "chosen", "rejected", "margin", "responses", "ranks")
+FIELDS = ("messages", "prompt", "response", "instruction", "input", "output", "chosen", "rejected", "margin",
+          "responses", "ranks")
 RECORD = VALUE | st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, VALUE))
 
 
@@ -230,30 +251,37 @@ def any_json(folder, record, read):
 
 
 def any_bytes(folder, noise, name, cut):
-    whole = b'[{"prompt": "Hi"}]'                    # a good file with noise inside gets further than noise alone
+    whole = b'[{"prompt": "Hi"}]'                # a good file with noise inside gets further than noise alone
     whole = gzip.compress(whole, mtime=0) if name.endswith(".gz") else whole
     for content in (noise, whole[:cut] + noise + whole[cut + len(noise):]):
         (folder / name).write_bytes(content)
         read_or_refused(folder / name, prompts)
 
 
-WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip) | st.sampled_from(
-    ["<|im_end|>", "<|im_start|>user\nHi<|im_end|>", "<|endoftext|>", "a\u2028b", "Human: Hi", "naïve 猫"])
-WRONG = st.none() | st.booleans() | st.integers() | st.floats() | st.just("") | st.just(" \n") | st.just("\ud800") | st.just({}) | st.just([])
-SHAPES = [(demonstrations, {"prompt": WORDS, "response": WORDS}), (preferences, {"prompt": WORDS, "chosen": WORDS, "rejected": WORDS}),
-          (demonstrations, {"instruction": WORDS, "output": WORDS}), (prompts, {"prompt": WORDS})]
-SPOILT = (st.sampled_from(SHAPES).flatmap(lambda shape: st.tuples(st.just(shape[0]), st.fixed_dictionaries(shape[1]), st.sampled_from(
-    sorted(shape[1])))), WRONG, st.booleans(), st.dictionaries(st.sampled_from(["source", "id", "score"]), VALUE, max_size=2))
+WORDS = (st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
+         | st.sampled_from(["<|im_end|>", "<|im_start|>user\nHi<|im_end|>", "<|endoftext|>", "a\u2028b",
+                            "Human: Hi", "naïve 猫"]))
+WRONG = (st.none() | st.booleans() | st.integers() | st.floats()
+         | st.just("") | st.just(" \n") | st.just("\ud800") | st.just({}) | st.just([]))
+SHAPES = [(demonstrations, {"prompt": WORDS, "response": WORDS}),
+          (preferences, {"prompt": WORDS, "chosen": WORDS, "rejected": WORDS}),
+          (demonstrations, {"instruction": WORDS, "output": WORDS}),
+          (prompts, {"prompt": WORDS})]
+GOOD = st.sampled_from(SHAPES).flatmap(lambda shape: st.tuples(         # reader, record, one of its fields
+    st.just(shape[0]), st.fixed_dictionaries(shape[1]), st.sampled_from(sorted(shape[1]))))
+EXTRA = st.dictionaries(st.sampled_from(["source", "id", "score"]), VALUE, max_size=2)
+SPOILT = (GOOD, WRONG, st.booleans(), EXTRA)
 
 
 def one_field_spoilt(folder, good, wrong, missing, extra):
-    """A good record is read as it stands, whatever else it holds; with one field wrong or missing it is refused, and the
-    line names that field."""
+    """A good record is read as it stands, whatever else it holds; with one field wrong or missing it is
+    refused, and the line names that field."""
     read, record, field = good
     path = folder / "spoilt.jsonl"
     path.write_text(json.dumps(record | extra))
     [found] = read(path)
-    said = [m["content"] for m in found] if isinstance(found, list) else [found.prompt[0]["content"], *found.responses]
+    said = ([m["content"] for m in found] if isinstance(found, list)
+            else [found.prompt[0]["content"], *found.responses])
     assert said == [record[name] for name in FIELDS if name in record]
     bad = {k: v for k, v in record.items() if k != field} if missing else record | {field: wrong}
     path.write_text(json.dumps(record | extra) + "\n" + json.dumps(bad | extra))
@@ -264,11 +292,12 @@ def one_field_spoilt(folder, good, wrong, missing, extra):
 @pytest.mark.parametrize("examples", [100, pytest.param(6000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("check, given_what", [
     (any_json, (RECORD, st.sampled_from([demonstrations, preferences, prompts]))),
-    (any_bytes, (st.binary(max_size=60), st.sampled_from(["fuzz.json", "fuzz.jsonl", "fuzz.jsonl.gz"]), st.integers(0, 60))),
+    (any_bytes, (st.binary(max_size=60), st.sampled_from(["fuzz.json", "fuzz.jsonl", "fuzz.jsonl.gz"]),
+                 st.integers(0, 60))),
     (one_field_spoilt, SPOILT)], ids=lambda v: getattr(v, "__name__", ""))
 def test_whatever_a_file_holds_it_is_read_rightly_or_refused_in_one_line(folder, check, given_what, examples):
-    given(st.tuples(*given_what))(settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))(
-        lambda values: check(folder, *values)))()
+    how = settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
+    given(st.tuples(*given_what))(how(lambda values: check(folder, *values)))()
 
 
 def test_a_line_of_a_million_characters_is_a_record_like_any_other(tmp_path):
@@ -280,7 +309,8 @@ def test_a_line_of_a_million_characters_is_a_record_like_any_other(tmp_path):
     assert len(str(e.value)) < 300
 
 
-@pytest.mark.parametrize("record", [{**PAIR, "chosen": "b"}, {"chosen": HH + "x", "rejected": HH + "x "}, {**RANKED, "ranks": [1, 1]}])
+@pytest.mark.parametrize("record", [
+    {**PAIR, "chosen": "b"}, {"chosen": HH + "x", "rejected": HH + "x "}, {**RANKED, "ranks": [1, 1]}])
 def test_a_tie_is_read_as_one(folder, record):
     path = folder / "tie.jsonl"
     path.write_text(json.dumps(record) + "\n")

@@ -17,10 +17,11 @@ from reward_model import pairwise_loss, ranking_loss
 def test_pairwise_loss_is_bradley_terry_with_a_margin(seed):
     torch.manual_seed(seed)
     chosen, rejected, margin = torch.randn(3, 6).double()
-    near(pairwise_loss(chosen, rejected), sum(nll(c - r) for c, r in zip(chosen.tolist(), rejected.tolist())) / 6)
-    near(pairwise_loss(chosen, rejected, 0.7), sum(nll(c - r - 0.7) for c, r in zip(chosen.tolist(), rejected.tolist())) / 6)
+    gaps = [c - r for c, r in zip(chosen.tolist(), rejected.tolist())]
+    near(pairwise_loss(chosen, rejected), sum(nll(gap) for gap in gaps) / 6)
+    near(pairwise_loss(chosen, rejected, 0.7), sum(nll(gap - 0.7) for gap in gaps) / 6)
     near(pairwise_loss(chosen, rejected, margin),
-         sum(nll(c - r - m) for c, r, m in zip(chosen.tolist(), rejected.tolist(), margin.tolist())) / 6)
+         sum(nll(gap - m) for gap, m in zip(gaps, margin.tolist())) / 6)
     near(pairwise_loss(chosen, chosen), math.log(2))
 
 
@@ -45,7 +46,8 @@ def test_ranking_loss_with_two_answers_is_the_pairwise_loss(seed):
 
 @seeds
 @pytest.mark.parametrize("with_margin", [True, False])
-def test_ranking_loss_is_the_mean_per_prompt_over_ordered_pairs_without_ties_and_absent_answers(seed, with_margin):
+def test_ranking_loss_is_the_mean_per_prompt_over_ordered_pairs_without_ties_and_absent_answers(
+        seed, with_margin):
     torch.manual_seed(seed)
     scores, margin = torch.randn(7, 5).double(), torch.rand(7).double()
     ranks = torch.randint(0, 4, (7, 5))                         # 0: not there
@@ -79,7 +81,7 @@ def pairs(tmp_path_factory):
 
 
 SHARED = dict(normalize=12)
-CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(batch=17, warmup=2),
     dict(batch=16, epochs=2, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, seed=5,
          micro_batch=9),
@@ -101,8 +103,10 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, pairs
     if cfg.data == "world":
         found |= {"ceiling": annotators.ceiling(held_out), "judge_agreement": annotators.agreement(held_out)}
     mean, deviation = plainly.scale(cfg, plain, GPT.load("out/sft"), tokenizer, preferences, len(lines))
-    assert about["held_out"] == pytest.approx(found | {"sft_mean": mean, "sft_deviation": deviation}, rel=1e-6)
-    torch.testing.assert_close(torch.tensor(about["calibration"]), torch.tensor(calibration), rtol=1e-6, atol=0)
+    found |= {"sft_mean": mean, "sft_deviation": deviation}
+    assert about["held_out"] == pytest.approx(found, rel=1e-6)
+    torch.testing.assert_close(torch.tensor(about["calibration"]), torch.tensor(calibration),
+                               rtol=1e-6, atol=0)
     plainly.assert_same_weights(model, plain)
 
 

@@ -1,4 +1,5 @@
-"""A stage at work: whatever happens to it, its work is there afterwards, and it ends as if nothing had happened."""
+"""A stage at work: whatever happens to it, its work is there afterwards, and it ends as if nothing
+had happened."""
 import json
 import os
 import random
@@ -75,7 +76,8 @@ def test_a_warm_up_that_outlasts_the_run_is_said(tmp_path, capsys, warmup, warne
     Run(cfg, 10)
     error = capsys.readouterr().err
     assert error.count("\n") == (1 if warned else 0)
-    assert ("--warmup 11 is longer than the run of 10 steps: the learning rate never reaches --lr" in error) == warned
+    said = "--warmup 11 is longer than the run of 10 steps: the learning rate never reaches --lr"
+    assert (said in error) == warned
 
 
 def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys):
@@ -87,7 +89,8 @@ def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys
 
 
 @pytest.mark.parametrize("max_norm,factor", [(1.0, 0.2), (2.5, 0.5), (5.5, 1.0), (100.0, 1.0)])
-def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(tmp_path, max_norm, factor):
+def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(
+        tmp_path, max_norm, factor):
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=77.0)
     a.grad, b.grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
@@ -101,13 +104,15 @@ def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_uncli
 def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_the_run(tmp_path, capsys):
     run, model, optimizer = a_run(tmp_path)
     a_step(run, model, optimizer)
-    before, kept = {k: v.clone() for k, v in model.state_dict().items()}, (tmp_path / "resume.safetensors").read_bytes()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    kept = (tmp_path / "resume.safetensors").read_bytes()
     for bad in (float("nan"), float("inf")):
         a_step(run, model, optimizer, bad)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert (tmp_path / "resume.safetensors").read_bytes() == kept
     error = capsys.readouterr().err
-    assert "step 2: loss nan" in error and "step 3: loss inf" in error and "batch 7: not finite, no update made" in error
+    assert "step 2: loss nan" in error and "step 3: loss inf" in error
+    assert "batch 7: not finite, no update made" in error
     a_step(run, model, optimizer)                                   # a good one: the count starts anew
     assert (tmp_path / "resume.safetensors").read_bytes() != kept
     with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
@@ -133,7 +138,8 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_t
     out = chain[0] / "out/diverged"
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"precious")
-    status, error = inside("sft", f"{SMALL['sft']} --lr 1e30 --warmup 0 --max_norm 0 --out out/diverged", chain[0])
+    too_high = "--lr 1e30 --warmup 0 --max_norm 0"
+    status, error = inside("sft", f"{SMALL['sft']} {too_high} --out out/diverged", chain[0])
     assert status == 1 and "third in a row" in error.splitlines()[-1] and "--lr" in error.splitlines()[-1]
     assert (out / "model.safetensors").read_bytes() == b"precious"
 
@@ -141,20 +147,23 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_t
 # -------------------------------------------------------------------------------------------- kills
 
 def flags(stage, out):
-    return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint a step
+    return f"{SMALL[stage]} --out {out} --save_seconds 0"           # a checkpoint per step
 
 
 def started(stage, flags, folder, out, saved=True):
     """A stage at work that has logged two steps, and if it saves every step, has a checkpoint on the disk."""
-    process = subprocess.Popen(**command(stage, flags), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and (steps(out) < 2 or (saved and not (out / "resume.safetensors").exists())):
+    process = subprocess.Popen(**command(stage, flags), cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    checkpoint = out / "resume.safetensors"
+    while process.poll() is None and (steps(out) < 2 or (saved and not checkpoint.exists())):
         time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
     return process
 
 
 def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
-    """The same command again ends in the weights of the chain's uninterrupted run, and each step is logged once."""
+    """The same command again ends in the weights of the chain's uninterrupted run,
+    and each step is logged once."""
     if inside:
         assert inside(stage, flags(stage, out), chain[0])[0] == 0
     else:
@@ -163,11 +172,13 @@ def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
     whole, resumed = (chain[0] / name for name in (f"out/{stage}", out))
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), \
         f"{stage}: an interrupted run ends in other weights"
-    a, b = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, resumed))
+    a, b = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (whole, resumed))
     for line in a + b:
         line.pop("tokens_per_second", None)
     assert a == b
-    assert not [n for n in os.listdir(resumed) if n.endswith(".tmp") or n in ("resume.safetensors", "resume", "new")]
+    assert not [n for n in os.listdir(resumed)
+                if n.endswith(".tmp") or n in ("resume.safetensors", "resume", "new")]
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])                # all stages, often: below
@@ -183,7 +194,8 @@ def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):
-    """From the moment the run's folder is there, saves after every step and the writing of the model included."""
+    """From the moment the run's folder is there,
+    saves after every step and the writing of the model included."""
     out, rng, kills, began = chain[0] / f"out/twenty_{stage}", random.Random(stage), 0, time.time()
     whole = json.loads((chain[0] / f"out/{stage}/run.json").read_text())
     length = 3 * (whole["ended"] - whole["started"])
@@ -196,22 +208,23 @@ def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):
             process.kill()
             kills += 1
         process.communicate()
-        if (out / "model.safetensors").exists() and not (out / "resume.safetensors").exists():      # it had ended: once more
-            GPT.load(str(out))
+        if (out / "model.safetensors").exists() and not (out / "resume.safetensors").exists():
+            GPT.load(str(out))                                      # it had ended: once more
             for path in out.iterdir():
                 path.unlink()
         assert time.time() - began < 1200
     assert_ends_as_uninterrupted(stage, chain, f"out/twenty_{stage}", inside)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
-                         ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda n: n.name)
 def test_ctrl_c_and_a_closed_terminal_finish_the_step_and_keep_it(chain, number):
     name = f"out/stopped_{number.name}"
     process = started("ppo", f"{SMALL['ppo']} --out {name}", chain[0], chain[0] / name, saved=False)
     process.send_signal(number)
     error = process.communicate()[1]
-    assert process.returncode == 130 and "stopping after this step" in error and "goes on from the last checkpoint" in error
+    assert process.returncode == 130 and "stopping after this step" in error
+    assert "goes on from the last checkpoint" in error
     assert (chain[0] / name / "resume.safetensors").exists()
     assert_ends_as_uninterrupted("ppo", chain, name)
 
@@ -244,8 +257,9 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(ch
 # -------------------------------------------------------------------------------------------- disks
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
-                                  "new/tokenizer.tiktoken", "run.json.tmp"])
+@pytest.mark.parametrize("name", [
+    "metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
+    "new/tokenizer.tiktoken", "run.json.tmp"])
 def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, inside, name):
     out = chain[0] / ("out/full_" + name.replace("/", "_"))
     out.mkdir()
@@ -254,12 +268,14 @@ def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, insid
         (out / old).write_bytes((chain[0] / "out/sft" / old).read_bytes())
     (out / name).symlink_to("/dev/full")
     status, error = inside("dpo", flags("dpo", out), chain[0])
-    assert status == 1 and error.count("\n") == 1 and "No space left on device" in error and str(out) in error, error
+    assert status == 1 and error.count("\n") == 1, error
+    assert "No space left on device" in error and str(out) in error, error
     for old in ("model.safetensors", "config.json"):
         assert (out / old).read_bytes() == (chain[0] / "out/sft" / old).read_bytes()
     if (out / name).is_symlink():
         (out / name).unlink()
-    assert_ends_as_uninterrupted("dpo", chain, out.relative_to(chain[0]), inside)       # with room again, the same command goes on
+    # With room again, the same command goes on.
+    assert_ends_as_uninterrupted("dpo", chain, out.relative_to(chain[0]), inside)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, inside):
@@ -283,26 +299,30 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypa
     """As on two machines, one of which has an out/ of its own."""
     a_step(*a_run(tmp_path))
     monkeypatch.setattr(processes, "gather", lambda x: [x, None])
-    monkeypatch.setattr(Checkpoints, "load", lambda *parts: pytest.fail("one process waits for the others in vain"))
-    with pytest.raises(ValueError, match="do not see the same checkpoint in .*: machines must share that folder"):
+    monkeypatch.setattr(Checkpoints, "load",
+                        lambda *parts: pytest.fail("one process waits for the others in vain"))
+    said = "do not see the same checkpoint in .*: machines must share that folder"
+    with pytest.raises(ValueError, match=said):
         a_run(tmp_path)
 
 
 def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
     (chain[0] / "some.jsonl").write_text((chain[0] / "out/world/preferences.jsonl").read_text())
-    process = started("dpo", flags("dpo", "out/changed") + " --data some.jsonl", chain[0], chain[0] / "out/changed")
+    with_data = flags("dpo", "out/changed") + " --data some.jsonl"
+    process = started("dpo", with_data, chain[0], chain[0] / "out/changed")
     process.kill()
     process.wait()
     with open(chain[0] / "some.jsonl", "a") as f:
         f.write('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    status, error = inside("dpo", flags("dpo", "out/changed") + " --data some.jsonl", chain[0])
+    status, error = inside("dpo", with_data, chain[0])
     assert status == 1 and "(some.jsonl was " in error and error.count("\n") == 1
     assert (chain[0] / "out/changed/resume.safetensors").exists()
 
 
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
+    said = "run.json: what the unfinished run here was cannot be read.*--no-resume"
     for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match="run.json: what the unfinished run here was cannot be read.*--no-resume"):
+        with pytest.raises(ValueError, match=said):
             a_run(tmp_path)

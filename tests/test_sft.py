@@ -39,9 +39,10 @@ def test_micro_batches_by_their_share_of_tokens_leave_sfts_gradient_the_same(siz
 
 
 SHARED = dict(batch=40, warmup=4)
-CASES = [                                           # each flag of the stage is set in one of them, or in SHARED
+CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(),
-    dict(epochs=2, batch=33, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, evals=3, seed=5),
+    dict(epochs=2, batch=33, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, evals=3,
+         seed=5),
     dict(decay="constant", warmup=0, max_norm=0.0, evals=2, micro_batch=3, micro_tokens=100, batch=41),
 ]
 
@@ -61,7 +62,8 @@ def test_samples_are_shown_whatever_the_step_and_however_few_conversations_are_h
     cfg, model, _, _ = trained(sft, init="out/sft", batch=200)
     tokenizer = Tokenizer.load("out/sft")
     run = SimpleNamespace(seeds=lambda n: [1] * n, sample=compute.Compute(cfg).sample)
-    asked = [[{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "1"}] for i in range(4)]
+    asked = [[{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "1"}]
+             for i in range(4)]
     for first, numbers in ((0, [0, 1, 2]), (97, [1, 2, 3]), (3, [3, 0, 1])):
         capsys.readouterr()
         sft.show_samples(model, tokenizer, run, asked, first)
@@ -73,6 +75,7 @@ def test_samples_are_shown_whatever_the_step_and_however_few_conversations_are_h
 
 def test_a_new_model_has_the_shape_of_its_flags_and_the_datas_tokenizer(trained):
     cfg, model, _, _ = trained(sft, n_layer=2, n_head=4, n_embd=8, block_size=40, batch=200)
-    assert (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.block_size) == (2, 4, 8, 40)
-    assert model.config.vocab_size == 1024 and model.config.mlp == "gelu"
+    shape = model.config
+    assert (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size) == (2, 4, 8, 40)
+    assert shape.vocab_size == 1024 and shape.mlp == "gelu"
     assert Tokenizer.load(cfg.out).name == "world"

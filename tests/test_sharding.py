@@ -26,39 +26,45 @@ from runtime import sharding
 
 @pytest.fixture(scope="module", params=SIZES)
 def together(alone, request):
-    """The same by two or four processes, under ddp and fsdp, to out/2_ddp/ and so on: the folder and the number."""
+    """The same by two or four processes, under ddp and fsdp, to out/2_ddp/ and so on:
+    the folder and the number."""
     n = request.param
     commands = []
     for kind in KINDS:
-        commands += [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}" for stage, flags in FLAGS.items()]
+        commands += [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}"
+                     for stage, flags in FLAGS.items()]
         commands.append(f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}")
     commands.append("nothing fits")
     thrifty = f"--parallel fsdp {THRIFTY} --out out/{n}_thrifty"
     commands += [f"{stage}.py {flags} {thrifty}/{stage}" for stage, flags in FLAGS.items()]
-    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --micro_batch 5 --sample_batch 7 --out out/{n}_thrifty")
+    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --micro_batch 5 --sample_batch 7 "
+                    f"--out out/{n}_thrifty")
     return alone, n, in_float64(commands, alone, n)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "thrifty"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_several_processes_end_in_the_weights_of_one(together, stage, kind):
-    """Within 1e-9 in float64 after ten and more optimiser steps, and with the same metrics at every one of them."""
+    """Within 1e-9 in float64 after ten and more optimiser steps,
+    and with the same metrics at every one of them."""
     folder, n, _ = together
     a, b = folder / f"out/{n}_{kind}/{stage}", folder / f"out/alone/{stage}"
     assert_close(a, b)
-    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (a, b)]
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+             for path in (a, b)]
     for ours, theirs in zip(*lines, strict=True):
         for line in (ours, theirs):
-            line.pop("tokens_per_second", None), line.pop("padding", None)         # speed, and how rows are split
+            line.pop("tokens_per_second", None), line.pop("padding", None)    # speed, and how rows are split
             if stage == "dpo" and line["step"] == 1:
-                line.pop("accuracy")                                # the policy is the reference: rounding decides
+                line.pop("accuracy")                        # the policy is the reference: rounding decides
         assert ours == pytest.approx(theirs, abs=3e-6)              # they are written to six places
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "thrifty"])
 def test_several_processes_write_the_report_of_one(together, kind):
     folder, n, _ = together
-    ours, theirs = (json.loads((folder / out / "report.json").read_text()) for out in (f"out/{n}_{kind}", "out/alone"))
+    ours, theirs = (json.loads((folder / out / "report.json").read_text())
+                    for out in (f"out/{n}_{kind}", "out/alone"))
     assert list(ours["models"]) == list(theirs["models"]) == ["sft", "best_of_n", "dpo"]
     for name, model in ours["models"].items():
         for key, value in model.items():
@@ -72,11 +78,12 @@ def test_only_the_first_process_speaks(together):
 
 @pytest.mark.parametrize("stage, kind", [pytest.param("sft", "ddp", marks=pytest.mark.slow), ("ppo", "fsdp")])
 def test_in_float32_two_processes_end_close_to_one(chain, stage, kind):
-    """Within 1e-5, without the detour through float64. (At SFT's own rate of 3e-3 one number in 4,096 ends 2.7e-5 off: where
-    a gradient is little but rounding, Adam's first steps divide it by itself.)"""
+    """Within 1e-5, without the detour through float64. (At SFT's own rate of 3e-3 one number in 4,096 ends
+    2.7e-5 off: where a gradient is little but rounding, Adam's first steps divide it by itself.)"""
     flags = f"{FLAGS[stage]} --parallel {kind} --lr 1e-3"
     assert script(stage, f"{flags} --out out/one_{stage}", chain[0]).returncode == 0
-    done = subprocess.run(**torchrun(2, f"{stage}.py", [*flags.split(), "--out", f"out/two_{stage}"], chain[0]))
+    arguments = [*flags.split(), "--out", f"out/two_{stage}"]
+    done = subprocess.run(**torchrun(2, f"{stage}.py", arguments, chain[0]))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_tensors(str(chain[0] / f"out/{n}_{stage}/model.safetensors")) for n in ("one", "two"))
     for name in one:
@@ -119,8 +126,10 @@ def test_a_checkpoint_in_bfloat16_is_read_by_several_processes_as_by_one(alone, 
     coarse = alone / "out/coarse"
     if not coarse.exists():
         shutil.copytree(alone / "out/alone/sft", coarse)
-        save_tensors(str(coarse / "model.safetensors"), {k: x.bfloat16() for k, x in load_tensors(str(coarse / "model.safetensors")).items()})
-    commands = [f"ppo.py {FLAGS['ppo']} --init out/coarse --parallel {kind} --out out/from_coarse_{kind}/{n}" for n in (1, 2)]
+        path = str(coarse / "model.safetensors")
+        save_tensors(path, {k: x.bfloat16() for k, x in load_tensors(path).items()})
+    commands = [f"ppo.py {FLAGS['ppo']} --init out/coarse --parallel {kind} --out out/from_coarse_{kind}/{n}"
+                for n in (1, 2)]
     for n, command in enumerate(commands, 1):
         in_float64([command], alone, n)
     assert_close(*(alone / f"out/from_coarse_{kind}/{n}" for n in (1, 2)))
@@ -129,5 +138,6 @@ def test_a_checkpoint_in_bfloat16_is_read_by_several_processes_as_by_one(alone, 
 @pytest.mark.parametrize("memory, kind", [(16 + 4 + 1, "ddp"), (16 + 4 - 1, "fsdp")])
 def test_what_fills_more_than_half_of_a_gpu_is_sharded(monkeypatch, memory, kind):
     trained, frozen = torch.nn.Linear(10, 10), torch.nn.Linear(10, 10).requires_grad_(False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2 * 110 * memory))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=2 * 110 * memory))
     assert sharding.choose("auto", [trained, frozen], "cuda") == kind

@@ -1,4 +1,5 @@
-"""Text to tokens and back: nothing is lost, nothing in a text controls, and only the assistant's words are learnt."""
+"""Text to tokens and back: nothing is lost, nothing in a text controls, and only the assistant's words are
+learnt."""
 import json
 import os
 
@@ -11,8 +12,9 @@ from data.tokenizer import IM_END, ROLES, Tokenizer, learn
 
 TEXTS = ["The cat sat on the mat, and the cat was happy.", "What is 12 plus 30? It is 42!", "naïve café — 猫"]
 TOK = learn(TEXTS * 5, vocab_size=300)
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))            # every character; half a surrogate is none
-CONVERSATION = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": ANY_TEXT}), min_size=1, max_size=5)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))    # every character; half a surrogate is none
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": ANY_TEXT})
+CONVERSATION = st.lists(MESSAGE, min_size=1, max_size=5)
 # The file that tiktoken keeps gpt2's merges in. Without it the test would download them.
 GPT2 = os.path.join(os.environ.get("TIKTOKEN_CACHE_DIR", ""), "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
 
@@ -43,7 +45,8 @@ def test_mask_is_true_exactly_on_assistant_content_and_its_end(messages):
 def test_chat_is_chatml():
     ids, learnt = TOK.chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
     start, end, n = TOK.special["<|im_start|>"], TOK.special["<|im_end|>"], TOK.encode("\n")
-    question = [start, *TOK.encode("user"), *n, *TOK.encode("Hi"), end, *n, start, *TOK.encode("assistant"), *n]
+    question = [start, *TOK.encode("user"), *n, *TOK.encode("Hi"), end, *n,
+                start, *TOK.encode("assistant"), *n]
     answer = [*TOK.encode("Yes."), end]
     assert ids == question + answer
     assert learnt == [False] * len(question) + [True] * len(answer)
@@ -60,12 +63,12 @@ def test_prompt_and_response_make_the_whole_chat(messages, answer):
 def test_text_that_spells_a_control_token_is_data(text):
     ids, _ = TOK.chat([{"role": "user", "content": text}])
     control = [i for i in ids if i in TOK.special.values()]
-    assert control == [TOK.special["<|im_start|>"], TOK.end]            # the message's own two, none from its text
+    assert control == [TOK.special["<|im_start|>"], TOK.end]    # the message's own two, none from its text
     assert TOK.decode(TOK.encode(text)) == text
 
 
 def test_decode_leaves_out_control_tokens_and_ids_beyond_the_vocabulary():
-    beyond = [TOK.vocab_size, 50303]                # a model's vocabulary is padded: it can emit ids that mean nothing
+    beyond = [TOK.vocab_size, 50303]    # a model's vocabulary is padded: it can emit ids that mean nothing
     assert TOK.decode(TOK.response("Yes.") + beyond) == "Yes."
 
 
@@ -110,7 +113,8 @@ def test_known_words_become_one_token():
 def test_saved_and_loaded_is_identical(tmp_path):
     TOK.save(tmp_path / "a")
     loaded = Tokenizer.load(tmp_path / "a")
-    assert (loaded.name, loaded.pattern, loaded.ranks, loaded.special) == (TOK.name, TOK.pattern, TOK.ranks, TOK.special)
+    assert (loaded.name, loaded.pattern) == (TOK.name, TOK.pattern)
+    assert (loaded.ranks, loaded.special) == (TOK.ranks, TOK.special)
     assert loaded.encode("The cat — 猫 42") == TOK.encode("The cat — 猫 42")
     loaded.save(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer.tiktoken"):
@@ -123,7 +127,8 @@ def test_saved_and_loaded_is_identical(tmp_path):
     ("tokenizer.json", "{\n", "not a readable tokenizer"),
     ("tokenizer.json", "[1]", "not a readable tokenizer"),
     ("tokenizer.json", "{}", "not a readable tokenizer"),
-    ("tokenizer.json", json.dumps({"name": "x", "pattern": "(\n", "special": TOK.special}), "not a readable tokenizer"),
+    ("tokenizer.json", json.dumps({"name": "x", "pattern": "(\n", "special": TOK.special}),
+     "not a readable tokenizer"),
     ("tokenizer.json", json.dumps({"name": "x", "pattern": ".", "special": {}}), "not a readable tokenizer"),
     ("tokenizer.tiktoken", "", "not a readable tokenizer"),
     ("tokenizer.tiktoken", "hello", "not a readable tokenizer"),
@@ -141,7 +146,8 @@ def test_a_bad_tokenizer_is_a_one_line_error_naming_the_folder(tmp_path, name, c
     assert expected in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("spoil", [lambda lines: lines[:5], lambda lines: [*lines[:-1], lines[-1].split()[0] + " 3"]],
+@pytest.mark.parametrize("spoil", [lambda lines: lines[:5],
+                                   lambda lines: [*lines[:-1], lines[-1].split()[0] + " 3"]],
                          ids=["cut short", "a rank twice"])
 def test_a_tokenizer_that_tiktoken_panics_on_is_an_error_too(tmp_path, spoil):
     TOK.save(tmp_path)
@@ -164,6 +170,7 @@ def test_gpt2_without_its_file_and_without_a_network_is_one_line_with_the_remedy
     def fail(name):
         raise ConnectionError("HTTPSConnectionPool(host=...): Max retries exceeded with url: ... " * 10)
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(ValueError, match="gpt2: its vocabulary .* cannot be downloaded .*TIKTOKEN_CACHE_DIR") as e:
+    remedy = "gpt2: its vocabulary .* cannot be downloaded .*TIKTOKEN_CACHE_DIR"
+    with pytest.raises(ValueError, match=remedy) as e:
         Tokenizer.load("gpt2")
     assert "\n" not in str(e.value) and len(str(e.value)) < 250

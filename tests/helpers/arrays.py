@@ -15,7 +15,8 @@ def near(a, b):
 
 
 def ragged(seed, n):
-    """n arrays (B, T) in float64 and a mask: a prompt, an answer of its own length, sometimes a second turn."""
+    """n arrays (B, T) in float64 and a mask: a prompt, an answer of its own length,
+    sometimes a second turn."""
     torch.manual_seed(seed)
     mask = torch.zeros(B, T, dtype=torch.bool)
     for b in range(B):

@@ -1,5 +1,5 @@
-"""Run scripts of this project one after another in this process (or under torchrun in these), with all numbers in
-float64:
+"""Run scripts of this project one after another in this process (or under torchrun in these), with all
+numbers in float64:
 
     in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ... "nothing fits" "sft.py --out out/c" ...
 

@@ -1,5 +1,5 @@
-"""Run a script of this project, in float64 unless it is told a precision, and let one of its processes fail at the third
-step, in the first life of the job:
+"""Run a script of this project, in float64 unless it is told a precision, and let one of its processes fail
+at the third step, in the first life of the job:
 
     misbehave.py rollout|update|save kill|hang|raise RANK script.py flags ...
 """
@@ -18,7 +18,8 @@ from runtime import launch, run  # noqa: E402
 
 where, how, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = sys.argv[4:]
-done = sys.argv[sys.argv.index("--out") + 1] + ".misbehaved"        # a file: restarts are counted machine by machine
+# A file: restarts are counted machine by machine.
+done = sys.argv[sys.argv.index("--out") + 1] + ".misbehaved"
 if "--precision" not in sys.argv:
     torch.set_default_dtype(torch.float64)
 

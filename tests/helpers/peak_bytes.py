@@ -1,9 +1,11 @@
-"""Run a script of this project, alone or under torchrun, and print what it took of every process, beyond what one takes anyway:
-the most memory in tensors while networks are loaded, and from the first step's end to the last file, and the bytes sent for a step.
+"""Run a script of this project, alone or under torchrun, and print what it took of every process, beyond what
+one takes anyway: the most memory in tensors while networks are loaded, and from the first step's end to the
+last file, and the bytes sent per step.
 
     MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 peak_bytes.py ppo.py --steps 3 --batch 16 ...
 
-(With these settings glibc gives every tensor of 64 KiB and more a piece of memory of its own, and knows how much all of them take.)
+(With these settings glibc gives every tensor of 64 KiB and more a piece of memory of its own, and knows how
+much all of them take.)
 """
 import ctypes
 import gc
@@ -21,25 +23,29 @@ sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig  # noqa: E402
 from runtime import Run, make_optimizer, processes, sharding  # noqa: E402
 
-SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}      # of a ring, which sums, then gathers
-sent, seen = 0, []                                  # bytes sent so far, and at each step
-most, forget, loading = 0, False, 0                 # most held since the first step, and while networks were loaded
+# of a ring, which sums, then gathers
+SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}
+sent, seen = 0, []                          # bytes sent so far, and at each step
+most, forget, loading = 0, False, 0         # most held since the first step, and while networks were loaded
 
 
 def counted(name):
-    """A collective that counts what a process sends: (N − 1)/N of the whole tensor, twice to sum it for all."""
+    """A collective that counts what a process sends: (N − 1)/N of the whole tensor, twice to sum it
+    for all."""
     function = getattr(dist, name)
 
     def wrapped(*tensors, **kwargs):
         global sent
         n = dist.get_world_size(kwargs.get("group"))
-        sent += SHARES[name] * (n - 1) / n * max(x.nbytes for x in (*tensors, *kwargs.values()) if isinstance(x, torch.Tensor))
+        whole = max(x.nbytes for x in (*tensors, *kwargs.values()) if isinstance(x, torch.Tensor))
+        sent += SHARES[name] * (n - 1) / n * whole
         return function(*tensors, **kwargs)
     setattr(dist, name, wrapped)
 
 
 class Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 libc = ctypes.CDLL(None)

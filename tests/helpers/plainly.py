@@ -1,5 +1,5 @@
-"""The stages once more, written as plainly as possible and in other words: one row at a time, without padding,
-masks, micro-batches or anything of runtime/. Tests hold what a stage logs and learns against these.
+"""The stages once more, written as plainly as possible and in other words: one row at a time, without
+padding, masks, micro-batches or anything of runtime/. Tests hold what a stage logs and learns against these.
 
 They share with the project only what other tests prove on its own: the network's forward pass, the noise of a
 row (model.uniform), the tokenizer, the order of batches, and the world's judge.
@@ -16,8 +16,8 @@ from model import uniform
 
 
 def assert_same_lines(lines, expected):
-    """What a stage has logged, which is rounded to six places, and what a plain loop gives: the same names and
-    numbers, apart from the speed."""
+    """What a stage has logged, which is rounded to six places, and what a plain loop gives: the same names
+    and numbers, apart from the speed."""
     for line in lines:
         line.pop("tokens_per_second", None)
     assert len(lines) == len(expected)
@@ -42,7 +42,7 @@ class AdamW:
 
     def step(self, loss, lr):
         """Returns the norm of the gradient."""
-        loss = loss + 0 * sum(p.sum() for p in self.parameters)             # where all is clipped, it is a number
+        loss = loss + 0 * sum(p.sum() for p in self.parameters)         # where all is clipped, it is a number
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients)]
         norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients))
@@ -60,7 +60,7 @@ class AdamW:
         return norm
 
 
-DECAYS = {                                          # of the share x of the steps after the warm-up that are done
+DECAYS = {                                      # of the share x of the steps after the warm-up that are done
     "constant": lambda x: 1.0,
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,

@@ -1,5 +1,5 @@
-"""Under torchrun: one training step of a network sharded by FSDP; each process prints the bytes that it holds and the
-whole's."""
+"""Under torchrun: one training step of a network sharded by FSDP; each process prints the bytes that it
+holds and the whole's."""
 import os
 import sys
 
@@ -17,7 +17,8 @@ tokens = torch.randint(512, (2, 64))
 model.logprobs(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean().backward()
 optimizer.step()
 held, whole = [], []
-for kind in (lambda p: [p], lambda p: [p.grad], lambda p: [x for x in optimizer.state[p].values() if x.dim()]):
+for kind in (lambda p: [p], lambda p: [p.grad],
+             lambda p: [x for x in optimizer.state[p].values() if x.dim()]):
     tensors = [x for p in model.parameters() for x in kind(p)]
     held.append(sum(sharding.local_tensor(x).nbytes for x in tensors))
     whole.append(sum(x.numel() * x.element_size() for x in tensors))

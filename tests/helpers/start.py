@@ -20,13 +20,14 @@ SMALL = {
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --ptx_coef 0.1 --whiten_rewards",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
-# The same with rows that do not divide by the processes, of very different lengths, in several micro-batches per step.
+# The same with rows that do not divide by the processes, of very different lengths, in several micro-batches
+# per step.
 FLAGS = {
     "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 7 --warmup 4",
     "reward_model": "--normalize 33 --batch 7 --micro_batch 8 --warmup 5",
     "dpo": "--records 70 --batch 7 --micro_batch 8 --warmup 5",
-    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 --ptx_coef 0.1 --ptx_batch 9 "
-           "--whiten_rewards --entropy_coef 0.01",
+    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 --ptx_coef 0.1 "
+           "--ptx_batch 9 --whiten_rewards --entropy_coef 0.01",
 }
 FLAGS = {stage: f"--device cpu {flags}" for stage, flags in FLAGS.items()}
 THRIFTY = "--checkpoint_blocks --offload --micro_tokens 300"
@@ -49,10 +50,11 @@ def script(name, flags, folder, stdin=""):
 
 def torchrun(processes, script, arguments, folder, restarts=0):
     """A script under torchrun, as arguments of subprocess.Popen."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                f"--max_restarts={restarts}"]
-    return {"args": [*launcher, os.path.join(ROOT, script), *arguments], "cwd": folder, "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    return {"args": [*launcher, os.path.join(ROOT, script), *arguments], "cwd": folder,
+            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
+            "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
 def in_float64(commands, folder, processes=0):
@@ -82,4 +84,5 @@ def assert_close(a, b):
     ours, theirs = (load_tensors(str(path / "model.safetensors")) for path in (a, b))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-9,
+                                   msg=lambda m: f"{name}: {m}")
