@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.start import EVALUATE, FLAGS, SMALL, in_float64, on_cpu, script
 
-from data import loading
+from data import loading, records
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from runtime import files, launch
@@ -83,9 +83,9 @@ def alone(chain):
 
 @pytest.fixture(scope="session")
 def tiny_inputs(small_world, tmp_path_factory):
-    """A folder with a small world, and a language model and a reward model of random weights in float64,
-    whose answers are short and end now and then: what the stages start from where they are held against
-    plain loops."""
+    """A folder with a small world, files of preferences (pairs with margins; rankings of two to four answers,
+    with ties), and a language model and a reward model of random weights in float64, whose answers are short
+    and end now and then: what the stages start from where they are held against plain loops."""
     folder = tmp_path_factory.mktemp("tiny")
     shutil.copytree(small_world, folder / "out/world")
     tokenizer = Tokenizer.load(str(folder / "out/world"))
@@ -101,6 +101,16 @@ def tiny_inputs(small_world, tmp_path_factory):
                 model.head.weight[tokenizer.end] = 0.5      # some 5 nats more: one token in seven
         model.save(str(folder / "out" / name))
         tokenizer.save(str(folder / "out" / name))
+    words = "Paris is the capital of France and not of Spain".split()
+    answers = [" ".join(words[:1 + i % 10]) for i in range(100)]
+    pairs, rankings = [], []
+    for i in range(60):
+        prompt, n = f"What is {i} plus {i}?", 2 + i % 3
+        pairs.append({"prompt": prompt, "chosen": answers[i], "rejected": answers[7 * i % 100],
+                      "margin": i % 3 / 2})
+        rankings.append({"prompt": prompt, "responses": answers[i:i + n], "ranks": [2, 1, 1 + i % 2, 2][:n]})
+    records.write(folder / "pairs.jsonl", pairs)
+    records.write(folder / "rankings.jsonl", rankings)
     return folder
 
 

@@ -83,6 +83,7 @@ CASES = [                                       # each flag of the stage is set 
          micro_tokens=200),
     *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
     *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
+    dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
 ]
 
 
@@ -90,7 +91,7 @@ CASES = [                                       # each flag of the stage is set 
 def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
     cfg, model, lines, about = trained(dpo, **SHARED | settings)
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
-    preferences, held_out = loading.load("preferences", "world")
+    preferences, held_out = loading.load("preferences", cfg.data)
     expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences)
     for line in (lines[0], expected[0]):
         del line["accuracy"]                                # the policy is the reference: rounding decides

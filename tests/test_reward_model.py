@@ -7,7 +7,7 @@ from helpers import plainly
 from helpers.arrays import near, nll, seeds
 
 import reward_model
-from data import annotators, loading, records
+from data import annotators, loading
 from data.tokenizer import Tokenizer
 from model import GPT
 from reward_model import pairwise_loss, ranking_loss
@@ -70,29 +70,19 @@ def test_ranking_loss_ignores_nan_scores_of_absent_answers():
     near(ranking_loss(scores, ranks), nll(0.5))
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """A file of pairs with margins, longer and shorter, and now and then a tie."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    words = "Paris is the capital of France and not of Spain".split()
-    records.write(path, [{"prompt": f"What is {i} plus {i}?", "chosen": " ".join(words[:1 + i % 10]),
-                          "rejected": " ".join(words[:1 + i % 7]), "margin": i % 3 / 2} for i in range(60)])
-    return str(path)
-
-
 SHARED = dict(normalize=12)
 CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(batch=17, warmup=2),
     dict(batch=16, epochs=2, lr=1e-2, warmup=3, decay="linear", weight_decay=0.7, max_norm=0.2, seed=5,
          micro_batch=9),
-    dict(batch=9, data="pairs", decay="constant", warmup=0, max_norm=0.0, micro_batch=3, micro_tokens=100),
+    dict(batch=9, data="pairs.jsonl", decay="constant", warmup=0, max_norm=0.0, micro_batch=3,
+         micro_tokens=100),
+    dict(batch=7, data="rankings.jsonl", warmup=1, micro_batch=5),
 ]
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
-def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, pairs, settings):
-    if settings.get("data"):
-        settings = settings | {"data": pairs}
+def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
     torch.manual_seed(settings.get("seed", 0))
     plain, tokenizer = GPT.load("out/sft", head="scalar"), Tokenizer.load("out/sft")
     cfg, model, lines, about = trained(reward_model, **SHARED | settings)
