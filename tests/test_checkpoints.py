@@ -2,7 +2,11 @@
 import os
 
 import pytest
+import torch
 from test_run import a_run, a_step, steps
+
+import ppo
+from runtime.checkpoints import Checkpoints
 
 
 def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -29,3 +33,39 @@ def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
     with pytest.raises(ValueError, match="resume.safetensors") as e:
         a_run(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_the_newest_checkpoint_that_is_complete_is_the_last(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    assert checkpoints.last() is None
+    (tmp_path / "resume.safetensors").write_bytes(b"")
+    assert checkpoints.last() == str(tmp_path / "resume.safetensors")
+    for step, complete in ((3, True), (20, True), (100, True), (101, False)):
+        folder = tmp_path / f"resume/{step:08}"
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / ".metadata").write_bytes(b"")
+    assert checkpoints.last() == str(tmp_path / "resume/00000100")
+    checkpoints.remove(but=checkpoints.last())
+    assert os.listdir(tmp_path / "resume") == ["00000100"] and not (tmp_path / "resume.safetensors").exists()
+    checkpoints.remove()
+    assert not (tmp_path / "resume").exists()
+
+
+def test_numbers_that_have_run_off_are_not_saved(tmp_path):
+    checkpoints, model = Checkpoints(str(tmp_path)), torch.nn.Linear(2, 1)
+    for good in (True, False):
+        with torch.no_grad():
+            model.weight.fill_(1.0 if good else float("nan"))
+        checkpoints.save({"model": model}, 7 if good else 8)
+        checkpoints.wait()
+        assert checkpoints.load({"model": model}) == 7 and bool((model.weight == 1).all())
+
+
+def test_a_part_of_plain_numbers_is_remembered(tmp_path):
+    checkpoints, controller = Checkpoints(str(tmp_path)), ppo.AdaptiveKL(0.1, 3.0, 1000)
+    controller.update(7.0, 64)
+    checkpoints.save({"controller": controller}, 5)
+    checkpoints.wait()
+    fresh = ppo.AdaptiveKL(0.1, 3.0, 1000)
+    assert checkpoints.load({"controller": fresh}) == 5 and vars(fresh) == vars(controller)
