@@ -4,7 +4,17 @@ import random
 
 import pytest
 
-from data.batches import by_length, fit
+from data.batches import (
+    Comparison,
+    Demonstration,
+    batches,
+    by_length,
+    encode_comparisons,
+    encode_demonstrations,
+    fit,
+)
+from data.records import Preference
+from data.tokenizer import learn
 
 
 def test_fit_keeps_what_fits_and_says_what_does_not(capsys):
@@ -44,3 +54,38 @@ def test_by_length_is_in_random_order_and_follows_its_rng():
     assert first == again != other
     means = [sum(batch) / len(batch) for batch in first]
     assert abs(sum(means[:60]) / 60 - sum(means[60:]) / len(means[60:])) < 150      # in order it would be 500
+
+
+def test_each_epoch_has_every_example_in_an_order_of_its_own_and_can_be_entered_anywhere():
+    lengths = [random.Random(i).randrange(1, 100) for i in range(100)]
+    whole = list(batches(lengths, 8, 3, seed=4))
+    epochs = [whole[i:i + 13] for i in (0, 13, 26)]
+    assert len(whole) == 39
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(100))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert list(batches(lengths, 8, 3, seed=4, start=17)) == whole[17:]
+    assert list(batches(lengths, 8, 3, seed=5)) != whole
+
+
+@pytest.mark.parametrize("ranks, best, pairs", [
+    ([1, 2], [0], [(0, 1)]), ([2, 1], [1], [(1, 0)]), ([2, 2], [0, 1], []),
+    ([1, 1, 3], [0, 1], [(0, 2), (1, 2)])])
+def test_a_comparison_knows_its_best_answers_and_its_pairs(ranks, best, pairs):
+    comparison = Comparison([[1] * n for n in range(3, 3 + len(ranks))], 2, ranks, 0.0)
+    assert comparison.best == best and comparison.pairs == pairs
+    assert comparison.lengths == list(range(3, 3 + len(ranks)))
+
+
+def test_comparisons_and_demonstrations_are_tokens_of_the_chat_format(capsys):
+    tok = learn(["What is it? It is a cat."], 300)
+    short, long = [[{"role": "user", "content": "What?"}], [{"role": "user", "content": "What " * 40}]]
+    preferences = [Preference(prompt, ["A cat.", "A"], [2, 1], 0.5) for prompt in (short, long)]
+    [found] = encode_comparisons(tok, preferences, 60, "preferences")
+    prompt = tok.prompt(short)
+    sequences = [prompt + tok.response("A cat."), prompt + tok.response("A")]
+    assert found == Comparison(sequences, len(prompt), [2, 1], 0.5)
+    answer = [{"role": "assistant", "content": "A cat."}]
+    [found] = encode_demonstrations(tok, [short + answer, long + answer], 60, "demonstrations")
+    assert found == Demonstration(*tok.chat(short + answer))
+    assert capsys.readouterr().out.count("1 of 2") == 2
