@@ -59,8 +59,7 @@ class Config(Settings):
 
 @dataclass
 class Contestant:
-    """A model's answers to P prompts, N times each; all lists run over prompt 0's answers, then prompt 1's,
-    ..."""
+    """A model's answers to P prompts, N times each; lists hold prompt 0's answers, then prompt 1's, ..."""
     name: str
     texts: list
     lengths: list                           # of answers in tokens, <|im_end|> included
@@ -91,14 +90,12 @@ def win_rate(mine, theirs, n, resamples=2000):
 
 
 def best_of(pool, n, keep):
-    """From pool[p], the (reward, index) of many answers to prompt p: `keep` winners among n each, as
-    indices."""
+    """From pool[p], (reward, index) of many answers to prompt p: `keep` winners among n each, as indices."""
     return [max(answers[k * n:(k + 1) * n])[1] for answers in pool for k in range(keep)]
 
 
 def best_of_n_kl(n):
-    """KL(best of n ‖ the model that is sampled), nats per answer: log n − (n − 1)/n (Stiennon et al.
-    2020)."""
+    """KL(best of n ‖ the sampled model), nats per answer: log n − (n − 1)/n (Stiennon et al. 2020)."""
     return math.log(n) - (n - 1) / n
 
 
@@ -148,8 +145,7 @@ class Contest:
         return self.compute.map(score, range(len(lengths)), lengths)["scores"].tolist()
 
     def kl(self, model, answers):
-        """Mean of log π − log π_ref over a model's own answers, nats per answer: an estimate of KL(π ‖
-        π_ref)."""
+        """Mean of log π − log π_ref over a model's own answers, nats per answer: estimates KL(π ‖ π_ref)."""
         def log_ratio(rows):
             b = select(answers, rows)
             tokens, mask = b["tokens"], b["mask"]
@@ -238,8 +234,7 @@ def side_by_side(contestants, prompts, n, count):
 
 
 def seconds(out, names):
-    """Wall-clock seconds of each stage from its run.json, and of all together; stages that overlap count
-    once."""
+    """Wall-clock seconds of each stage from its run.json, and in all; stages that overlap count once."""
     spans, found = [], {}
     for name in ("world", "sft", "reward_model", *names):
         about = read_run(os.path.join(out, name))
@@ -287,8 +282,7 @@ def summarize(cfg, contestants, prompts, curve):
 
 
 def plot(path, out, report, curve):
-    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. One line per run, of one colour in
-    both."""
+    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. A run has one colour in both."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
                                 ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):

@@ -89,8 +89,7 @@ def rotate(x, positions, theta):
     p·theta^(-2i/D).
 
     positions is (T,), or (B, 1) when each row stands somewhere else. Pairs are split by halves, as Llama's
-    published weights have them. Angles are computed in at least float32: bfloat16 cannot tell late positions
-    apart."""
+    published weights have them. Angles need float32: bfloat16 cannot tell late positions apart."""
     half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
@@ -130,7 +129,7 @@ class Attention(nn.Module):
 
     def look_back(self, q, k, v, positions, cache):
         """Attention of one query per row: q (B, H, 1, D) over the row's cached keys up to its own position.
-        Written out, because for a single query plain products beat the fused kernel, and each row has its own
+        Written out, because plain products beat the fused kernel for a single query, and rows differ in
         length."""
         rows = torch.arange(len(q), device=q.device)
         cache[0][rows, :, positions[:, 0]] = k[:, :, 0]
@@ -249,8 +248,7 @@ class GPT(nn.Module):
         tokens (B, T) int64; mask (B, T) bool, its first column is ignored (nothing precedes it). Returns (B,
         T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
         also the entropy of each of those distributions, (B, T); only entropy_grad=True keeps what its
-        gradient would need. Logits exist only for the positions that the mask names: n × V numbers, not B × T
-        × V."""
+        gradient would need. Logits exist only where the mask is true: n × V numbers, not B × T × V."""
         mask = mask.clone()
         mask[:, 0] = False
         # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
@@ -342,8 +340,7 @@ class GPT(nn.Module):
         return x[torch.arange(len(tokens), device=device), lengths - 1], cache
 
     def rows_left(self, alive):
-        """How many rows go on, of `alive` here. Processes that can only sample together count all of
-        theirs."""
+        """How many rows go on, of `alive` here; processes that can only sample together count all theirs."""
         return alive
 
     # ---------------------------------------------------------------------------------------- files
@@ -406,8 +403,7 @@ class GPT(nn.Module):
 
 def uniform(seeds, step):
     """One number in (0, 1) per row from seeds (b,) int64 and the step: the SplitMix64 finaliser (Steele et
-    al. 2014). A counter in place of a generator's state makes a row's noise independent of batch, process and
-    device."""
+    al. 2014). A counter, not a generator's state: noise depends on neither batch, process nor device."""
     def shift(z, n):                                           # logical shift right: int64 has only the other
         return (z >> n) & ((1 << (64 - n)) - 1)
     z = seeds * -7046029254386353131 + (step + 1) * -7723592293110705685 % 2 ** 63
@@ -450,9 +446,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def save_tensors(path, tensors, whole=lambda x: x):
-    """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, raw numbers. A
-    reader needs no code from the file. The file appears whole or not at all. whole() is asked for one tensor
-    at a time."""
+    """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, numbers. The
+    file appears whole or not at all, and reading runs no code. whole() is asked for one tensor at a time."""
     header, offset, kind = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()

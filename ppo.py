@@ -84,8 +84,7 @@ def whiten(x, mask, shift_mean=True):
 
     Advantages are shifted too: an action is good or bad compared with the batch's average, and the size of a
     step does not depend on the scale of rewards. Rewards are only scaled: their mean, which each further
-    token earns once more, decides whether long answers pay, and shifting it would change which policy is
-    best."""
+    token earns once more, decides whether long answers pay: shifting it would change the best policy."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -299,9 +298,8 @@ class AdaptiveKL:
     e = clip(KL/target − 1, −0.2, 0.2),  β ← β·(1 + e·episodes/horizon).
 
     Which β leads to which KL depends on the reward model; the KL that one wants is easier to name in advance.
-    The clip keeps one odd batch from throwing β off. β is multiplied, because what matters is its size
-    relative to the score's: it moves as fast at 0.01 as at 1, and stays positive (while episodes <
-    5·horizon)."""
+    The clip keeps one odd batch from throwing β off. β is multiplied: it moves in proportion, as fast at 0.01
+    as at 1, and stays positive (if episodes < 5·horizon)."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon

@@ -114,8 +114,7 @@ def evaluate(model, run, comparisons):
 
 
 def calibration(gaps):
-    """Is the model as sure as it is right? It predicts that the higher score wins, with probability σ(|r⁺ −
-    r⁻|).
+    """Is the model as sure as it is right? The higher score should win with probability σ(|r⁺ − r⁻|).
 
     gaps: r⁺ − r⁻ of each pair. Returns a row (mean probability, share of pairs where the higher score won,
     pairs) per tenth of probability from 0.5 to 1. Measured before the score is rescaled, for a factor on r

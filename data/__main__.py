@@ -22,8 +22,7 @@ class Config:
 
 
 def show(n, seed):
-    """Print n prompts of each family, each with four answers, an annotator's ranking of them and the judge's
-    scores."""
+    """Print n prompts of each family, each with four answers, an annotator's ranking and the judge's view."""
     rng = random.Random(seed)
     families = {}
     for item in world.items():

@@ -111,8 +111,7 @@ def listdir(folder):
 
 
 def one_failure(e):
-    """torch.distributed.checkpoint's own kind of error holds one exception per process: one of them says
-    it."""
+    """torch.distributed.checkpoint's own error holds one exception per process: one of them will do."""
     return next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
 
 
@@ -157,8 +156,7 @@ def is_finite(tensors):
 
 
 def load_shards(path, parts):
-    """Read a folder of shards, whatever the number of processes that wrote it, each tensor sharded as the
-    parts are."""
+    """Read a folder of shards, however many processes wrote it, each tensor sharded as the parts are."""
     import torch.distributed.checkpoint as dcp
     shapes = {}                                              # {key: a tensor that is sharded in the same way}
     for name, part in parts.items():

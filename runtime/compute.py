@@ -1,5 +1,4 @@
-"""Where networks run, and how rows go through them: any number of rows, in micro-batches, on any number of
-processes.
+"""Where networks run, and how rows go through them: in micro-batches, on any number of processes.
 
 A stage says what it computes for some rows; two ideas do the rest. A weighted mean over rows is a loss
 (Compute.accumulate) or an evaluation (Compute.average). A map over rows (Compute.map) computes something for
@@ -32,8 +31,7 @@ def pick_device(name):
 # --------------------------------------------------------------------------------------------- rows
 
 def pad(rows):
-    """Lists of different lengths to one tensor (B, T), right-padded with 0: int64, float, or bool, as the
-    lists are."""
+    """Lists of different lengths as a tensor (B, T), right-padded with 0: int64, float or bool."""
     first = torch.tensor(rows[0][:1])
     out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=first.dtype)
     for i, row in enumerate(rows):
@@ -127,8 +125,7 @@ class Compute:
                 to_device(model, self.device)
 
     def fetch(self, model):
-        """Bring an offloaded network to the device: its embedding, where every use of it begins, asks for
-        it."""
+        """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""
         if model not in self.fetched:
             self.fetched.append(model.to(self.device))
 

@@ -22,8 +22,7 @@ def write_json(path, value):
 
 
 def lock(folder):
-    """Claim a folder for this process until it ends, however it ends. Raises ValueError if another process
-    has it."""
+    """Claim a folder for this process until it ends, however it ends. ValueError if another one has it."""
     folder = os.path.realpath(folder)
     if fcntl is None or folder in held_locks:
         return
@@ -44,8 +43,7 @@ def lock(folder):
 
 def fingerprints(cfg):
     """{path: checksum} of the files that the settings name: data, and the weights and tokenizer of a
-    checkpoint folder. A run goes on only over the same ones. The processes, which call it together, share the
-    reading."""
+    checkpoint folder. A run goes on only over the same ones. The processes share the reading."""
     size, chunks, mine, found = 1 << 22, [], {}, {}
     for path in named_files(cfg):
         chunks += [(path, start) for start in range(0, max(1, os.path.getsize(path)), size)]
@@ -60,8 +58,7 @@ def fingerprints(cfg):
 
 
 def named_files(cfg):
-    """The input files that settings name, sorted: a setting is a file, or a folder of a checkpoint or of the
-    world."""
+    """The input files that settings name, sorted: a file, or a folder of a checkpoint or of the world."""
     found = set()
     for name, value in vars(cfg).items():
         if name == "out" or not isinstance(value, str) or not value:

@@ -58,8 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(config, doc, argv=None):
-    """A config dataclass from the command line. A wrong flag ends the program with status 2 and what is
-    allowed."""
+    """A config dataclass from the command line. A wrong flag ends the program with status 2 and a line."""
     parser = Parser(program(), description=doc, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(config)

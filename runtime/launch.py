@@ -13,8 +13,7 @@ from runtime.flags import parse, program
 
 
 def process_started():
-    """When this process began, imports included: what a person waits for. Where Linux does not say so,
-    now."""
+    """When this process began, imports included: what a person waits for. Now, if Linux does not say."""
     try:
         with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
             ticks = int(stat.read().rsplit(")", 1)[1].split()[19])          # since the machine was started

@@ -8,8 +8,7 @@ STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 
 def require(folder):
-    """Raise ValueError if a checkpoint folder is not there, saying what to run first if a stage writes it by
-    default."""
+    """Raise ValueError if a checkpoint folder is not there, saying which stage to run first."""
     if not os.path.exists(os.path.join(folder, "config.json")):
         stage = os.path.basename(os.path.normpath(folder))
         first = f"run `python {stage}.py` first, or " if stage in STAGES else ""

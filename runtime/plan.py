@@ -1,5 +1,4 @@
-"""How much memory a stage needs on each device, and how much it sends: on paper, before a cluster is asked
-for.
+"""How much memory a stage needs on each device, and how much it sends: on paper, before it runs.
 
     python -m runtime.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
@@ -183,8 +182,7 @@ class Plan:
         return need + self.gradients
 
     def sampling(self):
-        """The most that sampling needs, apart from the state: weights, cache, and what a token's pass
-        makes."""
+        """The most that sampling needs, apart from the state: weights, cache, activations of one token."""
         cfg, shape, b, stage = self.cfg, self.shape, self.b, self.cfg.stage
         if stage == "dpo" or (stage == "reward_model" and not cfg.normalize):
             return 0

@@ -67,8 +67,7 @@ def gather(x):
 # ---------------------------------------------------------------------------- how they meet and end
 
 def start(device, timeout):
-    """Meet the other processes that torchrun started, if it did. timeout: seconds that one may wait for the
-    others."""
+    """Meet the other processes, if torchrun started any. timeout: seconds that one waits for the others."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     if device == "mps":
@@ -130,8 +129,7 @@ def is_lost_connection(error):
 
 
 def is_first_to_fail():
-    """Whether no other process has failed before this one: its message is the one that explains the
-    others'."""
+    """Whether no other process has failed before this one: its message explains the others'."""
     if world_size() == 1:
         return True
     try:

@@ -33,8 +33,7 @@ FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout
 
 
 class Run(Compute):
-    """One stage at work: output folder, randomness, checkpoints, metrics and progress, on top of what
-    computes.
+    """One stage at work: folder, randomness, checkpoints, metrics and progress, on top of Compute.
 
     A run that was killed goes on from its last checkpoint with the same command, and ends with the weights
     that it would have had. So all that a step draws at random comes from the seed and the step's number
@@ -84,15 +83,13 @@ class Run(Compute):
     # --------------------------------------------------------------------- before and between steps
 
     def begin(self, step):
-        """Get ready for the step after `step`, whose randomness depends on the seed and on its number
-        alone."""
+        """Get ready for the step after `step`: its randomness depends on the seed and its number alone."""
         self.step = step
         self.rng = random.Random(f"{self.cfg.seed}/{step}")
         torch.manual_seed(self.rng.getrandbits(63))
 
     def seeds(self, n):
-        """A seed for the noise of each of n rows: a row's sample depends on the run's seed, the step and its
-        place."""
+        """A seed for the noise of each of n rows, which depends on the run's seed, the step and its place."""
         return row_seeds(self.rng, n)
 
     def resume(self, **parts):
@@ -185,8 +182,7 @@ class Run(Compute):
         self.print_progress(step, metrics, show)
 
     def print_progress(self, step, metrics, show):
-        """A line with the time left. On a terminal every step passes by on one line, and those to show
-        stay."""
+        """A line with the time left. On a terminal each step overwrites the last, unless that is to stay."""
         terminal = sys.stdout.isatty()
         if not show and not terminal:
             return

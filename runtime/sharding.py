@@ -19,8 +19,7 @@ def is_frozen(model):
 
 def choose(kind, models, device):
     """"auto" to "fsdp" if the training state of these models, at 16 bytes per trained parameter and 4 per
-    frozen one, would fill more than half of a GPU's memory, which activations and samples need too; else to
-    "ddp"."""
+    frozen one, would fill more than half of a GPU, where activations go too; else to "ddp"."""
     if kind != "auto":
         return kind
     if device != "cuda":
