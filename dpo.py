@@ -27,7 +27,8 @@ may still be a bad answer. The logged "loss" includes this term; `--nll_coef 0` 
 
 Preference data and reference both stay as they are, so the reference's log-probabilities are computed once,
 before training, and the reference need not stay in memory. Rankings of K answers count as all their pairs,
-each answer read once. The mean is over all pairs: each is one observation of the likelihood."""
+each answer read once. The mean is over all pairs: each is one observation of the likelihood.
+"""
 import math
 from dataclasses import dataclass
 

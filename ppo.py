@@ -28,7 +28,8 @@ temperature in the log-probabilities of answers, KL in the reward per token, a f
 without an end, rewards whitened without moving their mean, advantages whitened, both clipped losses, Adam's ε
 of 1e-5, a decaying learning rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are
 right-padded and masked), rejection of answers without a given token (the chat format has <|im_end|>), and a
-trunk that policy and value share (what is good for one need not be for the other)."""
+trunk that policy and value share (what is good for one need not be for the other).
+"""
 import time
 from dataclasses import dataclass
 
@@ -72,6 +73,10 @@ class Config(Training):
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
     ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
+
+    def __post_init__(self):
+        if 0.2 * self.batch >= self.kl_horizon:
+            raise ValueError(f"--kl_horizon {self.kl_horizon}: β may turn negative at a fifth of --batch or less")
 
 
 def masked_mean(x, mask):
@@ -343,7 +348,7 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
                "explained_variance": explained_variance(batch["old_values"], batch["returns"], mask),
                "length": mask.sum() / len(prompts), "ended": batch["ended"].float().mean(),
                "tokens_per_second": mask.sum() / (time.time() - began)}
-    if cfg.data == "world":           # the world's own verdict, for the reader's eyes: training never sees it
+    if cfg.data == "world":             # the true reward, to be seen beside the score: training never uses it
         answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], mask)]
         metrics["judge"] = sum(world.judge(p, a) for p, a in zip(prompts, answers)) / len(prompts)
     if cfg.adaptive_kl:

@@ -18,7 +18,8 @@ The loss leaves r(x, y) + c(x), for any c, as likely as r(x, y): where 0 lies is
 how far scores spread depends on how much the people agreed. So after training r is shifted and scaled until
 samples of the SFT model score 0 on average, with standard deviation 1. These are the answers that PPO starts
 from: its settings, above all its KL penalty, then mean the same for every reward model. The order of any two
-scores stays what it was, since both are shifted and divided alike."""
+scores stays what it was, since both are shifted and divided alike.
+"""
 import math
 from dataclasses import dataclass
 

@@ -186,6 +186,12 @@ def test_policy_loss_ignores_large_finite_log_ratios_outside_the_mask():
          policy_loss(new, old, advantages, mask, 0.2)[0])
 
 
+def test_a_horizon_that_could_turn_beta_negative_is_refused():
+    ppo.Config(batch=128, kl_horizon=26)
+    with pytest.raises(ValueError, match="--kl_horizon 25.*fifth of --batch"):
+        ppo.Config(batch=128, kl_horizon=25)
+
+
 @pytest.mark.parametrize("kl,factor", [
     (6.0, 1), (7.2, 1 + 0.2 * 64 / 1000), (60.0, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000),
     (0.0, 1 - 0.2 * 64 / 1000), (5.7, 1 - 0.05 * 64 / 1000), (-3.0, 1 - 0.2 * 64 / 1000)])
