@@ -76,7 +76,7 @@ class Config(Training):
 
     def __post_init__(self):
         if 0.2 * self.batch >= self.kl_horizon:
-            raise ValueError(f"--kl_horizon {self.kl_horizon}: β may turn negative at a fifth of --batch or less")
+            raise ValueError("--kl_horizon must exceed a fifth of --batch, or β could turn negative")
 
 
 def masked_mean(x, mask):
