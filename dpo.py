@@ -5,29 +5,32 @@
 
 PPO looks for the policy π that maximises E[r] − β·KL(π ‖ π_ref): reward r, without going far from a
 reference, the SFT model. The solution is known in closed form, π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x),
-where Z(x) makes the probabilities of all answers y to the prompt x sum to 1. Solved for r, every policy is
-the optimum of some reward:
+where Z(x) makes the probabilities of all answers y to the prompt x sum to 1. Read from right to left, it says
+of any policy π for which reward it would be the solution. Solved for r:
 
     r(x, y) = β·log(π(y|x)/π_ref(y|x)) + β·log Z(x)
 
 Nobody can compute Z(x), a sum over all answers. But in Bradley & Terry's model of a comparison, P(y⁺
 preferred to y⁻) = σ(r(x, y⁺) − r(x, y⁻)), only a difference of rewards for one prompt appears, and β·log Z(x)
-cancels. What is left is the likelihood of the comparisons under the policy itself, which is its own reward
-model (Rafailov et al. 2023): no samples, no critic, no reward network, one classification loss on preference
-data. The price is that the policy learns only from answers that were compared, never from its own.
+cancels. So the probability of a comparison can be written with the policy's own log-probabilities, and the
+policy is trained as if it were the reward model (Rafailov et al. 2023): `dpo_loss` is −log of it. No samples,
+no critic, no reward network. The price: a policy that never sees its own answers is never told when they get
+worse, and it drifts away from the answers that were compared.
 
-β turns log-ratios log(π/π_ref) into rewards. With a small β, log-ratios must be large to fit the same
-preferences, and as β → 0 the policy runs away from the reference; with a large one small log-ratios are
-enough, and as β → ∞ the policy stays at the reference.
+β turns log-ratios log(π/π_ref) into rewards. If β is small, log-ratios must be large to fit the same
+preferences: the policy goes far from the reference. If β is large, small log-ratios are enough: it stays
+near.
 
-The loss sees only differences: it is satisfied just as well when both answers of a pair become less likely,
-the rejected one more so, and what they lose goes to answers that nobody compared. So a prompt's best answer
-is also imitated (Pang et al. 2024, arXiv 2404.19733, eq. 1), and no other, since the winner of another pair
-may still be a bad answer. The logged "loss" includes this term; `--nll_coef 0` is DPO on its own.
+The loss sees only differences: it falls just as well when both answers of a pair become less likely, the
+rejected one more so (`logp_chosen` falls in the log while `accuracy` rises), and what they lose goes to
+answers that nobody compared. So a loss of imitation, −log p per token, is added for the best of a prompt's
+answers (Pang et al. 2024, arXiv 2404.19733, eq. 1). Only for the best: in a ranking of K answers the second
+worst wins a pair too. The logged "loss" includes this term; `--nll_coef 0` is DPO on its own, which is also
+what `--loss ipo` and `hinge` start from, as in their papers.
 
 Preference data and reference both stay as they are, so the reference's log-probabilities are computed once,
 before training, and the reference need not stay in memory. Rankings of K answers count as all their pairs,
-each answer read once. The mean is over all pairs: each is one observation of the likelihood.
+each answer read once. The mean is over all pairs, for each is one observed comparison.
 """
 import math
 from dataclasses import dataclass
@@ -54,8 +57,8 @@ class Config(Training):
     label_smoothing: float = flag(0.0, "share of pairs assumed to be swapped (cDPO; sigmoid)", 0, 0.499)
     nll_coef: float = flag(None, "weight of −log p per token of the chosen answer, in pairs where it is its "
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
-    length_normalize: bool = flag(False, "compare log-probabilities per token, lest length decide; β then "
-                                  "multiplies smaller numbers")
+    length_normalize: bool = flag(False, "compare log-probabilities per token, so that length does not decide; "
+                                  "β must then be larger, by about an answer's length")
     records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
@@ -72,18 +75,20 @@ class Config(Training):
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
              label_smoothing=0.0):
-    """The loss of B pairs from the log-probabilities of whole answers, all (B,), in nats.
+    """The loss of B pairs from the log-probabilities of whole answers (or from their means per token), all
+    (B,), in nats.
 
-    With h = (log π − log π_ref)(y⁺) − (log π − log π_ref)(y⁻), the margin by which the policy prefers y⁺ more
-    than the reference does, and ε = label_smoothing:
+    With h = (log π − log π_ref)(y⁺) − (log π − log π_ref)(y⁻), how much more than the reference the policy
+    prefers y⁺ to y⁻, and ε = label_smoothing:
 
         sigmoid   −(1 − ε)·log σ(βh) − ε·log σ(−βh)    Rafailov et al. 2023, eq. 7; ε: cDPO (Mitchell 2023)
         ipo       (h − 1/(2β))²                        Azar et al. 2023, eq. 17
         hinge     max(0, 1 − βh)                       SLiC (Zhao et al. 2023)
 
-    Where the same answer always wins, the sigmoid is never satisfied, and h grows without end. Three
-    remedies: ε assumes that some labels are wrong, which makes a finite h best; IPO asks for one margin, and
-    punishes more as well as less; the hinge has no gradient beyond βh = 1.
+    The best βh is the log-odds of y⁺ winning. Each pair is here once, as if y⁺ always won: then −log σ(βh)
+    has no minimum, and h grows for as long as one trains. Three remedies: ε says that some labels are wrong,
+    and the best βh is log((1 − ε)/ε); IPO asks for one h, and punishes more as well as less; the hinge has no
+    gradient beyond βh = 1.
 
     Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each
     (B,). Gradients never reach the reference, even if its numbers come with a graph."""
@@ -111,9 +116,10 @@ def answer_logprobs(model, run, comparisons):
     ends = torch.tensor([len(ids) for ids in sequences])
     tokens = pad(sequences)
     column = torch.arange(tokens.shape[1])
-    mask = (column >= starts[:, None]) & (column < ends[:, None])            # true on answers, not on prompts
-    found = model.logprobs(tokens.to(run.device), mask.to(run.device)).sum(1)  # one after another, (answers,)
-    present = pad([c.ranks for c in comparisons]).to(run.device) > 0
+    # The prompt is given, not chosen by the policy: its likelihood says nothing about preferences.
+    mask = (column >= starts[:, None]) & (column < ends[:, None])
+    found = model.logprobs(tokens.to(run.device), mask.to(run.device)).sum(1)    # the answers of all prompts
+    present = pad([c.ranks for c in comparisons]).to(run.device) > 0             # ranks start at 1, pad is 0
     zeros = torch.zeros(present.shape, dtype=found.dtype, device=run.device)
     return zeros.masked_scatter(present, found), zeros.masked_scatter(present, mask.sum(1).to(zeros))
 
@@ -147,7 +153,7 @@ def pair_loss(cfg, model, run, comparisons):
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[b, chosen], policy[b, rejected], reference[b, chosen], reference[b, rejected],
         cfg.beta, cfg.loss, cfg.label_smoothing)
-    nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, whatever the length
+    nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, as in SFT
     losses = losses + cfg.nll_coef * torch.where(is_best, nll, 0)
     return {"loss": losses.mean(), "accuracy": (chosen_rewards > rejected_rewards).float().mean(),
             "margin": (chosen_rewards - rejected_rewards).mean(),
@@ -170,7 +176,7 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(model)
-    add_reference(model, run, examples + held_out)
+    add_reference(model, run, examples + held_out)      # before a resume, which makes the model another one
     optimizer = make_optimizer(model, cfg.lr)
     run.resume(model=model, optimizer=optimizer)
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):

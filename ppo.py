@@ -3,10 +3,10 @@
     python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same with nothing to hold it back
 
-Four networks. The policy π ("actor") starts as the model of supervised fine-tuning (SFT), and so does the
-frozen reference π_ref. The critic V starts as the reward model, for that knows good answers from bad ones
-already, and so does the frozen reward. An action is one token, a state all tokens before it. One step, as in
-this file:
+Four networks. The policy π ("actor") and the frozen reference π_ref both start as the model of supervised
+fine-tuning (SFT). The frozen reward model scores answers. The critic V predicts what an answer will earn, and
+starts as a copy of the reward model: that already knows good answers from bad ones, while the SFT model has
+never seen a score. An action is one token, a state all tokens before it. One step, as in this file:
 
     1. rollout      the policy answers a batch of prompts, and the other networks read the answers
     2. rewards      each token earns −β·(log π − log π_ref), a KL penalty; the last one also earns the score
@@ -64,19 +64,19 @@ class Config(Training):
     kl_horizon: int = flag(1000, "answers over which β adapts", 1)
     gamma: float = flag(1.0, "discount per token", 0, 1)
     lam: float = flag(0.95, "λ of GAE: 1 trusts what followed, 0 the critic", 0, 1)
-    clip: float = flag(0.2, "ε: a token whose π/π_old is this far from 1 has learnt enough from a rollout", 0)
-    value_clip: float = flag(0.2, "a value that is this far from the old one has learnt enough", 0)
+    clip: float = flag(0.2, "ε: π/π_old of a token may be pushed this far from 1", 0)
+    value_clip: float = flag(0.2, "a value may be pushed this far from the old one", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy", 0)
-    whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, their mean unmoved")
+    whiten_rewards: bool = flag(False, "scale rewards around their mean to standard deviation 1")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
-    update_kl: float = flag(0.1, "nats per token that the policy may move in one update; 0 sets no bound", 0)
+    update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
     ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
 
     def __post_init__(self):
         if 0.2 * self.batch >= self.kl_horizon:
-            raise ValueError("--kl_horizon must exceed a fifth of --batch, or β could turn negative")
+            raise ValueError("--kl_horizon must exceed --batch/5, or β could turn negative")
 
 
 def masked_mean(x, mask):
@@ -87,9 +87,9 @@ def masked_mean(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Give x (B, T) standard deviation 1 over the mask, and mean 0 unless shift_mean is false; 0 outside it.
 
-    Advantages are shifted too: an action is good or bad compared with the batch's average, and the size of a
-    step does not depend on the scale of rewards. Rewards are only scaled: their mean, which each further
-    token earns once more, decides whether long answers pay: shifting it would change the best policy."""
+    For advantages both: an action is good or bad compared with the batch's average, and the size of a step
+    does not depend on the scale of rewards. Rewards keep their mean. Each further token earns it once more,
+    so it decides whether long answers pay, and with another mean another policy would be best."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -124,12 +124,14 @@ def rollout(cfg, run, prompts, nets, tokenizer):
                  "scores": nets["reward"].score(tokens, b["lengths"])}
         if run.bfloat16:
             # Sampling one token at a time rounds differently from reading whole answers, as the update does.
-            # But π/π_old must be 1 before the first step: compute π_old once more, in the way that π will be.
+            # In float32 that is nothing, in bfloat16 a percent or so: π/π_old would not be 1 before the
+            # first step. Compute π_old once more, in the way that π will be.
             found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
         return found
 
     batch |= run.map(measure, range(len(prompts)), batch["lengths"])
-    # The reward model has never seen an answer without an end. A fixed low score teaches the policy to end.
+    # The reward model has never seen an answer without an end: its score there is a guess, and if that were
+    # high the policy would learn to go on for ever. A fixed low score teaches it to end.
     batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
     return batch
 
@@ -144,7 +146,9 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
     KL(π ‖ π_ref) is the mean of log π/π_ref over what π samples. So the log-ratios of sampled tokens, added
     up over an answer, estimate it without bias. Paid token by token, not in one sum at the end, each action
-    answers for its own part, and nobody has to find out whose it was."""
+    answers for its own part, and nobody has to find out whose it was. Why a reward, and not a term of the
+    loss? The gradient of a sampled log π/π_ref is ∇log π, with mean 0 under π wherever π_ref is. As a reward
+    it reaches the policy through the advantages, and so does what an action will cost later."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                # the last true column of each row
@@ -172,8 +176,8 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # A row may hold several turns. The columns between them are skipped, as if its actions were
-        # neighbours.
+        # Rows of your own may have gaps in their mask (several turns, say): columns between two actions are
+        # skipped.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
@@ -201,9 +205,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     All (B, T), gradients flow through logprobs alone. Returns the scalar mean over the mask's tokens, and the
     fraction of them where the clipped term is the one that counts.
 
-    ρ corrects for who sampled: weighted by it, answers of π_old count as often as π would give them, so that
-    they serve for several steps. −ρA alone pushes good actions (A > 0) up and bad ones down without end,
-    though answers of π_old say little about a policy far from it. Hence the clip:
+    At the first step ρ is 1, nothing is clipped, and the gradient is the plain policy gradient −E[A·∇log π].
+    Later tokens still come from π_old; a token that π now chooses more often counts that much more, by ρ, so
+    that one rollout serves for several steps. But −ρA alone pushes good actions (A > 0) up and bad ones down
+    without end, though answers of π_old say little about a policy far from it. Hence the clip:
 
         A > 0, ρ > 1 + ε   or   A < 0, ρ < 1 − ε    pushed far enough: the clipped term counts, gradient 0
         A > 0, ρ < 1 − ε   or   A < 0, ρ > 1 + ε    moved the wrong way: ρA counts, and keeps its gradient
@@ -220,7 +225,8 @@ def value_loss(values, old_values, returns, mask, clip):
     from the old value (OpenAI's PPO; Huang et al. 2024). All (B, T), gradients flow through values alone.
 
     Of two errors the larger counts, as the smaller of two gains does for the policy. A value that has moved
-    more than `clip` towards its return gets no gradient; one that has moved away from it still does."""
+    more than `clip` towards its return gets no gradient; one that has moved away from it, or well past it,
+    still does."""
     old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
     values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -230,8 +236,9 @@ def value_loss(values, old_values, returns, mask, clip):
 def approximate_kl(logprobs, old_logprobs, mask):
     """KL(π_old ‖ π) per token, from tokens that π_old sampled: mean of ρ − 1 − log ρ, k3 in Schulman (2020).
 
-    −log ρ has the same mean, for E[ρ] = 1, but is negative on about half of the tokens, and between two
-    policies so close its noise drowns the KL. k3 is never negative, and far less noisy."""
+    The KL is by definition the mean of −log ρ under π_old. Adding ρ − 1 does not change it, for E[ρ] = 1
+    there. But −log ρ is negative on about half of the tokens, and between two policies so close its noise
+    drowns the KL; k3 is never negative, and far less noisy."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
@@ -260,9 +267,13 @@ def ptx_loss(cfg, run, actor, demonstrations):
 
 
 def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
-    """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over their tokens},
-    and whether the step was taken: it is not, if the policy is already too far from the one that sampled."""
-    # Runs backward. A row weighs as much as it has tokens: the mean is over all tokens of the step.
+    """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over the rows'
+    tokens}, and whether the step was taken.
+
+    It is not, if the policy is already more than update_kl from the one that sampled. The clip does not
+    prevent that: it takes away a token's own gradient, but what other tokens teach moves its ρ further."""
+    # Computes the losses and their gradients, some rows at a time. A row weighs as much as it has tokens, so
+    # that each token counts alike, whichever rows it is computed with.
     stats = run.accumulate(lambda some: ppo_loss(cfg, nets, select(batch, some)), rows,
                            weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
     del stats["loss"]                                   # the sum of two networks' losses says nothing
@@ -272,7 +283,7 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
         return stats, False
     if cfg.ptx_coef > 0:
         chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-        run.accumulate(lambda some: ptx_loss(cfg, run, nets["actor"], some), chosen,       # adds its gradient
+        run.accumulate(lambda some: ptx_loss(cfg, run, nets["actor"], some), chosen,   # adds to the gradient
                        weights=[sum(d.learn) for d in chosen], lengths=[len(d.ids) for d in chosen])
     factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
     run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"actor on {rows}")
@@ -282,8 +293,8 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
 
 def update(cfg, run, batch, nets, optimizers, demonstrations):
     """A few epochs of optimiser steps on a rollout with its advantages and returns. Returns {name: mean over
-    steps}, and "updates", the number taken. The first step that finds the policy too far away is dropped and
-    ends the update; the steps before it are kept."""
+    steps}, and "updates", the number taken. The first step that is not taken ends the update; those before
+    it stay, and the next rollout is sampled from the policy that they made."""
     minibatches, steps = [], []
     for _ in range(cfg.epochs):
         minibatches += torch.randperm(len(batch["tokens"])).chunk(cfg.minibatches)
@@ -304,7 +315,7 @@ class AdaptiveKL:
 
     Which β leads to which KL depends on the reward model; the KL that one wants is easier to name in advance.
     The clip keeps one odd batch from throwing β off. β is multiplied: it moves in proportion, as fast at 0.01
-    as at 1, and stays positive (if episodes < 5·horizon)."""
+    as at 1, and stays positive, if horizon > 0.2·episodes."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
@@ -319,7 +330,7 @@ class AdaptiveKL:
 
 def explained_variance(values, returns, mask):
     """1 − Var[return − V] / Var[return] over the mask: 1 for a perfect critic; 0 for one that is no better
-    than a constant, so that advantages are as noisy as without a critic."""
+    than a constant, so that advantages are as noisy as without a critic; negative for one that adds noise."""
     residual = (returns - values)[mask].var()
     return 1 - residual / returns[mask].var().clamp(min=1e-8)
 

@@ -11,14 +11,15 @@ this position has seen all of it.
 
 A ranking of K answers holds K(K − 1)/2 comparisons, and all of them are used: the best against the worst is
 easy, and says little about answers in between. All K answers stay in one batch, so that each is read once and
-trained on once per epoch. Were its K − 1 comparisons spread over batches, the network would be trained K − 1
-times on the same answer, and learn it by heart (Ouyang et al. 2022, section 3.5).
+trained on once per epoch. An answer is in K − 1 comparisons: if these were spread over batches, the network
+would be trained on it K − 1 times, and learn it by heart (Ouyang et al. 2022, section 3.5).
 
-The loss leaves r(x, y) + c(x), for any c, as likely as r(x, y): where 0 lies is an accident of training, and
-how far scores spread depends on how much the people agreed. So after training r is shifted and scaled until
-samples of the SFT model score 0 on average, with standard deviation 1. These are the answers that PPO starts
-from: its settings, above all its KL penalty, then mean the same for every reward model. The order of any two
-scores stays what it was, since both are shifted and divided alike.
+Comparisons fix only differences of r between answers to one prompt: add the same number to all scores of a
+prompt, and the loss does not change. So training leaves open where 0 lies, and how far scores spread depends
+on how much the people agreed. Afterwards r is shifted and scaled, by the same two numbers for all prompts,
+until samples of the SFT model score 0 on average, with standard deviation 1. These are the answers that PPO
+starts from: its settings, above all its KL penalty, then mean the same for every reward model. The order of
+any two scores stays what it was.
 """
 import math
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ def pairwise_loss(chosen, rejected, margin=0.0):
     """Bradley-Terry: mean of −log σ(r⁺ − r⁻ − m), the negative log-likelihood of the choices that were made.
 
     chosen, rejected: scores (B,); margin m: number or (B,). Where people also say how much better an answer
-    is, m makes r⁺ win by as much before the loss is satisfied (Touvron et al. 2023, eq. 2). Returns a scalar
-    in nats; log 2 for a model that knows nothing."""
+    is, a larger m asks for a larger difference (Touvron et al. 2023, eq. 2). Returns a scalar in nats. With
+    m = 0, equal scores cost log 2 per pair, the price of tossing a coin; a model that costs more on held-out
+    pairs is sure of itself where it is wrong."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
@@ -66,11 +68,11 @@ def ranking_loss(scores, ranks, margin=None):
     scores (B, K); ranks (B, K) int64, 1 is best, 0 marks an answer that is not there; margin (B,) or None.
     Equal ranks are ties and give no pair: Bradley & Terry's model knows only choices. Each row must order at
     least one pair. Returns a scalar in nats."""
-    scores = torch.where(ranks > 0, scores, 0)          # NaN of an absent answer would survive a factor of 0
+    scores = torch.where(ranks > 0, scores, 0)          # an absent answer's NaN would survive · 0 below
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     if margin is not None:
         gaps = gaps - margin[:, None, None]
-    present = (ranks > 0)[:, :, None]                   # of i; an absent j has rank 0, and no i is above it
+    present = (ranks > 0)[:, :, None]                   # of i; an absent j has rank 0, so no i is better
     better = present & (ranks[:, :, None] < ranks[:, None, :])
     return -((F.logsigmoid(gaps) * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
@@ -95,7 +97,7 @@ def score_answers(model, run, comparisons):
 
 
 def evaluate(model, run, comparisons):
-    """How well the model predicts held-out Comparisons: {name: number}, and its calibration (see there)."""
+    """How well the model predicts held-out Comparisons, over all their pairs: {name: number}, and calibration."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons,
                      lengths=[c.lengths for c in comparisons])["scores"].tolist()
     gaps, longer = [], []                 # of each pair: r⁺ − r⁻, and by how many tokens the winner is longer
@@ -106,7 +108,8 @@ def evaluate(model, run, comparisons):
     gaps, longer = torch.tensor(gaps), torch.tensor(longer)
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
     found = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
-    # A model that has learnt only that long answers win is right on the last of these and wrong on the first.
+    # Has it only learnt that long answers win? Then it is wrong where the winner is more than 4 tokens
+    # shorter, tosses a coin where lengths are alike, and is right where the winner is longer.
     for name, some in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
                        ("winner_longer", longer > 4)):
         if some.any():
@@ -118,8 +121,8 @@ def calibration(gaps):
     """Is the model as sure as it is right? The higher score should win with probability σ(|r⁺ − r⁻|).
 
     gaps: r⁺ − r⁻ of each pair. Returns a row (mean probability, share of pairs where the higher score won,
-    pairs) per tenth of probability from 0.5 to 1. Measured before the score is rescaled, for a factor on r
-    leaves the order, and so every accuracy, but changes these probabilities."""
+    pairs) per tenth of probability from 0.5 to 1. Measured before the score is rescaled: the loss has fitted
+    σ(r⁺ − r⁻) to the choices, and no multiple of it."""
     said, won, rows = torch.sigmoid(gaps.abs()), (gaps > 0).float(), []
     edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ itself reaches 1
     for low, high in zip(edges, edges[1:]):
@@ -197,8 +200,9 @@ def train(cfg):
 
     found, calibrated = evaluate(model, run, held_out)
     if cfg.data == "world":
-        # People who disagree cannot all be predicted. A scorer that knew how often the annotators prefer
-        # which answer would reach the ceiling. (judge_agreement: how often people choose the better one.)
+        # People disagree, so no model predicts every choice. The ceiling is the accuracy of one that names,
+        # for each pair, the answer that most annotators prefer. judge_agreement is that of the world's judge,
+        # who knows the truth, and not people's weaknesses.
         found["ceiling"] = annotators.ceiling(held_out_preferences)
         found["judge_agreement"] = annotators.agreement(held_out_preferences)
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())

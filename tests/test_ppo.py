@@ -188,7 +188,7 @@ def test_policy_loss_ignores_large_finite_log_ratios_outside_the_mask():
 
 def test_a_horizon_that_could_turn_beta_negative_is_refused():
     ppo.Config(batch=128, kl_horizon=26)
-    with pytest.raises(ValueError, match="--kl_horizon must exceed a fifth of --batch"):
+    with pytest.raises(ValueError, match="--kl_horizon must exceed --batch/5"):
         ppo.Config(batch=128, kl_horizon=25)
 
 
