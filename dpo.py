@@ -57,8 +57,8 @@ class Config(Training):
     label_smoothing: float = flag(0.0, "share of pairs assumed to be swapped (cDPO; sigmoid)", 0, 0.499)
     nll_coef: float = flag(None, "weight of −log p per token of the chosen answer, in pairs where it is its "
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
-    length_normalize: bool = flag(False, "compare log-probabilities per token, so that length does not decide; "
-                                  "β must then be larger, by about an answer's length")
+    length_normalize: bool = flag(False, "compare log-probabilities per token, so that length decides "
+                                  "less; β must then be larger, by about an answer's length")
     records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)

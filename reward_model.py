@@ -97,7 +97,7 @@ def score_answers(model, run, comparisons):
 
 
 def evaluate(model, run, comparisons):
-    """How well the model predicts held-out Comparisons, over all their pairs: {name: number}, and calibration."""
+    """How well the model predicts held-out Comparisons, over all pairs: {name: number}, and calibration."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons,
                      lengths=[c.lengths for c in comparisons])["scores"].tolist()
     gaps, longer = [], []                 # of each pair: r⁺ − r⁻, and by how many tokens the winner is longer
