@@ -360,7 +360,7 @@ def ppo_minibatch(cfg, nets, answers):
             value_clipped.append(float(abs(v.item() - old) > cfg.value_clip))
     stats = {"policy_loss": mean(policy), "value_loss": mean(value), "entropy": mean(entropies),
              "clipped": mean(policy_clipped), "value_clipped": mean(value_clipped), "approx_kl": mean(kls)}
-    stats = {name: float(x) for name, x in stats.items()}
+    stats = {name: float(torch.as_tensor(x).detach()) for name, x in stats.items()}
     return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value), stats
 
 
