@@ -36,7 +36,7 @@ real: .venv/ready
 
 test: .venv/ready
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 quick: .venv/ready
 	$(PY) -m pytest -q -k "not plain_loop" tests/test_sft.py tests/test_reward_model.py tests/test_ppo.py \
@@ -52,5 +52,6 @@ clean:
 .venv/ready: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8' 'pytest>=8' 'hypothesis>=6.100' 'ruff>=0.6'
+	$(PY) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8' 'ruff>=0.6' \
+	    'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100'
 	touch $@
