@@ -175,18 +175,18 @@ class Contest:
         return self.enter(os.path.basename(os.path.normpath(folder)), answers, self.kl(model, answers), loss)
 
     def enter_best_of(self, sft_loss):
-        """The first model's best of n = 1, 2, 4, ... answers by the reward model, as Contestants; the same
-        number of them for every n, out of one pool."""
+        """The first model's best of n = 1, 2, 4, ..., best_of answers by the reward model, as Contestants; the
+        same number of them for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
         print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
         answers = self.answers(self.reference, many, noise="best_of_n")
         scores = self.scores(self.scorer, answers)
         pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(self.prompts))]
-        found, n = {}, 1
-        while n <= self.cfg.best_of:
+        sizes = [2 ** i for i in range(10) if 2 ** i < self.cfg.best_of] + [self.cfg.best_of]
+        found = {}
+        for n in sizes:
             won = select(answers, best_of(pool, n, keep=self.cfg.samples))
             found[n] = self.enter("best_of_n", won, best_of_n_kl(n), sft_loss)
-            n *= 2
         return found
 
 

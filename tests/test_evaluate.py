@@ -89,7 +89,7 @@ def evaluated(tmp_path, models, **settings):
 
 @pytest.mark.parametrize("settings", [
     dict(temperature=0.6, seed=7),
-    dict(judge="out/reward_model", micro_batch=7, sample_batch=11),
+    dict(judge="out/reward_model", micro_batch=7, sample_batch=11, best_of=6),
     dict(temperature=0, best_of=0, samples=1)], ids=str)
 def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settings):
     models = ["out/sft", other]
@@ -145,8 +145,11 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
             for i in range(0, len(pool), cfg.best_of):
                 best.append(max(pool[i:i + cfg.best_of],
                                 key=lambda a: plainly.score(reward, tokenizer.prompt(a[0]) + a[1]).item()))
-            judged("best_of_n", best, math.log(4) - 3 / 4, tax)
-            assert [point["n"] for point in report["models"]["best_of_n"]["curve"]] == [1, 2, 4]
+            n = cfg.best_of
+            judged("best_of_n", best, math.log(n) - (n - 1) / n, tax)
+            assert report["models"]["best_of_n"]["n"] == n
+            curve = report["models"]["best_of_n"]["curve"]
+            assert [point["n"] for point in curve] == [1, 2, 4, 6][:3 if n == 4 else 4]
     expected = ["sft", "best_of_n", "other"] if cfg.best_of else ["sft", "other"]
     assert list(report["models"]) == expected
 
