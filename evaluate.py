@@ -175,8 +175,8 @@ class Contest:
         return self.enter(os.path.basename(os.path.normpath(folder)), answers, self.kl(model, answers), loss)
 
     def enter_best_of(self, sft_loss):
-        """The first model's best of n = 1, 2, 4, ..., best_of answers by the reward model, as Contestants with
-        the same number of answers each, out of one pool."""
+        """The first model's best of n = 1, 2, 4, ... and best_of answers by the reward model, as Contestants:
+        the same number of answers for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
         print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
         answers = self.answers(self.reference, many, noise="best_of_n")

@@ -319,7 +319,7 @@ CASES = [                                       # each flag of the stage is set 
     dict(ptx_coef=0.2, update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
          steps=4),
     dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150),
-    dict(precision="bfloat16", update_kl=0.01),
+    dict(precision="bfloat16", temperature=0.7, update_kl=0.01),
 ]
 
 

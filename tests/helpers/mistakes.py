@@ -105,6 +105,9 @@ MISTAKES = {
          "preferences = preferences[-cfg.records:]"),
     ],
     "ppo.py": [
+        ("another temperature in bfloat16",
+         'found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)',
+         'found["old_logprobs"] = nets["actor"].logprobs(tokens, mask)'),
         ("KL reward with the wrong sign", "-kl_coef * (logprobs - ref_logprobs)",
          "kl_coef * (logprobs - ref_logprobs)"),
         ("mean per row in place of per token", "return torch.where(mask, x, 0).sum() / mask.sum()",
