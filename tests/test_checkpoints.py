@@ -1,11 +1,13 @@
 """Checkpoints on disk: there whole or not at all, and read without running what is in them."""
 import os
+import threading
 
 import pytest
 import torch
 from test_run import a_run, a_step, steps
 
 import ppo
+from runtime import checkpoints as checkpoints_module
 from runtime.checkpoints import Checkpoints
 
 
@@ -69,3 +71,20 @@ def test_a_part_of_plain_numbers_is_remembered(tmp_path):
     checkpoints.wait()
     fresh = ppo.AdaptiveKL(0.1, 3.0, 1000)
     assert checkpoints.load({"controller": fresh}) == 5 and vars(fresh) == vars(controller)
+
+
+def test_what_is_written_in_the_background_is_as_it_was_when_the_save_began(tmp_path, monkeypatch):
+    checkpoints, model, may_write = Checkpoints(str(tmp_path)), torch.nn.Linear(2, 1), threading.Event()
+    save_tensors = checkpoints_module.save_tensors
+
+    def late(*args):
+        may_write.wait()
+        save_tensors(*args)
+    monkeypatch.setattr(checkpoints_module, "save_tensors", late)
+    torch.nn.init.ones_(model.weight)
+    checkpoints.save({"model": model}, 1)
+    torch.nn.init.zeros_(model.weight)                          # training goes on
+    may_write.set()
+    checkpoints.wait()
+    checkpoints.load({"model": model})
+    assert bool((model.weight == 1).all())

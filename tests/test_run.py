@@ -1,6 +1,7 @@
 """A stage at work: whatever happens to it, its work is there afterwards, and it ends as if nothing
 had happened."""
 import json
+import math
 import os
 import random
 import re
@@ -13,9 +14,12 @@ import pytest
 import torch
 from helpers.start import SMALL, command, script
 
+import dpo
+import reward_model
 import sft
+from data import records
 from model import GPT, GPTConfig
-from runtime import Run, Training, make_optimizer, processes
+from runtime import Run, Training, make_optimizer, processes, schedule
 from runtime import run as run_module
 from runtime.checkpoints import Checkpoints
 
@@ -78,6 +82,20 @@ def test_a_warm_up_that_outlasts_the_run_is_said(tmp_path, capsys, warmup, warne
     assert error.count("\n") == (1 if warned else 0)
     said = "--warmup 11 is longer than the run of 10 steps: the learning rate never reaches --lr"
     assert (said in error) == warned
+
+
+@pytest.mark.parametrize("stage", [sft, reward_model, dpo], ids=lambda stage: stage.__name__)
+def test_a_run_is_as_long_as_the_records_that_fit(trained, tmp_path, stage):
+    """And its learning rate decays to the end of them."""
+    path = tmp_path / "some.jsonl"
+    records.write(path, [
+        {"prompt": "Hi", "response": text, "chosen": text, "rejected": "no"}
+        for text in ("yes", "a much longer answer " * 20) for _ in range(20)])
+    settings = {"init": "out/sft", "warmup": 0, "decay": "linear", "epochs": 2, "batch": 3, "lr": 0.01}
+    cfg, _, lines, _ = trained(stage, data=str(path), **settings)
+    assert len(lines) == 2 * math.ceil(18 / 3)    # of 40, 4 are held out, and 18 too long
+    last = 0.01 * schedule(len(lines) - 1, len(lines), 0, "linear")
+    assert lines[-1]["lr"] == pytest.approx(last, abs=1e-6)
 
 
 def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys):

@@ -81,6 +81,8 @@ MISTAKES = {
          "said, won, rows = torch.sigmoid(gaps)"),
     ],
     "dpo.py": [
+        ("records that do not fit are counted", "math.ceil(len(examples) / cfg.batch)",
+         "math.ceil(len(preferences) / cfg.batch)"),
         ("DPO with chosen and rejected swapped", "    h = chosen_logratios - rejected_logratios\n",
          "    h = rejected_logratios - chosen_logratios\n"),
         ("reference left trainable", "chosen_logratios = policy_chosen - ref_chosen.detach()",
@@ -244,6 +246,7 @@ MISTAKES = {
         ("warned at every step", "            if text not in self.warned:\n", "            if True:\n"),
     ],
     "runtime/checkpoints.py": [
+        ("the writer gets the live tensors", '.detach().to("cpu", copy=True)', '.detach().to("cpu")'),
         ("Adam's second moment forgotten", 'for key, x in moments.items()}',
          'for key, x in moments.items() if key != "exp_avg_sq"}'),
         ("the checkpoint before the last one", "sorted(listdir(self.shards), reverse=True)",
@@ -290,7 +293,7 @@ MISTAKES = {
     ],
 }
 # Tests beyond the file's own that are likely to notice.
-LIKELY = {"model.py": ["test_ppo"], "runtime/compute.py": ["test_ppo", "test_dpo"],
+LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo"], "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
 
