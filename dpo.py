@@ -164,7 +164,8 @@ def pair_loss(cfg, model, run, comparisons):
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(cfg):
-    model, tokenizer = load(cfg.init), Tokenizer.load(cfg.init)
+    tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    model = load(cfg.init, "lm", tokenizer.vocab_size)
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     if cfg.records > 0:

@@ -23,7 +23,7 @@ from data import loading, world
 from data.batches import encode_demonstrations, fit
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import Compute, Settings, flag, load, load_reward_model, main, require, select
+from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
 from runtime.compute import pick_device, row_seeds
 from runtime.files import write_json
 from runtime.launch import STARTED
@@ -373,13 +373,13 @@ def chat(cfg, folder):
 def evaluate(cfg):
     if cfg.chat:
         folder = cfg.models[0] if cfg.models else "out/ppo"
-        require(folder)
+        find(folder)
         return chat(cfg, folder)
     folders = cfg.models
     if not folders:
         folders = [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or DEFAULT_MODELS[:1]
     for folder in folders:
-        require(folder)
+        find(folder)
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost

@@ -1,12 +1,12 @@
-"""A GPT in one file: the network, sampling with a KV cache, a scalar head, loading and saving.
+"""A GPT in one file: the network, sampling with a KV cache, a scalar head.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=1024))
     logits = model(tokens)                                  # (B, T) -> (B, T, V)
     logprobs = model.logprobs(tokens, mask)                 # (B, T), 0 where mask is false
     answers = model.generate(prompts, lengths, 64, stop_token=end)
 
-The defaults are GPT-2 (Radford et al. 2019). Switches in the config turn the same code into a Llama-shaped
-network: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+The defaults are GPT-2 (Radford et al. 2019). Switches in the config turn the same code into a Llama, a
+Mistral or a Qwen: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
 
 One layout everywhere: `tokens` (B, T) is right-padded, so causal attention never sees padding and needs no
 mask: what stands to the right of a token cannot reach it.
@@ -17,12 +17,8 @@ positions of the cache, b rows that are still being sampled, n positions that a 
 Left out: dropout (small data is read a few times here, and PPO has to do without it, because the new
 log-probabilities must differ from the old ones by the update alone), and biases of attention scores.
 """
-import json
 import math
-import mmap
-import os
-import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -39,19 +35,26 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     n_kv_head: int = 0             # grouped-query attention: key and value heads; 0 means as many as n_head
+    head_dim: int = 0              # channels per head; 0 means n_embd / n_head
     mlp_hidden: int = 0            # width inside the MLP; 0 means 4·n_embd
     positions: str = "learned"     # or "rotary" (Su et al. 2021)
     rope_theta: float = 10000.0    # base of the rotary frequencies
+    rope_scaling: dict = None      # Llama 3's, for sequences longer than it was first trained on
     norm: str = "layernorm"        # or "rmsnorm" (Zhang & Sennrich 2019)
     norm_eps: float = 1e-5
     mlp: str = "gelu_tanh"         # GPT-2's approximation; or "gelu" itself, or "swiglu" (Shazeer 2020)
     bias: bool = True              # in linear layers and LayerNorm
+    qkv_bias: bool = False         # in queries, keys and values alone (Qwen 2), where bias is off
+    qk_norm: bool = False          # RMSNorm of each head's queries and keys (Qwen 3)
     tied: bool = True              # the token embedding doubles as the output layer
+    # config.json of the folder that it came from, all of which the next one keeps.
+    source: dict = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
-            value, least = getattr(self, name), 0 if name == "mlp_hidden" else 1
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim",
+                     "mlp_hidden"):
+            value, least = getattr(self, name), 0 if name in ("mlp_hidden", "head_dim") else 1
             if type(value) is not int or value < least:
                 raise ValueError(f"GPTConfig.{name} must be a whole number of at least {least}, "
                                  f"not {value!r}")
@@ -61,14 +64,16 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig.{name} must be a number above 0, not {getattr(self, name)!r}")
         for name, choices in (("positions", ("learned", "rotary")), ("norm", ("layernorm", "rmsnorm")),
                               ("mlp", ("gelu_tanh", "gelu", "swiglu")),
-                              ("bias", (True, False)), ("tied", (True, False))):
+                              ("bias", (True, False)), ("qkv_bias", (True, False)),
+                              ("qk_norm", (True, False)), ("tied", (True, False))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"GPTConfig.{name} must be one of {choices}, not {getattr(self, name)!r}")
         for big, small in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-            if getattr(self, big) % getattr(self, small):
+            if getattr(self, big) % getattr(self, small) and not (big == "n_embd" and self.head_dim):
                 raise ValueError(f"GPTConfig.{big} {getattr(self, big)} is not a multiple of "
                                  f"{small} {getattr(self, small)}")
-        if self.positions == "rotary" and (self.n_embd // self.n_head) % 2:
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError("GPTConfig: rotary positions need an even number of channels per head")
 
 
@@ -84,20 +89,38 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rotate(x, positions, theta):
-    """Rotary positions (Su et al. 2021, eq. 34): turn channel pairs (i, i + D/2) of x (B, H, T, D) by
-    p·theta^(-2i/D).
+def frequencies(config, device, dtype):
+    """Of the rotary positions, in radians per token: theta^(-2i/D) for i = 0 .. D/2 − 1 (Su et al. 2021).
 
-    positions is (T,), or (B, 1) when each row stands somewhere else. Pairs are split by halves, as Llama's
-    published weights have them. Angles need float32: bfloat16 cannot tell late positions apart."""
-    half = x.shape[-1] // 2
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angles = positions.to(dtype)[..., None] * frequencies            # (T, D/2) or (B, 1, D/2)
+    rope_scaling stretches them over longer sequences, as Llama 3.1 does: waves that fit into the context of
+    its first training more than `high_freq_factor` times stay as they are, those that fit less than
+    `low_freq_factor` times are slowed down by `factor`, and those between are mixed."""
+    half = config.head_dim // 2
+    f = config.rope_theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    if config.rope_scaling:
+        s = config.rope_scaling
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        waves = s["original_max_position_embeddings"] * f / (2 * math.pi)        # that fit into that context
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        f = kept * f + (1 - kept) * f / s["factor"]
+    return f
+
+
+def rotation(config, positions, dtype):
+    """cos and sin of the angle position·frequency: (T, D/2) for positions (T,), or (B, 1, 1, D/2) for
+    positions (B, 1), when each row stands somewhere else. In float32 or finer: bfloat16 cannot tell late
+    positions apart."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    angles = positions.to(dtype)[..., None] * frequencies(config, positions.device, dtype)
     if angles.dim() == 3:
-        angles = angles[:, None]                                     # (B, 1, 1, D/2): the same for every head
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
+        angles = angles[:, None]                                                # the same for every head
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021, eq. 34): turn channel pairs (i, i + D/2) of x (B, H, T, D). Pairs are
+    split by halves, as Llama's published weights have them."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -105,27 +128,34 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.head_dim = config.n_embd // config.n_head
-        self.kv_width = config.n_kv_head * self.head_dim
-        self.qkv = nn.Linear(config.n_embd, config.n_embd + 2 * self.kv_width, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C, D = config.n_embd, config.head_dim
+        width, kv_width = config.n_head * D, config.n_kv_head * D
+        self.q = nn.Linear(C, width, bias=config.bias or config.qkv_bias)
+        self.k = nn.Linear(C, kv_width, bias=config.bias or config.qkv_bias)
+        self.v = nn.Linear(C, kv_width, bias=config.bias or config.qkv_bias)
+        self.out = nn.Linear(width, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, turns=None, cache=None):
         """x (B, T, C). positions (T,): whole sequences, whose keys and values are kept in the cache if there
         is one. positions (B, 1): one new token per row, T = 1, which looks back through the cache (2, B,
-        H_kv, S, D)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).split([C, self.kv_width, self.kv_width], dim=-1)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))      # (B, H, T, D)
-        if self.config.positions == "rotary":
-            q, k = (rotate(y, positions, self.config.rope_theta) for y in (q, k))
+        H_kv, S, D). turns: the positions' rotation, if they are rotary."""
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                    # (B, H, T, D)
+        if turns:
+            q, k = rotate(q, *turns), rotate(k, *turns)
         if positions.dim() == 2:
             y = self.look_back(q, k, v, positions, cache)
         else:
             if cache is not None:   # padding writes keys too: look_back masks them till tokens overwrite them
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def look_back(self, q, k, v, positions, cache):
         """Attention of one query per row: q (B, H, 1, D) over the row's cached keys up to its own position.
@@ -135,26 +165,27 @@ class Attention(nn.Module):
         cache[0][rows, :, positions[:, 0]] = k[:, :, 0]
         cache[1][rows, :, positions[:, 0]] = v[:, :, 0]
         keys, values = cache
-        q = q.view(len(q), keys.shape[1], -1, self.head_dim)                            # (B, H_kv, H/H_kv, D)
-        scores = q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)                  # (B, H_kv, H/H_kv, S)
+        D = self.config.head_dim
+        q = q.view(len(q), keys.shape[1], -1, D)                                        # (B, H_kv, H/H_kv, D)
+        scores = q @ keys.transpose(-1, -2) / math.sqrt(D)                              # (B, H_kv, H/H_kv, S)
         future = torch.arange(keys.shape[2], device=q.device) > positions                   # (B, S)
         weights = scores.masked_fill(future[:, None, None], -torch.inf).softmax(dim=-1)
-        return (weights @ values).reshape(len(q), -1, 1, self.head_dim)
+        return (weights @ values).reshape(len(q), -1, 1, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated, self.approximate = config.mlp == "swiglu", "tanh" if config.mlp == "gelu_tanh" else "none"
-        self.up = nn.Linear(config.n_embd, config.mlp_hidden * (2 if self.gated else 1), bias=config.bias)
+        if self.gated:
+            self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.up(x)
         if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate=self.approximate))
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -163,10 +194,10 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, positions, cache=None, recompute=False):
+    def forward(self, x, positions, turns=None, cache=None, recompute=False):
         if recompute:   # in here, so that what wraps a block (FSDP, torch.compile) is not done twice
-            return checkpoint(self.forward, x, positions, use_reentrant=False)
-        x = x + self.attention(self.norm1(x), positions, cache)
+            return checkpoint(self.forward, x, positions, turns, use_reentrant=False)
+        x = x + self.attention(self.norm1(x), positions, turns, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -214,12 +245,14 @@ class GPT(nn.Module):
                              f"block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token_embedding(tokens)
+        x, turns = self.token_embedding(tokens), None
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
+        else:
+            turns = rotation(self.config, positions, x.dtype)
         recompute = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, None if cache is None else cache[i], recompute)
+            x = block(x, positions, turns, None if cache is None else cache[i], recompute)
         return self.norm(x)
 
     def unembed(self, x):
@@ -334,7 +367,7 @@ class GPT(nn.Module):
         dtype, device = self.norm.weight.dtype, tokens.device
         if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)       # keys and values come out of matrix products
-        shape = (2, len(tokens), self.config.n_kv_head, S, self.config.n_embd // self.config.n_head)
+        shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)
         return x[torch.arange(len(tokens), device=device), lengths - 1], cache
@@ -345,60 +378,18 @@ class GPT(nn.Module):
 
     # ---------------------------------------------------------------------------------------- files
 
-    def save(self, folder, whole=lambda x: x):
-        """Write config.json and model.safetensors into the folder, made if need be. whole: what makes an
-        ordinary tensor of a parameter that is sharded over processes."""
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-            json.dump({"head": self.head_kind, **asdict(self.config)}, f, indent=1)
-        save_tensors(os.path.join(folder, "model.safetensors"), self.state_dict(), whole)
+    def save(self, folder, **how):
+        """Write the network as a Hugging Face model folder: see runtime/folders.py."""
+        from runtime import folders  # here, because the network itself needs nothing else of this project
+        folders.save(self, folder, **how)
 
     @classmethod
     def load(cls, folder, head=None, device="cpu", mapped=False):
-        """The network that save() wrote. head: as saved if None; another kind starts that head anew on the
-        saved trunk (a reward model from a language model). mapped: leave the weights in the file, which must
-        then stay as it is, and in its precision, to be read where they are used. Raises ValueError saying
-        which file does not fit, and how."""
-        path = os.path.join(folder, "config.json")
-        try:
-            with open(path, encoding="utf-8") as f:
-                saved = json.load(f)
-            saved_head = saved.pop("head", "missing")
-            unknown = set(saved) - {f.name for f in fields(GPTConfig)}
-            if unknown:
-                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            config = GPTConfig(**saved)
-            missing = {f.name for f in fields(GPTConfig)} - set(saved)
-            if missing:
-                raise ValueError(f"field {sorted(missing)[0]!r} is missing")
-            if saved_head not in ("lm", "scalar"):
-                raise ValueError(f'field "head" must be lm or scalar, not {saved_head!r}')
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as e:
-            raise ValueError(f"{path}: not a model's config: {e}") from None
-        tensors = load_tensors(os.path.join(folder, "model.safetensors"))
-        if config.n_layer > len(tensors):               # before a network of a billion layers is begun
-            raise ValueError(f"{path}: n_layer is {config.n_layer}, "
-                             f"but model.safetensors holds {len(tensors)} tensors")
-        try:
-            with torch.device("meta"):                  # shapes alone: nothing is allocated until they fit
-                model = cls(config, head or saved_head)
-        except RuntimeError:
-            raise ValueError(f"{path}: no machine can hold a network of this shape") from None
-        new_head = model.head_kind != saved_head
-        tensors = {k: v for k, v in tensors.items() if not (new_head and k.startswith("head."))}
-        expected = {k: v for k, v in model.state_dict().items() if not (new_head and k.startswith("head."))}
-        for name in sorted(expected.keys() | tensors.keys()):
-            have, want = (tuple(d[name].shape) if name in d else "missing" for d in (tensors, expected))
-            if have != want:
-                raise ValueError(f"{folder}/model.safetensors: tensor {name} is {have}, "
-                                 f"config.json asks for {want}")
-        for name, x in tensors.items():
-            if not (mapped and x.is_floating_point()):
-                tensors[name] = x.to(expected[name].dtype, copy=True)
-        model.load_state_dict(tensors, strict=False, assign=True)
-        if new_head and hasattr(model, "head"):
-            model.head.to_empty(device="cpu").apply(model._init)
-        return model.to(device)
+        """The network in a Hugging Face model folder, ours or anyone's: see runtime/folders.py. head: as it
+        is there if None; another kind starts that head anew on the same trunk (a reward model from a language
+        model). Raises ValueError saying which file does not fit, and how."""
+        from runtime import folders
+        return folders.load(folder, head, mapped).to(device)
 
 
 def uniform(seeds, step):
@@ -436,63 +427,3 @@ def sample(logits, temperature, top_k, top_p, u):
     # 0.
     u = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]
-
-
-# ------------------------------------------------------------------------------------- tensor files
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
-
-
-def save_tensors(path, tensors, whole=lambda x: x):
-    """Write {name: tensor} in the safetensors format: 8 bytes of header length, a JSON header, numbers. The
-    file appears whole or not at all, and reading runs no code. whole() is asked for one tensor at a time."""
-    header, offset, kind = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": kind[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + size]}
-        offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    try:
-        with open(path + ".tmp", "wb") as f:
-            f.write(struct.pack("<Q", len(head)) + head)
-            for tensor in tensors.values():
-                f.write(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError:                                             # a full disk needs the room back
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise
-
-
-def load_tensors(path):
-    """{name: tensor} of a safetensors file. They stay in it, mapped into memory, until they are read; what is
-    written to them does not reach the file. Raises ValueError if it is not one, or is cut short."""
-    try:
-        with open(path, "rb") as f:
-            body = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        first = 8 + struct.unpack("<Q", body[:8])[0]                # where the numbers begin
-        if first > len(body):
-            raise ValueError("the header is cut short")
-        header = json.loads(body[8:first])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            dtype, shape, count = DTYPES[entry["dtype"]], entry["shape"], math.prod(entry["shape"])
-            if not 0 <= start <= end <= len(body) - first or end - start != count * dtype.itemsize:
-                raise ValueError(f"tensor {name} is cut short")
-            flat = torch.empty(0, dtype=dtype)
-            if count > 0:
-                flat = torch.frombuffer(body, dtype=dtype, count=count, offset=first + start)
-            tensors[name] = flat.view(shape)
-        return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
-            OverflowError, MemoryError, struct.error) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable safetensors file: {reason}") from None

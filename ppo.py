@@ -368,12 +368,13 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
 
 
 def train(cfg):
-    nets = {"actor": load(cfg.init), "reference": load(cfg.init).requires_grad_(False),
+    tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    tokenizer.check_same(cfg.reward)
+    nets = {"actor": load(cfg.init, "lm", tokenizer.vocab_size),
+            "reference": load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False),
             "critic": load_reward_model(cfg.reward),
             "reward": load_reward_model(cfg.reward).requires_grad_(False)}
     block_size, demonstrations = nets["actor"].config.block_size, None
-    tokenizer = Tokenizer.load(cfg.init)
-    tokenizer.check_same(cfg.reward)
     prompts, _ = loading.load("prompts", cfg.data)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
     prompts = fit(prompts, lambda p: len(tokenizer.prompt(p)), block_size - cfg.max_new_tokens, "prompts")

@@ -185,7 +185,8 @@ def learn(model, run, examples, steps):
 
 def train(cfg):
     torch.manual_seed(cfg.seed)                                 # before the new head's weights are drawn
-    model, tokenizer = load(cfg.init, head="scalar"), Tokenizer.load(cfg.init)
+    tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    model = load(cfg.init, "scalar", tokenizer.vocab_size)
     preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     block_size = model.config.block_size
@@ -209,7 +210,7 @@ def train(cfg):
     print("held out:  " + "  ".join(shown))
     print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated))
     if cfg.normalize:
-        sft = load(cfg.init).requires_grad_(False)
+        sft = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
         run.place(sft)
         mean, deviation = normalize(model, sft, tokenizer, run, run.rng.choices(prompts, k=cfg.normalize))
         print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: "

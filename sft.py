@@ -88,8 +88,9 @@ def start(cfg):
     """The model to train and its tokenizer: those of a checkpoint, or new ones."""
     torch.manual_seed(cfg.seed)
     if cfg.init:
-        return load(cfg.init, head="lm"), Tokenizer.load(cfg.init)
-    tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data)
+        tokenizer = Tokenizer.load(cfg.init, cfg.system)
+        return load(cfg.init, "lm", tokenizer.vocab_size), tokenizer
+    tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data, cfg.system)
     rounded = 64 * math.ceil(tokenizer.vocab_size / 64)         # matrix products are faster at round numbers
     config = GPTConfig(vocab_size=rounded, block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
                        n_embd=cfg.n_embd, mlp="gelu")           # on a CPU GPT-2's approximation is slow

@@ -97,21 +97,24 @@ def without_ties(preferences):
     return kept
 
 
-def load_tokenizer(name, data):
+def load_tokenizer(name, data, system=""):
     """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own,
-    which is the world's for the world and gpt2 for any other data."""
+    which is the world's for the world and gpt2 for any other data. system: for conversations without a
+    system message."""
     if not name:
         name = WORLD if data == "world" else "gpt2"
-    return tokenizer.Tokenizer.load(name)
+    if name == "gpt2":
+        return tokenizer.Tokenizer.gpt2(system)
+    return tokenizer.Tokenizer.load(name, system)
 
 
 def warn_if_foreign(tokenizer, prompts, data, folder):
-    """Warn if the model in a folder was made for the embedded world and prompts (message lists) hold other
-    text: its tokenizer knows the world's few words, and cuts all others to pieces."""
+    """Warn if prompts (message lists) hold other text than a small vocabulary was made for: the embedded
+    world's knows its few words, and cuts all others to pieces."""
     texts = [message["content"] for messages in prompts[:1000] for message in messages]
     words = sum(len(text.split()) for text in texts)
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    if tokenizer.name == "world" and tokens > 2 * words:
-        warn(f"{folder} was trained on the embedded world, and {data} is other text: "
+    if tokenizer.vocab_size < 5000 and tokens > 2 * words:
+        warn(f"{folder} knows {tokenizer.vocab_size} tokens, which were made for other text than {data}: "
              f"{tokens / words:.1f} tokens per word. "
              "Train a model on such text first (python sft.py --data ...), and name its folder with --init")

@@ -1,14 +1,21 @@
 """The record formats: one JSON object per line (.jsonl, .jsonl.gz), or a list of them (.json).
 
-    demonstrations   {"messages": [{"role", "content"}, ...]}; {"prompt", "response"};
-                     or {"instruction", "input", "output"}
-    preferences      {"prompt", "chosen", "rejected"}; {"instruction", "input", "chosen", "rejected"};
-                     {"chosen", "rejected"}, two transcripts as in Anthropic HH;
-                     or {"prompt", "responses", "ranks"}
-    prompts          {"prompt"}; or {"instruction", "input"}
+    demonstrations   {"messages": [{"role", "content"}, ...]}, TRL's and OpenAI's
+                     {"conversations": [{"from", "value"}, ...]}, ShareGPT's
+                     {"prompt", "response"}, or "completion" in place of "response"
+                     {"instruction", "input", "output"}, Alpaca's
+                     {"chosen"}, from preferences of whole conversations
+    preferences      {"prompt", "chosen", "rejected"}
+                     {"instruction", "input", "chosen", "rejected"}
+                     {"chosen", "rejected"}: two lists of messages, as in UltraFeedback, or two transcripts,
+                     as in Anthropic HH, that share all but the last answer
+                     {"prompt", "responses", "ranks"}: K ranked answers
+    prompts          {"prompt"} or {"instruction", "input"}; or what comes before the last answer in
+                     "messages", "conversations" or "chosen"
 
-A prompt is text or a list of messages whose last is the user's. "input" is optional, and so is a "margin"
-beside "chosen" and "rejected". Each reader returns all records of a file or raises RecordError naming file,
+A prompt is text or a list of messages whose last is the user's, an answer text or a list with the assistant's
+message. "input" is optional, and so is a "margin" beside "chosen" and "rejected". Files may also be .parquet,
+where pyarrow is installed. Each reader returns all records of a file or raises RecordError naming file,
 line and field: a bad record stops a run before it trains on anything.
 """
 import gzip
@@ -39,20 +46,21 @@ class UnknownShape(RecordError):
 
 def read_demonstrations(path):
     """Conversations to imitate: a list of message lists, each with something the assistant says."""
-    shapes = "demonstrations have messages, prompt and response, or instruction and output"
+    shapes = ("demonstrations have messages, conversations, prompt and response or completion, "
+              "instruction and output, or chosen")
     return _read(path, _demonstration, shapes)
 
 
 def read_preferences(path):
     """Comparisons: a list of Preference."""
     shapes = ("preferences have prompt, chosen and rejected; prompt, responses and ranks; "
-              "instruction, chosen and rejected; or chosen and rejected as transcripts")
+              "instruction, chosen and rejected; or chosen and rejected as messages or transcripts")
     return _read(path, _preference, shapes)
 
 
 def read_prompts(path):
     """Prompts without answers: a list of message lists. Records that hold more than a prompt serve too."""
-    return _read(path, _prompt, "prompts have prompt, or instruction")
+    return _read(path, _prompt, "prompts have prompt, instruction, messages, conversations or chosen")
 
 
 def write(path, records):
@@ -81,6 +89,9 @@ def _read(path, parse, shapes):
 
 def _objects(path):
     """(where, parsed JSON) of each record in a file."""
+    if str(path).endswith(".parquet"):
+        yield from _parquet(path)
+        return
     open_file = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_file(path, "rb") as f:
@@ -108,10 +119,23 @@ def _objects(path):
                 raise RecordError(f"{path}, line {i}: not JSON: {e}") from None
 
 
+def _parquet(path):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise RecordError(f"{path}: Parquet is read where pyarrow is installed") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except Exception as e:                              # pyarrow raises exceptions of its own for a bad file
+        raise RecordError(f"{path}: not a readable Parquet file: {str(e).splitlines()[0]}") from None
+    for i, row in enumerate(rows, 1):                   # a column that this record has no value for is null
+        yield f"record {i}", {key: x for key, x in row.items() if x is not None}
+
+
 def _kind(value):
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number",
              float: "a number", type(None): "null"}
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)
 
 
 def _text(record, field, where="", empty=False):
@@ -136,7 +160,11 @@ def _check_text(value, name, empty=False):
     return value
 
 
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
 def _messages(value, name):
+    """A list of {"role", "content"}, or ShareGPT's {"from", "value"}."""
     if not isinstance(value, list) or not value:
         found = "none" if value == [] else _kind(value)
         raise RecordError(f'field "{name}": expected a list of messages, found {found}')
@@ -144,42 +172,92 @@ def _messages(value, name):
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise RecordError(f'field "{name}[{i}]": expected an object, found {_kind(message)}')
-        role = _text(message, "role", f"{name}[{i}].")
+        by, said = ("from", "value") if "from" in message else ("role", "content")
+        role = _text(message, by, f"{name}[{i}].")
+        role = SHAREGPT.get(role) if by == "from" else role
         if role not in ROLES:
-            raise RecordError(f'field "{name}[{i}].role": {role[:40]!r} is none of {", ".join(ROLES)}')
-        out.append({"role": role, "content": _text(message, "content", f"{name}[{i}].")})
+            raise RecordError(f'field "{name}[{i}].{by}": {message[by][:40]!r} is none of '
+                              f'{", ".join(ROLES if by == "role" else SHAREGPT)}')
+        out.append({"role": role, "content": _text(message, said, f"{name}[{i}].")})
     return out
 
 
+def _one_of(readings):
+    """What a record says, of {what it is read as: reader}. Raises RecordError if two readings differ."""
+    found = {name: read() for name, read in readings.items()}
+    (first, value), *others = found.items()
+    for name, other in others:
+        if other != value:
+            raise RecordError(f"can be read in two ways, by its {first} and by its {name}: leave one out")
+    return value
+
+
 def _prompt(record):
-    if "prompt" not in record and "instruction" in record:
+    if "prompt" in record:
+        return _asked(record["prompt"], "prompt")
+    if "instruction" in record:
         text = _text(record, "instruction")
         if record.get("input") is not None:
             more = _text(record, "input", empty=True)
             if more.strip():
                 text += "\n\n" + more
         return [{"role": "user", "content": text}]
-    if isinstance(record.get("prompt"), list):
-        messages = _messages(record["prompt"], "prompt")
-        last = messages[-1]["role"]
-        if last != "user":
-            raise RecordError(f'field "prompt": the last message must be the user\'s, not the {last}\'s')
-        return messages
-    return [{"role": "user", "content": _text(record, "prompt")}]
+    for field in ("messages", "conversations"):
+        if field in record:
+            messages = _messages(record[field], field)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            return _asked(messages, field)
+    if "chosen" in record:
+        return _chosen(record)[:-1]
+    raise UnknownShape('field "prompt" is missing')
+
+
+def _asked(value, name):
+    """A prompt: text, or a list of messages whose last is the user's."""
+    if not isinstance(value, list):
+        return [{"role": "user", "content": _check_text(value, name)}]
+    messages = _messages(value, name)
+    last = messages[-1]["role"]
+    if last != "user":
+        raise RecordError(f'field "{name}": the last message must be the user\'s, not the {last}\'s')
+    return messages
 
 
 def _demonstration(record):
-    if "messages" in record:
-        messages = _messages(record["messages"], "messages")
-        if not any(m["role"] == "assistant" for m in messages):
-            raise RecordError('field "messages": the assistant says nothing')
-        return messages
-    field = "output" if "instruction" in record and "prompt" not in record else "response"
-    return _prompt(record) + [{"role": "assistant", "content": _text(record, field)}]
+    readings = {}
+    for field in ("messages", "conversations"):
+        if field in record:
+            readings[field] = lambda field=field: _messages(record[field], field)
+    if "response" in record:
+        readings["response"] = lambda: _prompt(record) + [_said(_text(record, "response"))]
+    if "completion" in record:
+        readings["completion"] = lambda: _prompt(record) + _answer(record["completion"], "completion")
+    if "prompt" not in record and not readings and {"instruction", "output"} & record.keys():
+        readings["output"] = lambda: _prompt(record) + [_said(_text(record, "output"))]
+    if "chosen" in record and not {"prompt", "instruction"} & record.keys():
+        readings["chosen"] = lambda: _chosen(record)
+    if not readings:
+        raise UnknownShape('field "response" is missing')
+    messages = _one_of(readings)
+    if not any(m["role"] == "assistant" for m in messages):
+        raise RecordError(f'field "{next(iter(readings))}": the assistant says nothing')
+    return messages
+
+
+def _said(text):
+    return {"role": "assistant", "content": text}
+
+
+def _answer(value, name):
+    """An answer: text, or a list with the assistant's message in it, as messages."""
+    return _messages(value, name) if isinstance(value, list) else [_said(_check_text(value, name))]
 
 
 def _preference(record):
     if "responses" in record:
+        if "chosen" in record:
+            raise RecordError("can be read in two ways, by its responses and by its chosen: leave one out")
         prompt, responses, ranks = _prompt(record), record["responses"], record.get("ranks")
         if not isinstance(responses, list) or len(responses) < 2:
             raise RecordError('field "responses": expected a list of at least two')
@@ -189,36 +267,55 @@ def _preference(record):
         if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
             raise RecordError(f'field "ranks": expected whole numbers from 1 (best) to {len(ranks)}')
         return Preference(prompt, responses, ranks)
-    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
-    if "prompt" in record or "instruction" in record:
-        prompt = _prompt(record)
-    else:
-        prompt, chosen, rejected = _hh(chosen, rejected)
+    chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
+    if chosen[:-1] != rejected[:-1] or not chosen[:-1] or chosen[-2]["role"] != "user":
+        raise RecordError('fields "chosen" and "rejected": '
+                          "the conversations must share all but the last answer")
     margin = record.get("margin", 0.0)
     if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
         raise RecordError('field "margin": expected a number from 0 to 1000000')
-    ranks = [1, 1] if chosen == rejected else [1, 2]                # the same answer twice is a tie
-    return Preference(prompt, [chosen, rejected], ranks, float(margin))
+    answers = [chosen[-1]["content"], rejected[-1]["content"]]
+    ranks = [1, 1] if answers[0] == answers[1] else [1, 2]          # the same answer twice is a tie
+    return Preference(chosen[:-1], answers, ranks, float(margin))
 
 
-def _hh(chosen, rejected):
-    """Anthropic HH: two transcripts of "Human:" and "Assistant:" turns that differ in the last answer, as
-    (prompt, chosen answer, rejected answer)."""
-    def turns(text, field):
-        # pieces: "", speaker, text, speaker, text, ...
-        pieces = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text.strip())
-        speakers, contents = pieces[1::2], [c.strip() for c in pieces[2::2]]
-        if pieces[0] or not speakers or speakers[-1] != "Assistant":
-            raise RecordError(f'field "{field}": with no "prompt", expected a transcript of Human: and '
-                              "Assistant: turns that ends with the assistant's")
-        if not all(contents):
-            raise RecordError(f'field "{field}": a turn is empty')
-        roles = {"Human": "user", "Assistant": "assistant"}
-        return [{"role": roles[s], "content": c} for s, c in zip(speakers, contents)]
+def _chosen(record):
+    """The conversation with the better answer."""
+    return _conversation(record, "chosen")
 
-    chosen_turns, rejected_turns = turns(chosen, "chosen"), turns(rejected, "rejected")
-    prompt = chosen_turns[:-1]
-    if prompt != rejected_turns[:-1] or not prompt or prompt[-1]["role"] != "user":
-        raise RecordError('fields "chosen" and "rejected": '
-                          "the transcripts must share all but the last answer")
-    return prompt, chosen_turns[-1]["content"], rejected_turns[-1]["content"]
+
+def _conversation(record, field):
+    """A whole conversation, whose last message is the answer: the prompt with a text, with a list of messages
+    that goes on from it or begins with it; or without a prompt such a list, or a transcript."""
+    has_prompt = "prompt" in record or "instruction" in record
+    if field not in record:
+        raise UnknownShape(f'field "{field}" is missing')
+    if not isinstance(record[field], list):
+        text = _text(record, field)
+        return _prompt(record) + [_said(text)] if has_prompt else _transcript(text, field)
+    messages = _messages(record[field], field)
+    if messages[-1]["role"] != "assistant":
+        raise RecordError(f'field "{field}": the last message must be the assistant\'s')
+    if has_prompt and messages[:-1] and isinstance(record.get("prompt"), str):
+        # UltraFeedback: the prompt's text stands beside a conversation that holds it.
+        if all(m["content"] != record["prompt"] for m in messages[:-1]):
+            raise RecordError(f'fields "prompt" and "{field}": the conversation does not hold the prompt')
+    elif has_prompt:
+        prompt = _prompt(record)
+        if messages[:len(prompt)] != prompt:
+            messages = prompt + messages
+    return messages
+
+
+def _transcript(text, field):
+    """Anthropic HH: "Human:" and "Assistant:" turns, the last one the assistant's, as messages."""
+    # pieces: "", speaker, text, speaker, text, ...
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text.strip())
+    speakers, contents = pieces[1::2], [c.strip() for c in pieces[2::2]]
+    if pieces[0] or not speakers or speakers[-1] != "Assistant":
+        raise RecordError(f'field "{field}": with no "prompt", expected a transcript of Human: and '
+                          "Assistant: turns that ends with the assistant's")
+    if not all(contents):
+        raise RecordError(f'field "{field}": a turn is empty')
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[s], "content": c} for s, c in zip(speakers, contents)]

@@ -5,7 +5,9 @@
     run.py           a stage at work: randomness, metrics, progress, what stays on disk
     compute.py       devices, and rows in micro-batches: a weighted mean over rows, a map over rows
     optimizer.py     AdamW and its schedule
-    models.py        networks from folders
+    models.py        what a stage starts from
+    folders.py       networks as Hugging Face folders: one table per family of models
+    safetensors.py   files of tensors
     checkpoints.py   what an interrupted run goes on from
     files.py         files that appear whole, one run per folder, checksums
     processes.py     several processes as one
@@ -15,9 +17,9 @@
 from runtime.compute import Compute, pad, select
 from runtime.flags import Settings, Training, flag
 from runtime.launch import main
-from runtime.models import load, load_reward_model, require
+from runtime.models import find, load, load_reward_model
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
 
-__all__ = ["Compute", "Run", "Settings", "Training", "flag", "load", "load_reward_model", "main",
-           "make_optimizer", "pad", "require", "schedule", "select"]
+__all__ = ["Compute", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model", "main",
+           "make_optimizer", "pad", "schedule", "select"]

@@ -16,8 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model import load_tensors, save_tensors
 from runtime.processes import is_first, total, world_size
+from runtime.safetensors import load_tensors, save_tensors
 from runtime.sharding import distribute_like, is_sharded, local_tensor
 
 

@@ -1,5 +1,8 @@
 """Networks from checkpoint folders."""
 import os
+import re
+
+import torch
 
 from model import GPT
 from runtime import processes
@@ -7,19 +10,49 @@ from runtime import processes
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 
-def require(folder):
-    """Raise ValueError if a checkpoint folder is not there, saying which stage to run first."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        stage = os.path.basename(os.path.normpath(folder))
-        first = f"run `python {stage}.py` first, or " if stage in STAGES else ""
-        raise ValueError(f"no model in {folder}: {first}name another folder")
+def find(name):
+    """The folder of a model: the one of this name, or what huggingface_hub, where it is installed, fetches
+    for a name of the hub (owner/name, or gpt2). Raises ValueError saying which stage to run first."""
+    if os.path.exists(os.path.join(name, "config.json")):
+        return name
+    stage = os.path.basename(os.path.normpath(name))
+    if stage in STAGES:
+        raise ValueError(f"no model in {name}: run `python {stage}.py` first, or name another folder")
+    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"no model in {name}: name another folder")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    except ImportError:
+        raise ValueError(f"no model in {name}: name another folder (where huggingface_hub is installed, it "
+                         "can be a name of the hub)") from None
+    except Exception as e:                              # a download can fail with any of many exceptions
+        raise ValueError(f"no model in {name}, and the hub does not give it ({type(e).__name__}): put its "
+                         "config.json, model.safetensors and tokenizer.json into a folder") from None
 
 
-def load(folder, head=None):
-    """GPT.load. Where there are several processes, each one leaves the weights in the file until they are
-    placed: it never holds more than it will keep, and a block for a moment."""
-    require(folder)
-    return GPT.load(folder, head, mapped=processes.world_size() > 1)
+def load(folder, head=None, vocab_size=0):
+    """GPT.load, with at least vocab_size tokens: a tokenizer may have added control tokens. Where there are
+    several processes, each one leaves the weights in the file until they are placed: it never holds more than
+    it will keep, and a block for a moment."""
+    model = GPT.load(find(folder), head, mapped=processes.world_size() > 1)
+    if vocab_size > model.config.vocab_size:
+        add_tokens(model, vocab_size)
+    return model
+
+
+@torch.no_grad()
+def add_tokens(model, vocab_size):
+    """Give a network a larger vocabulary. A new token starts as the mean of the others: it is as likely as
+    the average one, and takes little from the rest (Hewitt 2021)."""
+    layers = [model.token_embedding]
+    if model.head_kind == "lm" and not model.config.tied:
+        layers.append(model.head)
+    for layer in layers:
+        weight = layer.weight
+        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        layer.weight = torch.nn.Parameter(torch.cat([weight, mean.expand(vocab_size - len(weight), -1)]))
+    model.config.vocab_size = vocab_size
 
 
 def load_reward_model(folder):

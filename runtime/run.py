@@ -227,18 +227,15 @@ class Run(Compute):
         if not is_finite(model.state_dict()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
+        aside = os.path.join(self.cfg.out, "new")
+        model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
         if processes.is_first():
-            self.write(model, tokenizer, facts)
-        else:
-            for x in model.state_dict().values():               # the first one asks for them in this order
-                collect(x)
+            tokenizer.save(aside)
+            self.keep(aside, facts)
         processes.barrier()                                     # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
 
-    def write(self, model, tokenizer, facts):
-        aside = os.path.join(self.cfg.out, "new")
-        model.save(aside, collect)
-        tokenizer.save(aside)
+    def keep(self, aside, facts):
         for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
         os.rmdir(aside)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo import dpo_loss
-from model import GPT, GPTConfig
+from model import GPT
 from ppo import gae, policy_loss, value_loss
 
 B, T = 6, 11
@@ -116,7 +116,7 @@ def test_dpos_losses_as_trl_computes_them(trl_lines, theirs, ours, smoothing, be
 # ------------------------------------------------------------------------------------------ transformers
 
 @pytest.fixture(scope="module")
-def both():
+def both(tmp_path_factory):
     """transformers' GPT-2 with random weights, and ours with the same."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -126,23 +126,17 @@ def both():
     with torch.no_grad():
         for p in theirs.parameters():                               # biases and norms count too
             p += 0.1 * torch.randn_like(p)
-    ours = GPT(GPTConfig(vocab_size=97, block_size=32, n_embd=48, n_layer=3, n_head=4)).double()
-    names = {"wte": "token_embedding", "wpe": "position_embedding",
-             "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
-             "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
-             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "h.": "blocks."}
-    state = {}
-    for name, tensor in theirs.transformer.state_dict().items():
-        transpose = ".c_" in name and name.endswith("weight")   # its Conv1D keeps weights the other way round
-        for old, new in names.items():
-            name = name.replace(old, new)
-        state[name] = tensor.T if transpose else tensor
-    ours.load_state_dict(state)
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    theirs.save_pretrained(folder)
+    torch.set_default_dtype(torch.float64)
+    ours = GPT.load(folder)
+    torch.set_default_dtype(torch.float32)
     return theirs, ours
 
 
 def test_gpt2s_logits_and_loss_as_transformers_computes_them(both):
     theirs, ours = both
+    torch.manual_seed(1)
     tokens = torch.randint(97, (4, 32))
     want = theirs(tokens, labels=tokens)
     near(ours(tokens), want.logits)

@@ -25,7 +25,7 @@ def test_each_stage_logs_one_line_a_step_with_what_a_person_watches(chain, stage
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo"])
 def test_each_stage_leaves_a_whole_checkpoint_and_its_settings(chain, stage):
     files = set(os.listdir(chain[0] / f"out/{stage}"))
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken", "metrics.jsonl",
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl",
             "run.json"} <= files
     assert not [name for name in files if name.endswith(".tmp")]
     about = json.loads((chain[0] / f"out/{stage}/run.json").read_text())

@@ -45,7 +45,7 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path)
 
 def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("out/world/prompts.jsonl", "out/world/tokenizer.tiktoken", "out/world/run.json",
+    for name in ("out/world/prompts.jsonl", "out/world/tokenizer.json", "out/world/run.json",
                  "model/model.safetensors", "model/metrics.jsonl", "data.jsonl", "mine/model.safetensors"):
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         open(name, "w").write(name)
@@ -53,7 +53,7 @@ def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
                           word="cosine")
     found = files.fingerprints(cfg)
     assert list(found) == [
-        "data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.tiktoken"]
+        "data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.json"]
     assert len(set(found.values())) == 4
     open("model/model.safetensors", "a").write(".")
     changed = {name for name, checksum in files.fingerprints(cfg).items() if checksum != found[name]}

@@ -6,7 +6,7 @@ import pytest
 from data import loading, records, world
 
 FILES = sorted([f"{kind}{part}.jsonl" for kind in ("demonstrations", "preferences", "prompts")
-                for part in ("", "_heldout")] + ["tokenizer.json", "tokenizer.tiktoken"])
+                for part in ("", "_heldout")] + ["tokenizer.json", "tokenizer_config.json"])
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch
     assert capsys.readouterr().out.count("\n") == 1                     # says that it does
     assert loading.load("prompts", "world") == (train, held_out)
     assert capsys.readouterr().out == ""
-    assert loading.load_tokenizer("", "world").name == "world"
+    assert loading.load_tokenizer("", "world").vocab_size == 1024
 
 
 def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
@@ -126,5 +126,5 @@ def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys
     error = capsys.readouterr().err
     assert error.count("\n") == (1 if warned else 0)
     if warned:
-        assert "out/sft was trained on the embedded world, and mine.jsonl is other text" in error
+        assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in error
         assert "--init" in error

@@ -14,8 +14,9 @@ from helpers.start import ROOT, torchrun
 from torch.profiler import ProfilerActivity, profile
 
 from data.tokenizer import Tokenizer
-from model import GPT, load_tensors, save_tensors
+from model import GPT
 from runtime import make_optimizer, plan
+from runtime.safetensors import load_tensors, save_tensors
 
 SHAPES = {
     "deep": dict(n_layer=12, n_head=4, n_embd=256, vocab_size=1024, mlp="gelu"),

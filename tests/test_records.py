@@ -2,6 +2,7 @@
 and field."""
 import gzip
 import json
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from data.records import read_preferences as preferences
 from data.records import read_prompts as prompts
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+NO = {"role": "assistant", "content": "No."}
 SYSTEM = {"role": "system", "content": "Be kind."}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who are you?\n\nAssistant: "
 
@@ -35,6 +37,15 @@ def folder(tmp_path_factory):
     ({"instruction": "Add", "input": "1 2", "output": "Hello."},
      [{"role": "user", "content": "Add\n\n1 2"}, BOT]),
     ({"messages": [{**USER, "name": "Ann"}, BOT], "source": 3}, [USER, BOT]),   # what is not ours is left out
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
+                        {"from": "gpt", "value": "Hello."}]}, [SYSTEM, USER, BOT]),         # ShareGPT
+    ({"prompt": "Hi", "completion": "Hello."}, [USER, BOT]),                                # TRL
+    ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER, BOT]),
+    ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, BOT]),
+    ({"chosen": [USER, BOT], "messages": [USER, BOT]}, [USER, BOT]),            # two readings that agree
+    ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},                              # Anthropic HH
+     [USER, BOT, {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A friend."}]),
+    ({"instruction": "Hi", "output": "Hello.", "chosen": "a", "rejected": "b"}, [USER, BOT]),
 ])
 def test_each_demonstration_format_is_read(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])
@@ -55,6 +66,15 @@ def test_each_demonstration_format_is_read(tmp_path, record, expected):
      Preference([USER], ["a", "b", "c"], [1, 1, 2])),
     ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},
      Preference([USER, BOT, {"role": "user", "content": "Who are you?"}], ["A friend.", "Nobody."], [1, 2])),
+    ({"prompt": [USER], "chosen": [BOT], "rejected": [NO]}, Preference([USER], ["Hello.", "No."], [1, 2])),
+    ({"chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, NO], "margin": 1.5},
+     Preference([SYSTEM, USER], ["Hello.", "No."], [1, 2], 1.5)),
+    ({"prompt": "Hi", "chosen": [USER, BOT], "rejected": [USER, NO], "score_chosen": 7.5,
+      "messages": [USER, BOT]},
+     Preference([USER], ["Hello.", "No."], [1, 2])),                                        # UltraFeedback
+    ({"prompt": "Hi", "chosen": [BOT], "rejected": [NO]}, Preference([USER], ["Hello.", "No."], [1, 2])),
+    ({"prompt": [USER], "chosen": [USER, BOT], "rejected": [USER, NO]},
+     Preference([USER], ["Hello.", "No."], [1, 2])),
     # only a blank line and the name start a turn
     ({"chosen": "Human: Hi\n\nAssistant: One:\n\ntwo", "rejected": "Human: Hi\n\nAssistant: a Human: b"},
      Preference([USER], ["One:\n\ntwo", "a Human: b"], [1, 2])),
@@ -69,6 +89,12 @@ def test_each_preference_format_is_read(tmp_path, record, expected):
     ({"prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, [USER]),
     ({"instruction": "Hi", "input": "", "output": "x"}, [USER]),
+    ({"messages": [SYSTEM, USER, BOT]}, [SYSTEM, USER]),
+    ({"messages": [USER, BOT, USER]}, [USER, BOT, USER]),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}, [USER]),
+    ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},
+     [USER, BOT, {"role": "user", "content": "Who are you?"}]),
+    ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER]),
 ])
 def test_prompts_are_read_from_records_with_more(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])
@@ -84,6 +110,22 @@ def test_every_kind_of_file_is_read(tmp_path, name, bom):
     content = bom + text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert [m[0]["content"] for m in prompts(tmp_path / name)] == [r["prompt"] for r in records]
+
+
+def test_parquet_is_read_where_pyarrow_is_installed_and_refused_in_one_line_elsewhere(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 not really")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(RecordError, match="a.parquet: Parquet is read where pyarrow is installed"):
+        prompts(path)
+    monkeypatch.undo()
+    pyarrow = pytest.importorskip("pyarrow")
+    with pytest.raises(RecordError, match="a.parquet: not a readable Parquet file") as e:
+        prompts(path)
+    assert "\n" not in str(e.value)
+    rows = [{"messages": [USER, BOT], "prompt": None}, {"messages": None, "prompt": "naïve 猫"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert prompts(path) == [[USER], [{"role": "user", "content": "naïve 猫"}]]
 
 
 def test_written_records_are_read_back(tmp_path):
@@ -117,6 +159,20 @@ RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
      ['"prompt[0].role"', "human", "system, user, assistant"]),
     (prompts, {"instruction": ""}, ['"instruction" is empty']),
     (prompts, {"instruction": "Hi", "input": 3}, ['"input"', "a number"]),
+    (prompts, {"messages": [BOT]}, ['"messages"', "found none"]),
+    (prompts, {"conversations": [{"from": "bing", "value": "Hi"}]},
+     ['"conversations[0].from"', "bing", "gpt"]),
+    (prompts, {"conversations": [{"from": 3, "value": "Hi"}]}, ['"conversations[0].from"', "a number"]),
+    (demonstrations, {"prompt": "Hi", "response": "a", "completion": "b"},
+     ["response", "completion", "two ways"]),
+    (demonstrations, {"messages": [USER, BOT], "chosen": [USER, NO]}, ["messages", "chosen", "two ways"]),
+    (demonstrations, {"prompt": "Hi", "completion": []}, ['"completion"', "found none"]),
+    (preferences, {**RANKED, "chosen": "a"}, ["responses", "chosen", "two ways"]),
+    (preferences, {"chosen": [USER, BOT], "rejected": [USER]}, ['"rejected"', "must be the assistant's"]),
+    (preferences, {"chosen": [USER, BOT], "rejected": [SYSTEM, USER, NO]}, ["share all but the last"]),
+    (preferences, {"chosen": [BOT], "rejected": [NO]}, ["share all but the last"]),
+    (preferences, {"prompt": "Ho", "chosen": [USER, BOT], "rejected": [USER, NO]},
+     ['"prompt" and "chosen"', "does not hold the prompt"]),
     (demonstrations, {"prompt": "Hi"}, ['"response" is missing']),
     (demonstrations, {"prompt": "Hi", "response": ""}, ['"response" is empty']),
     (demonstrations, {"prompt": "Hi", "response": ["x"]}, ['"response"', "a list"]),

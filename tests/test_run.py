@@ -15,9 +15,11 @@ import torch
 from helpers.start import SMALL, command, script
 
 import dpo
+import ppo
 import reward_model
 import sft
 from data import records
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from runtime import Run, Training, make_optimizer, processes, schedule
 from runtime import run as run_module
@@ -96,6 +98,17 @@ def test_a_run_is_as_long_as_the_records_that_fit(trained, tmp_path, stage):
     assert len(lines) == 2 * math.ceil(18 / 3)    # of 40, 4 are held out, and 18 too long
     last = 0.01 * schedule(len(lines) - 1, len(lines), 0, "linear")
     assert lines[-1]["lr"] == pytest.approx(last, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [sft, reward_model, dpo, ppo], ids=lambda stage: stage.__name__)
+def test_a_system_message_is_put_first_and_stays_with_the_model(trained, stage):
+    small = dict(steps=1, batch=4, max_new_tokens=3) if stage is ppo else dict(batch=400)
+    start = {} if stage is sft else {"init": "out/sft"}
+    settings = dict(system="Be kind.", warmup=0, **small, **start)
+    cfg, _, lines, _ = trained(stage, **settings)
+    tokenizer = Tokenizer.load(cfg.out)
+    assert tokenizer.system == "Be kind." and lines
+    assert "Be kind." in tokenizer.decode(tokenizer.prompt([{"role": "user", "content": "Hi"}]))
 
 
 def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys):
@@ -277,7 +290,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(ch
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", [
     "metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
-    "new/tokenizer.tiktoken", "run.json.tmp"])
+    "new/tokenizer_config.json", "run.json.tmp"])
 def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, inside, name):
     out = chain[0] / ("out/full_" + name.replace("/", "_"))
     out.mkdir()

@@ -20,8 +20,8 @@ from helpers.start import (
     torchrun,
 )
 
-from model import load_tensors, save_tensors
 from runtime import sharding
+from runtime.safetensors import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module", params=SIZES)

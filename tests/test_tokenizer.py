@@ -2,13 +2,14 @@
 learnt."""
 import json
 import os
+import random
 
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import IM_END, ROLES, Tokenizer, learn
+from data.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, IM_END, ROLES, Tokenizer, learn, merges
 
 TEXTS = ["The cat sat on the mat, and the cat was happy.", "What is 12 plus 30? It is 42!", "naïve café — 猫"]
 TOK = learn(TEXTS * 5, vocab_size=300)
@@ -113,53 +114,137 @@ def test_known_words_become_one_token():
 def test_saved_and_loaded_is_identical(tmp_path):
     TOK.save(tmp_path / "a")
     loaded = Tokenizer.load(tmp_path / "a")
-    assert (loaded.name, loaded.pattern) == (TOK.name, TOK.pattern)
-    assert (loaded.ranks, loaded.special) == (TOK.ranks, TOK.special)
+    assert (loaded.ranks, loaded.special, loaded.pattern) == (TOK.ranks, TOK.special, TOK.pattern)
     assert loaded.encode("The cat — 猫 42") == TOK.encode("The cat — 猫 42")
     loaded.save(tmp_path / "b")
-    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name, content, expected", [
-    ("tokenizer.json", None, "tokenizer.json is missing"),
-    ("tokenizer.tiktoken", None, "tokenizer.tiktoken is missing"),
-    ("tokenizer.json", "{\n", "not a readable tokenizer"),
-    ("tokenizer.json", "[1]", "not a readable tokenizer"),
-    ("tokenizer.json", "{}", "not a readable tokenizer"),
-    ("tokenizer.json", json.dumps({"name": "x", "pattern": "(\n", "special": TOK.special}),
-     "not a readable tokenizer"),
-    ("tokenizer.json", json.dumps({"name": "x", "pattern": ".", "special": {}}), "not a readable tokenizer"),
-    ("tokenizer.tiktoken", "", "not a readable tokenizer"),
-    ("tokenizer.tiktoken", "hello", "not a readable tokenizer"),
-    ("tokenizer.tiktoken", "AA== zero\n", "not a readable tokenizer"),
-    ("tokenizer.tiktoken", "é 1\n", "not a readable tokenizer"),
-])
-def test_a_bad_tokenizer_is_a_one_line_error_naming_the_folder(tmp_path, name, content, expected):
+def changed(**changes):
+    """TOK's tokenizer.json with something else in it; a name of two parts leads into "model"."""
+    about = TOK.to_json()
+    for name, value in changes.items():
+        (about["model"] if name in about["model"] else about)[name] = value
+    return json.dumps(about)
+
+
+SPLIT, BYTES = TOK.to_json()["pre_tokenizer"]["pretokenizers"]
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, "tokenizer.json is missing"), ("{\n", "not a readable tokenizer"),
+    ("[1]", "not a readable tokenizer"),
+    ("{}", "not a readable tokenizer: 'model' is missing"), (changed(vocab={}), "not a readable tokenizer"),
+    (changed(merges=[["q", "zz"]]), "not a readable tokenizer"),
+    (changed(merges=TOK.to_json()["model"]["merges"][::-1]), "not in the order of their ids"),
+    (changed(vocab={**TOK.to_json()["model"]["vocab"], "猫": 3}), "not a readable tokenizer"),
+    (changed(vocab={**TOK.to_json()["model"]["vocab"], "zzz": 3}), "ids"),
+    (changed(byte_fallback=True), "SentencePiece are not supported"),
+    (changed(type="WordPiece"), "kind WordPiece are not supported"),
+    (changed(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+    (changed(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer Metaspace is not supported"),
+    (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, SPLIT, BYTES]}),
+     "pre_tokenizer Split + Split + ByteLevel is not supported"),
+    (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        SPLIT | {"pattern": {"Regex": "("}}, BYTES]}), "not a readable tokenizer")])
+def test_a_bad_tokenizer_is_a_one_line_error_naming_the_folder(tmp_path, content, expected):
     TOK.save(tmp_path)
     if content is None:
-        (tmp_path / name).unlink()
+        (tmp_path / "tokenizer.json").unlink()
     else:
-        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError) as e:
         Tokenizer.load(tmp_path)
     assert expected in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("spoil", [lambda lines: lines[:5],
-                                   lambda lines: [*lines[:-1], lines[-1].split()[0] + " 3"]],
-                         ids=["cut short", "a rank twice"])
-def test_a_tokenizer_that_tiktoken_panics_on_is_an_error_too(tmp_path, spoil):
-    TOK.save(tmp_path)
-    file = tmp_path / "tokenizer.tiktoken"
-    file.write_text("\n".join(spoil(file.read_text().splitlines())))
-    with pytest.raises(ValueError):
-        Tokenizer.load(tmp_path)
+LLAMA3_SPECIAL = {"<|begin_of_text|>": 297, "<|end_of_text|>": 298, "<|start_header_id|>": 299,
+                  "<|end_header_id|>": 300, "<|eot_id|>": 301}
+
+
+def test_the_chat_format_is_that_of_the_models_own_control_tokens():
+    tok = Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), TOK.pattern, system="Be kind.")
+    n, text = tok.encode("\n\n"), tok.encode
+    ids, learnt = tok.chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
+    assert ids == [297, 299, *text("system"), 300, *n, *text("Be kind."), 301,
+                   299, *text("user"), 300, *n, *text("Hi"), 301,
+                   299, *text("assistant"), 300, *n, *text("Yes."), 301]
+    assert sum(learnt) == len(text("Yes.")) + 1 and (tok.end, tok.pad) == (301, 298)
+    assert tok.vocab_size == 302                                # nothing added: it has all that it needs
+
+
+def test_a_system_message_of_the_conversation_itself_comes_first(tmp_path):
+    tok = Tokenizer(TOK.ranks, dict(TOK.special), TOK.pattern, system="Be kind.")
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert tok.prompt(own) == TOK.prompt(own)
+    assert tok.prompt(own[1:]) == TOK.prompt([{"role": "system", "content": "Be kind."}, *own[1:]])
+    tok.save(tmp_path)
+    assert Tokenizer.load(tmp_path).system == "Be kind."
+    assert Tokenizer.load(tmp_path, system="Be rude.").system == "Be rude."
+
+
+def test_bytes_that_a_vocabulary_lacks_are_dropped_and_digits_can_stand_alone():
+    ranks = {token: i for token, i in TOK.ranks.items() if token != b"\x07"}
+    tok = Tokenizer(ranks, dict(TOK.special), DIGITS_PATTERN)
+    assert tok.decode(tok.encode("a\x07b 12  3")) == "ab 12  3"
+    assert tok.encode("12") == [ranks[b"1"], ranks[b"2"]]
+
+
+def test_a_tokenizer_json_says_how_text_is_cut_and_composed():
+    about = TOK.to_json()
+    assert Tokenizer.from_json(about).encode("x\u0301") == TOK.encode("x\u0301")
+    composed = Tokenizer.from_json(about | {"normalizer": {"type": "NFC"}})
+    assert composed.encode("e\u0301") == TOK.encode("\u00e9") != TOK.encode("e\u0301")
+    bytes_alone, digits = {**BYTES, "use_regex": True}, {"type": "Digits", "individual_digits": True}
+    steps = {"type": "Sequence", "pretokenizers": [digits, bytes_alone]}
+    assert Tokenizer.from_json(about | {"pre_tokenizer": steps}).pattern == DIGITS_PATTERN
+    assert Tokenizer.from_json(about | {"pre_tokenizer": bytes_alone}).pattern == GPT2_PATTERN
+    model = about["model"]
+    old = model | {"merges": [" ".join(pair) for pair in model["merges"]]}          # as texts
+    assert Tokenizer.from_json(about | {"model": old}).ranks == TOK.ranks
+
+
+def test_the_merges_of_a_token_are_the_pair_that_an_encoder_finds():
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258, b"abcab": 259}
+    assert list(merges(ranks)) == [[b"a", b"b"], [b"b", b"c"], [b"ab", b"c"], [b"abc", b"ab"]]
+
+
+# Held against transformers, which reads what was saved here.
+
+def tokenizers(folder):
+    yield TOK
+    yield Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), TOK.pattern, system='Say "é".\n{{ x }}')
+    yield Tokenizer(TOK.ranks, dict(TOK.special), GPT2_PATTERN)
+    if os.path.exists(GPT2):
+        yield Tokenizer.gpt2()
+    if os.environ.get("MODEL"):                                 # a folder with a model of yours
+        yield Tokenizer.load(os.environ["MODEL"])
+
+
+def test_ids_and_templates_are_those_of_transformers(tmp_path):
+    """20,000 texts each: words, punctuation, whitespace, digits, many alphabets."""
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(0)
+    pieces = ["the", "Paris", " ", "  ", "\n", "\n\n", "\t", "1", "23", "2024", "'s", "'ll", "!", "...", "é",
+              "日本", "Ω", "ß", "мир", "🙂", "a", "B", "_", "-", "(", "don't", "\r\n", "½", "x\u0301"]
+    for i, tok in enumerate(tokenizers(tmp_path)):
+        tok.save(tmp_path / str(i))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i))
+        for _ in range(20000):
+            text = "".join(rng.choices(pieces, k=rng.randint(0, 15)))
+            assert theirs.encode(text, add_special_tokens=False) == tok.encode(text), repr(text)
+        for messages in ([{"role": "user", "content": "Hi \"you\""}],
+                         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é\n?"},
+                          {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]):
+            want = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            assert theirs.encode(want, add_special_tokens=False) == tok.prompt(messages)
+        assert (theirs.eos_token_id, theirs.pad_token_id) == (tok.end, tok.pad)
 
 
 @pytest.mark.skipif(not os.path.exists(GPT2), reason="gpt2 is not in TIKTOKEN_CACHE_DIR")
 def test_gpt2_keeps_its_ids_and_its_padded_rows_hold_the_control_tokens():
-    gpt2 = Tokenizer.load("gpt2")
+    gpt2 = Tokenizer.gpt2()
     assert gpt2.encode("Hello world") == [15496, 995]                   # as published
     assert gpt2.special == {"<|endoftext|>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
     assert gpt2.vocab_size == 50259
@@ -172,5 +257,5 @@ def test_gpt2_without_its_file_and_without_a_network_is_one_line_with_the_remedy
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     remedy = "gpt2: its vocabulary .* cannot be downloaded .*TIKTOKEN_CACHE_DIR"
     with pytest.raises(ValueError, match=remedy) as e:
-        Tokenizer.load("gpt2")
+        Tokenizer.gpt2()
     assert "\n" not in str(e.value) and len(str(e.value)) < 250

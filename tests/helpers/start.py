@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from model import load_tensors
+from runtime.safetensors import load_tensors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 STAGES, KINDS = ["sft", "reward_model", "dpo", "ppo"], ["ddp", "fsdp"]

@@ -1,0 +1,238 @@
+"""Networks as Hugging Face model folders: config.json beside model.safetensors, or its shards and an index.
+
+What transformers, vLLM and others save is read as it is, and what is written here they read as it is. A
+family of models is data: how its config.json spells a GPTConfig, and how it names the tensors. Anything that
+this network would not compute as the family does is refused by name.
+"""
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from model import GPT, GPTConfig
+from runtime.safetensors import copy, load_folder, write_tensors
+
+
+@dataclass
+class Family:
+    """One kind of model folder. In `tensors`, {} is a block's number; those of ours that share one of theirs
+    stand in it one after another."""
+    architecture: str           # "Llama" of LlamaForCausalLM and LlamaForSequenceClassification
+    trunk: str                  # what the names of all tensors but the head's begin with
+    shape: dict                 # {field of GPTConfig: key in config.json}
+    switches: dict              # fields of GPTConfig that are the same for the whole family
+    tensors: dict               # {module of ours: module of theirs}
+    defaults: dict              # {key: value where config.json has none}
+    only: dict                  # {key: the values that this network computes}, where config.json has the key
+    transposed: bool = False    # whether matrices are stored (in, out)
+
+
+MLPS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "swiglu"}
+GPT2 = Family(
+    "GPT2", "transformer.",
+    {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+     "n_embd": "n_embd", "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
+     "mlp": "activation_function", "tied": "tie_word_embeddings"},
+    dict(positions="learned", norm="layernorm", bias=True, qkv_bias=False, qk_norm=False),
+    {"token_embedding": "wte", "position_embedding": "wpe", "norm": "ln_f",
+     "blocks.{}.norm1": "h.{}.ln_1", "blocks.{}.attention.q": "h.{}.attn.c_attn",
+     "blocks.{}.attention.k": "h.{}.attn.c_attn", "blocks.{}.attention.v": "h.{}.attn.c_attn",
+     "blocks.{}.attention.out": "h.{}.attn.c_proj", "blocks.{}.norm2": "h.{}.ln_2",
+     "blocks.{}.mlp.up": "h.{}.mlp.c_fc", "blocks.{}.mlp.down": "h.{}.mlp.c_proj"},
+    {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    {"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "scale_attn_weights": (True,),
+     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    transposed=True)
+LLAMA = Family(
+    "Llama", "model.",
+    {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+     "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
+     "mlp": "hidden_act", "tied": "tie_word_embeddings", "rope_theta": "rope_theta"},
+    dict(positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=False, qk_norm=False),
+    {"token_embedding": "embed_tokens", "norm": "norm", "blocks.{}.norm1": "layers.{}.input_layernorm",
+     "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
+     "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
+     "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
+     "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
+     "blocks.{}.attention.out": "layers.{}.self_attn.o_proj",
+     "blocks.{}.attention.q_norm": "layers.{}.self_attn.q_norm",
+     "blocks.{}.attention.k_norm": "layers.{}.self_attn.k_norm",
+     "blocks.{}.mlp.gate": "layers.{}.mlp.gate_proj", "blocks.{}.mlp.up": "layers.{}.mlp.up_proj",
+     "blocks.{}.mlp.down": "layers.{}.mlp.down_proj"},
+    {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0},
+    {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,),
+     "rope_type": ("default", "llama3"), "type": ("default", "llama3")})
+FAMILIES = {
+    "gpt2": GPT2, "llama": LLAMA, "mistral": replace(LLAMA, architecture="Mistral"),
+    "qwen2": replace(LLAMA, architecture="Qwen2", switches=LLAMA.switches | {"qkv_bias": True}),
+    "qwen3": replace(LLAMA, architecture="Qwen3", switches=LLAMA.switches | {"qk_norm": True},
+                     defaults=LLAMA.defaults | {"head_dim": 128})}
+MAY_BE_MISSING = ("n_kv_head", "head_dim", "mlp_hidden")        # GPTConfig knows what they are then
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")   # in old files; computed here
+
+
+# -------------------------------------------------------------------------------------- config.json
+
+def read_config(folder):
+    """(GPTConfig, Family, head) of a folder's config.json. Raises ValueError saying what does not fit."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = json.load(f)
+        kind = source["model_type"]
+        if kind not in FAMILIES:
+            raise ValueError(f"models of type {kind!r} are not supported: {', '.join(FAMILIES)} are")
+        family = FAMILIES[kind]
+        about = family.defaults | {key: x for key, x in source.items() if x is not None}
+        for key in ("rope_scaling", "rope_parameters"):         # transformers 4's spelling, and 5's
+            about |= about.get(key, {})
+        if "quantization_config" in about:
+            raise ValueError("quantised weights are not supported: load the model as it was before")
+        for key, values in family.only.items():
+            if about.get(key, values[0]) not in values:
+                raise ValueError(f"{key} {about[key]!r} is not supported, only {', '.join(map(str, values))}")
+        shape = {ours: about[theirs] for ours, theirs in family.shape.items()
+                 if theirs in about or ours not in MAY_BE_MISSING}
+        shape |= family.switches | {"mlp": MLPS[shape["mlp"]], "source": source}
+        if "llama3" in (about.get("rope_type"), about.get("type")):
+            shape["rope_scaling"] = {key: about[key] for key in SCALING}
+        if "sliding_window" in about and about.get("use_sliding_window", True):
+            shape["block_size"] = min(shape["block_size"], about["sliding_window"])
+        return GPTConfig(**shape), family, read_head(about, family)
+    except KeyError as e:
+        raise ValueError(f"{path}: not a model's config: {e} is missing") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: not a model's config: {e}") from None
+
+
+def read_head(about, family):
+    """"lm" or "scalar", by the class that is to read the folder."""
+    name = about.get("architectures", [f"{family.architecture}ForCausalLM"])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "lm"
+    if name.endswith("ForSequenceClassification") and len(about.get("id2label", "two")) == 1:
+        return "scalar"
+    raise ValueError(f"{name} is not supported: language models are, and classifiers with one label, which "
+                     "are reward models")
+
+
+def find_family(config):
+    """(model_type, Family) that a network's folder is written as: the one that it came from, or the first
+    with its switches. Raises ValueError if there is none."""
+    for kind in [*([config.source["model_type"]] if config.source else []), *FAMILIES]:
+        switches = FAMILIES[kind].switches
+        if all(getattr(config, name) == value for name, value in switches.items()):
+            return kind, FAMILIES[kind]
+    raise ValueError("no family of Hugging Face models has these switches in its GPTConfig: "
+                     "its folder could not be read elsewhere")
+
+
+def write_config(model, folder, score_bias, tokens):
+    """config.json: the shape as the family spells it, and all else as in the folder that it came from."""
+    config, is_lm = model.config, model.head_kind == "lm"
+    kind, family = find_family(config)
+    shape = {theirs: getattr(config, ours) for ours, theirs in family.shape.items()}
+    shape[family.shape["mlp"]] = {ours: theirs for theirs, ours in reversed(MLPS.items())}[config.mlp]
+    if config.rope_scaling:
+        shape["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling}
+    name = ("LMHeadModel" if kind == "gpt2" else "ForCausalLM") if is_lm else "ForSequenceClassification"
+    about = {**shape, **(config.source or {}), "model_type": kind, "vocab_size": config.vocab_size,
+             "architectures": [family.architecture + name],
+             "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."), **tokens}
+    for key in ("dtype", "id2label", "label2id", "score_bias"):
+        about.pop(key, None)
+    if not is_lm:       # others' classifiers have no bias: a number that they ignore
+        about |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": score_bias}
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(about, f, indent=1)
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+def layout(model, family):
+    """{tensor of theirs: [parameters of ours that it holds, one after another]}."""
+    found = {}
+    for name in model.state_dict():
+        module, kind = name.rsplit(".", 1)
+        if module == "head":
+            theirs = "lm_head" if model.head_kind == "lm" else "score"
+        else:
+            number = "".join(re.findall(r"\.(\d+)\.", module))         # of the block, if it is in one
+            theirs = family.trunk + family.tensors[re.sub(r"\.\d+\.", ".{}.", module)].format(number)
+        found.setdefault(f"{theirs}.{kind}", []).append(name)
+    found.pop("score.bias", None)                                   # a number in config.json
+    return found
+
+
+def is_transposed(name, family):
+    return family.transposed and name.endswith(".weight") and ".c_" in name
+
+
+def load(folder, head=None, mapped=False):
+    """The network in a folder: see GPT.load. mapped: leave the weights in the file, which must then stay as
+    it is, and in its precision, to be read where they are used."""
+    config, family, saved_head = read_config(folder)
+    tensors = load_folder(folder)
+    if config.n_layer > len(tensors):                   # before a network of a billion layers is begun
+        raise ValueError(f"{folder}/config.json asks for {config.n_layer} layers, "
+                         f"but there are {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):                      # shapes alone: nothing is allocated until they fit
+            model = GPT(config, head or saved_head)
+    except RuntimeError:
+        raise ValueError(f"{folder}/config.json: no machine can hold a network of this shape") from None
+    new_head, expected, found = model.head_kind != saved_head, model.state_dict(), {}
+    for theirs, ours in layout(model, family).items():
+        if new_head and ours == ["head.weight"]:
+            continue
+        if theirs not in tensors:                       # some folders leave the trunk's name out
+            theirs = theirs.removeprefix(family.trunk)
+        whole, rows = tensors.pop(theirs, None), [expected[name].shape[0] for name in ours]
+        x = whole.T if whole is not None and whole.dim() == 2 and is_transposed(theirs, family) else whole
+        want, have = (sum(rows), *expected[ours[0]].shape[1:]), "missing" if x is None else tuple(x.shape)
+        if have != want:
+            raise ValueError(f"{folder}: tensor {theirs} is {have}, config.json asks for {want}")
+        pieces = x.split(rows)
+        if not mapped:
+            pieces = [copy(piece, expected[name].dtype, whole) for name, piece in zip(ours, pieces)]
+        found |= zip(ours, pieces)
+    heads = ("lm_head.weight", "score.weight") if new_head or config.tied else ()
+    left = [name for name in tensors if name not in heads and not name.endswith(BUFFERS)]
+    if left:
+        raise ValueError(f"{folder}: tensor {min(left)} is unknown")
+    if saved_head == model.head_kind == "scalar":
+        found["head.bias"] = torch.tensor([config.source.get("score_bias", 0.0)])
+    model.load_state_dict(found, strict=False, assign=True)
+    if new_head and hasattr(model, "head"):
+        model.head.to_empty(device="cpu").apply(model._init)
+    return model
+
+
+def save(model, folder, whole=lambda x: x, write=True, tokens=None):
+    """Write a network into a folder, made if need be.
+
+    whole: what makes an ordinary tensor of a parameter that is sharded over processes. All of them call this
+    together then, and only the one that is to write says so. tokens: {"eos_token_id": ..., "pad_token_id":
+    ...} for config.json, by which others know where an answer ends."""
+    _, family = find_family(model.config)
+    state, parts = model.state_dict(), layout(model, family)
+    score_bias = whole(state["head.bias"]).item() if "head.bias" in state else None
+
+    def assemble(theirs):
+        x = torch.cat([whole(state[name]).detach().cpu() for name in parts[theirs]])
+        return x.T if is_transposed(theirs, family) else x
+    if not write:
+        for theirs in parts:                            # in the order in which the first one asks for them
+            assemble(theirs)
+        return
+    os.makedirs(folder, exist_ok=True)
+    write_config(model, folder, score_bias, tokens or {})
+    about = {}
+    for theirs, ours in parts.items():
+        shape = (sum(state[name].shape[0] for name in ours), *state[ours[0]].shape[1:])
+        about[theirs] = state[ours[0]].dtype, shape[::-1] if is_transposed(theirs, family) else shape
+    write_tensors(os.path.join(folder, "model.safetensors"), about, assemble)
