@@ -62,7 +62,7 @@ def load_tensors(path):
             if count > 0:
                 flat = torch.frombuffer(body, dtype=dtype, count=count, offset=first + start)
             tensors[name] = flat.view(shape)
-            tensors[name].mapping = body                        # for release()
+            tensors[name].mapping = body                        # for copy()
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
             OverflowError, MemoryError, struct.error) as e:
@@ -71,10 +71,10 @@ def load_tensors(path):
 
 
 def copy(x, dtype, mapped):
-    """A copy of x, which is a part of a mapped tensor, some rows at a time: what reading them took is given back
+    """A copy of x, a part of a mapped tensor, some rows at a time: the pages that hold them are given back
     before the next ones are read, so that the file is never in memory as a whole."""
     out = torch.empty(x.shape, dtype=dtype)
-    rows = max(1, 2 ** 22 // max(1, x[:1].numel()))                     # some 4 million numbers
+    rows = max(1, 2 ** 22 // max(1, x[:1].numel()))                         # some 4 million numbers
     for some, source in zip(out.split(rows), x.split(rows)):
         some.copy_(source)
         if hasattr(mmap, "MADV_DONTNEED"):                              # where the system has a word for it
