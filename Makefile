@@ -43,7 +43,7 @@ quick: .venv/ready
 	    tests/test_dpo.py tests/test_choices.py tests/test_known_answers.py
 
 proofs: .venv/ready
-	$(PY) -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile
 	$(PY) tests/helpers/mistakes.py
 
 clean:
