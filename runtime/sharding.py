@@ -52,8 +52,8 @@ def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=Tru
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for module in (*model.blocks, model):
         for p in module.parameters():
-            if p.dtype != torch.get_default_dtype():       # a file of bfloat16 is not widened before its turn
-                p.data = p.data.to(device).to(torch.get_default_dtype())
+            # A file of bfloat16, or of matrices the other way round (GPT-2's), is made ours in its turn.
+            p.data = p.data.to(device, torch.get_default_dtype()).contiguous()
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered
         # parameters.
         fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting,
