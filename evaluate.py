@@ -22,9 +22,8 @@ import torch
 from data import loading, world
 from data.batches import encode_demonstrations, fit
 from data.tokenizer import Tokenizer
-from model import GPT
 from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
-from runtime.compute import pick_device, row_seeds
+from runtime.compute import row_seeds
 from runtime.files import write_json
 from runtime.launch import STARTED
 from runtime.processes import is_first
@@ -340,7 +339,8 @@ def write_report(cfg, contestants, prompts, curve):
 @torch.no_grad()
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
-    tokenizer, model, messages = Tokenizer.load(folder), GPT.load(folder, device=pick_device(cfg.device)), []
+    tokenizer, model, messages = Tokenizer.load(folder), load(folder).requires_grad_(False), []
+    Compute(cfg).place(model)
     if model.head_kind != "lm":
         raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
     print(f"talking to {folder}; an empty line starts anew, Ctrl-D ends")

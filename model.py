@@ -1,4 +1,4 @@
-"""A GPT in one file: the network, sampling with a KV cache, a scalar head.
+"""A GPT in one file: the network, sampling with a KV cache, a scalar head, LoRA.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=1024))
     logits = model(tokens)                                  # (B, T) -> (B, T, V)
@@ -124,16 +124,45 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """y = W·x + b. With an adapter, W and b are frozen, and y = W·x + b + (α/r)·B·A·x learns A (r, C_in) and
+    B (C_out, r) alone: LoRA (Hu et al. 2021, eq. 3).
+
+    What fine-tuning adds to W is close to a matrix of low rank. Written as B·A it has r·(C_in + C_out)
+    numbers, and only these need gradients and Adam's moments. B starts at 0, so that the first step starts
+    from W. The sum over r terms grows with r; divided by it, the same learning rate serves for every rank."""
+    scale = 0.0                                                 # α/r; 0 without an adapter
+
+    def add_adapter(self, rank, alpha):
+        self.A = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.scale else y
+
+    def matrix(self, whole=lambda x: x):
+        """W + (α/r)·B·A. whole: makes an ordinary tensor of one that is sharded over processes."""
+        W = whole(self.weight)
+        return W + self.scale * whole(self.B) @ whole(self.A) if self.scale else W
+
+    def merge(self):
+        """Make W + (α/r)·B·A the weight, and drop the adapter."""
+        self.weight = nn.Parameter(self.matrix().detach())
+        self.scale, self.A, self.B = 0.0, None, None
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         C, D = config.n_embd, config.head_dim
         width, kv_width = config.n_head * D, config.n_kv_head * D
-        self.q = nn.Linear(C, width, bias=config.bias or config.qkv_bias)
-        self.k = nn.Linear(C, kv_width, bias=config.bias or config.qkv_bias)
-        self.v = nn.Linear(C, kv_width, bias=config.bias or config.qkv_bias)
-        self.out = nn.Linear(width, C, bias=config.bias)
+        self.q = Linear(C, width, bias=config.bias or config.qkv_bias)
+        self.k = Linear(C, kv_width, bias=config.bias or config.qkv_bias)
+        self.v = Linear(C, kv_width, bias=config.bias or config.qkv_bias)
+        self.out = Linear(width, C, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -178,9 +207,9 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.approximate = config.mlp == "swiglu", "tanh" if config.mlp == "gelu_tanh" else "none"
         if self.gated:
-            self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+            self.gate = Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.up = Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.down = Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         if self.gated:
@@ -210,6 +239,7 @@ class GPT(nn.Module):
             raise ValueError(f'GPT: head must be "lm" or "scalar", not {head!r}')
         self.config, self.head_kind = config, head
         self.checkpoint_blocks = False      # True: recompute a block's activations in the backward pass
+        self.folder, self.has_new_tokens = "", False        # where it is from; whether its vocabulary grew
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -233,6 +263,20 @@ class GPT(nn.Module):
             # Scores of random hidden states start with a standard deviation of about 1 (Stiennon et al.
             # 2020).
             nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))
+
+    def add_adapters(self, rank, alpha, targets):
+        """Freeze the network, but for a scalar head, and give the linear layers named in targets ("q", "k",
+        "v", "out", "gate", "up", "down") an adapter each: see Linear."""
+        self.requires_grad_(False)
+        for name, module in self.blocks.named_modules():
+            if name.split(".")[-1] in targets:
+                module.add_adapter(rank, alpha)
+        if self.head_kind == "scalar":
+            self.head.requires_grad_(True)
+
+    def adapted(self):
+        """{name: Linear} of the layers that have an adapter."""
+        return {name: module for name, module in self.named_modules() if getattr(module, "scale", 0)}
 
     @property
     def device(self):

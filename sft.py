@@ -44,6 +44,8 @@ class Config(Training):
 
     def __post_init__(self):
         GPTConfig(n_head=self.n_head, n_embd=self.n_embd)       # ValueError if heads do not divide the width
+        if self.lora_rank > 0 and not self.init:
+            raise ValueError("--lora_rank trains beside a checkpoint's weights: name one with --init")
 
 
 # ----------------------------------------------------------------------------------------- the loss

@@ -5,6 +5,7 @@
     run.py           a stage at work: randomness, metrics, progress, what stays on disk
     compute.py       devices, and rows in micro-batches: a weighted mean over rows, a map over rows
     optimizer.py     AdamW and its schedule
+    adapters.py      LoRA: what is trained, and folders of adapters
     models.py        what a stage starts from
     folders.py       networks as Hugging Face folders: one table per family of models
     safetensors.py   files of tensors

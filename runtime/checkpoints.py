@@ -116,25 +116,30 @@ def one_failure(e):
 
 
 def flatten(part):
-    """What a part of training remembers, as {name: tensor}: a network's weights, an optimiser's moments
-    ("7.exp_avg"), the numbers of any other object."""
+    """What a part of training remembers, as {name: tensor}: what is trained of a network, an optimiser's
+    moments ("7.exp_avg"), the numbers of any other object."""
+    if isinstance(part, torch.nn.Module):
+        return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
     if not hasattr(part, "state_dict"):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(part).items()}
     state = part.state_dict()
-    if not isinstance(part, torch.optim.Optimizer):
-        return state
     return {f"{i}.{key}": x for i, moments in state["state"].items() for key, x in moments.items()}
 
 
+@torch.no_grad()
 def restore(part, tensors):
     """The reverse of flatten."""
     if not hasattr(part, "state_dict"):
         vars(part).update({name: x.item() for name, x in tensors.items()})
         return
-    now = part.state_dict()
-    if not isinstance(part, torch.optim.Optimizer):
-        part.load_state_dict({name: distribute_like(now[name], x) for name, x in tensors.items()})
+    if isinstance(part, torch.nn.Module):
+        now = flatten(part)
+        if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
+            raise ValueError("another network")
+        for name, x in tensors.items():
+            now[name].copy_(distribute_like(now[name], x))
         return
+    now = part.state_dict()
     state, parameters = {}, trained_parameters(part)
     for name, x in tensors.items():
         i, key = name.split(".")

@@ -101,6 +101,7 @@ class Compute:
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
         self.kind = None                # "ddp" or "fsdp", from the first networks on that are placed
         self.copies = []                # trained networks of which each process has its own copy
+        self.frozen = {}                # what networks share that nothing trains: see to_device
         self.fetched = []             # networks that --offload keeps on the CPU, while they are on the device
 
     def place(self, *models):
@@ -115,6 +116,8 @@ class Compute:
                 for block in model.blocks:
                     block.compile(dynamic=True)
             if is_distributed() and (self.kind == "fsdp" or not is_frozen(model)):
+                if self.kind == "ddp":
+                    to_device(model, self.device, self.frozen)
                 shard(model, self.kind, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
                 if self.kind == "ddp":
                     self.copies.append(model)
@@ -122,7 +125,7 @@ class Compute:
                 to_device(model, "cpu")
                 model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
             else:
-                to_device(model, self.device)
+                to_device(model, self.device, self.frozen)
 
     def fetch(self, model):
         """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""

@@ -47,6 +47,10 @@ class Training(Settings):
     save_seconds: float = flag(60.0, "seconds between checkpoints to go on from; 0 saves every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
+    lora_rank: int = flag(0, "r of LoRA: train adapters of this rank beside frozen weights; 0 trains all", 0)
+    lora_alpha: float = flag(32.0, "α of LoRA: what adapters add counts α/r", 1e-6)
+    lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters")
+    merge: bool = flag(True, "save adapters merged into the weights, not alone, as PEFT does")
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
                                    "less memory, a third more time")
 

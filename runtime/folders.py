@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear
 from runtime.safetensors import copy, load_folder, write_tensors
 
 
@@ -153,8 +153,14 @@ def write_config(model, folder, score_bias, tokens):
 
 # ------------------------------------------------------------------------------------------ tensors
 
+def skeleton(config, head):
+    """The network without numbers: shapes alone, for which nothing is allocated."""
+    with torch.device("meta"):
+        return GPT(config, head)
+
+
 def layout(model, family):
-    """{tensor of theirs: [parameters of ours that it holds, one after another]}."""
+    """{tensor of theirs: [parameters of ours that it holds, one after another]}, of a skeleton."""
     found = {}
     for name in model.state_dict():
         module, kind = name.rsplit(".", 1)
@@ -181,8 +187,7 @@ def load(folder, head=None, mapped=False):
         raise ValueError(f"{folder}/config.json asks for {config.n_layer} layers, "
                          f"but there are {len(tensors)} tensors")
     try:
-        with torch.device("meta"):                      # shapes alone: nothing is allocated until they fit
-            model = GPT(config, head or saved_head)
+        model = skeleton(config, head or saved_head)
     except RuntimeError:
         raise ValueError(f"{folder}/config.json: no machine can hold a network of this shape") from None
     new_head, expected, found = model.head_kind != saved_head, model.state_dict(), {}
@@ -219,11 +224,18 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
     together then, and only the one that is to write says so. tokens: {"eos_token_id": ..., "pad_token_id":
     ...} for config.json, by which others know where an answer ends."""
     _, family = find_family(model.config)
-    state, parts = model.state_dict(), layout(model, family)
-    score_bias = whole(state["head.bias"]).item() if "head.bias" in state else None
+    plain = skeleton(model.config, model.head_kind)
+    shapes, parts = plain.state_dict(), layout(plain, family)
+    score_bias = whole(model.head.bias).item() if model.head_kind == "scalar" else None
+
+    def value(name):
+        """Of a parameter, on the CPU; adapters are merged."""
+        module, kind = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        is_matrix = kind == "weight" and isinstance(module, Linear)
+        return (module.matrix(whole) if is_matrix else whole(getattr(module, kind))).detach().cpu()
 
     def assemble(theirs):
-        x = torch.cat([whole(state[name]).detach().cpu() for name in parts[theirs]])
+        x = torch.cat([value(name) for name in parts[theirs]])
         return x.T if is_transposed(theirs, family) else x
     if not write:
         for theirs in parts:                            # in the order in which the first one asks for them
@@ -231,8 +243,8 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
         return
     os.makedirs(folder, exist_ok=True)
     write_config(model, folder, score_bias, tokens or {})
-    about = {}
+    about, dtype = {}, model.token_embedding.weight.dtype
     for theirs, ours in parts.items():
-        shape = (sum(state[name].shape[0] for name in ours), *state[ours[0]].shape[1:])
-        about[theirs] = state[ours[0]].dtype, shape[::-1] if is_transposed(theirs, family) else shape
+        shape = (sum(shapes[name].shape[0] for name in ours), *shapes[ours[0]].shape[1:])
+        about[theirs] = dtype, shape[::-1] if is_transposed(theirs, family) else shape
     write_tensors(os.path.join(folder, "model.safetensors"), about, assemble)

@@ -5,7 +5,7 @@ import re
 import torch
 
 from model import GPT
-from runtime import processes
+from runtime import adapters
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
@@ -13,7 +13,7 @@ STAGES = ("sft", "reward_model", "dpo", "ppo")
 def find(name):
     """The folder of a model: the one of this name, or what huggingface_hub, where it is installed, fetches
     for a name of the hub (owner/name, or gpt2). Raises ValueError saying which stage to run first."""
-    if os.path.exists(os.path.join(name, "config.json")):
+    if any(os.path.exists(os.path.join(name, file)) for file in ("config.json", adapters.CONFIG)):
         return name
     stage = os.path.basename(os.path.normpath(name))
     if stage in STAGES:
@@ -32,10 +32,20 @@ def find(name):
 
 
 def load(folder, head=None, vocab_size=0):
-    """GPT.load, with at least vocab_size tokens: a tokenizer may have added control tokens. Where there are
-    several processes, each one leaves the weights in the file until they are placed: it never holds more than
-    it will keep, and a block for a moment."""
-    model = GPT.load(find(folder), head, mapped=processes.world_size() > 1)
+    """The network of a folder, or of a folder of adapters with the base that it names. head: as in GPT.load.
+    vocab_size: at least so many tokens: a tokenizer may have added control tokens.
+
+    The weights stay in the file until they are placed, so that no process ever holds more than it will keep,
+    and a block for a moment."""
+    path = find(folder)
+    base = adapters.base_of(path)
+    if base is None:
+        model = GPT.load(path, head, mapped=True)
+    else:
+        head = head or ("scalar" if adapters.read_config(path)["task_type"] == "SEQ_CLS" else "lm")
+        model = GPT.load(find(base), head, mapped=True)
+        adapters.load(model, path)
+    model.folder = base or folder
     if vocab_size > model.config.vocab_size:
         add_tokens(model, vocab_size)
     return model
@@ -52,7 +62,7 @@ def add_tokens(model, vocab_size):
         weight = layer.weight
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
         layer.weight = torch.nn.Parameter(torch.cat([weight, mean.expand(vocab_size - len(weight), -1)]))
-    model.config.vocab_size = vocab_size
+    model.config.vocab_size, model.has_new_tokens = vocab_size, True
 
 
 def load_reward_model(folder):

@@ -14,13 +14,13 @@ from collections import Counter
 
 import torch
 
-from runtime import launch, processes
-from runtime.checkpoints import Checkpoints, is_finite
+from runtime import adapters, launch, processes
+from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
 from runtime.files import fingerprints, lock, write_json
 from runtime.flags import program
 from runtime.launch import STARTED, warn
-from runtime.sharding import full_tensor
+from runtime.sharding import full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -29,7 +29,7 @@ except ImportError:
 
 # What may change when a run goes on, because it does not change the weights (but for rounding).
 FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload", "micro_batch",
-        "micro_tokens", "sample_batch", "checkpoint_blocks", "compile", "gather_at_once"}
+        "micro_tokens", "sample_batch", "checkpoint_blocks", "compile", "gather_at_once", "merge"}
 
 
 class Run(Compute):
@@ -81,6 +81,13 @@ class Run(Compute):
                                  f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
 
     # --------------------------------------------------------------------- before and between steps
+
+    def place(self, *models):
+        """Compute.place, with adapters where the flags ask for them."""
+        for model in models:
+            if not is_frozen(model):
+                adapters.adapt(model, self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.lora_targets)
+        super().place(*models)
 
     def begin(self, step):
         """Get ready for the step after `step`: its randomness depends on the seed and its number alone."""
@@ -224,11 +231,14 @@ class Run(Compute):
         files are written aside first: what stood in the folder before stays until they are whole."""
         launch.at_work = None
         self.checkpoints.wait()
-        if not is_finite(model.state_dict()):
+        if not is_finite(flatten(model)):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")
-        model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
+        if self.cfg.merge or not model.adapted():
+            model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
+        else:
+            adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
             self.keep(aside, facts)

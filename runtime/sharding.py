@@ -28,10 +28,16 @@ def choose(kind, models, device):
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
 
-def to_device(model, device):
-    """Move a network, one parameter at a time. Parameters that a file still holds are copied out of it."""
-    for p in model.parameters():
-        p.data = p.data.to(device, torch.get_default_dtype(), copy=world_size() > 1)
+def to_device(model, device, frozen=None):
+    """Move a network, out of the file that still holds it, one parameter at a time. frozen, {name:
+    [tensors]}, remembers what never changes: the base under several sets of adapters is held once."""
+    for name, p in model.named_parameters():
+        p.data = p.data.to(device, torch.get_default_dtype(), copy=True,
+                           memory_format=torch.contiguous_format)
+        if frozen is not None and not p.requires_grad:
+            others = frozen.setdefault(name, [])
+            p.data = next((x for x in others if torch.equal(x, p.data)), p.data)
+            others.append(p.data)
 
 
 def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=True):
@@ -50,6 +56,8 @@ def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=Tru
         precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and is_frozen(model):
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    # Under ddp a frozen base is no business of the other processes.
+    apart = {p for p in model.parameters() if kind == "ddp" and not p.requires_grad}
     for module in (*model.blocks, model):
         for p in module.parameters():
             # A file of bfloat16, or of matrices the other way round (GPT-2's), is made ours in its turn.
@@ -57,7 +65,7 @@ def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=Tru
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered
         # parameters.
         fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting,
-                         reshard_after_forward=True)
+                         reshard_after_forward=True, ignored_params=apart)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "score", "generate"):

@@ -1,0 +1,128 @@
+"""LoRA around a stage: what is trained of a network, and folders of adapters in PEFT's format."""
+import json
+import os
+import re
+
+import torch
+from torch.nn import Parameter
+
+from model import Linear
+from runtime import folders
+from runtime.files import write_json
+from runtime.safetensors import load_tensors, save_tensors
+
+LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."                # of all names in a file of adapters
+UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "layers_to_transform", "layer_replication")
+
+
+def adapt(model, rank, alpha, targets):
+    """Choose what is trained of a network: all of it at rank 0, else adapters, those that it has if they are
+    of this shape. Others are merged into the weights first."""
+    targets = set(targets.split(","))
+    if unknown := sorted(targets - set(LAYERS)):
+        raise ValueError(f"--lora_targets: {unknown[0]!r} is none of {', '.join(LAYERS)}")
+    wanted = {name: rank for name, layer in model.named_modules()
+              if isinstance(layer, Linear) and name.split(".")[-1] in targets}
+    adapted = model.adapted()
+    if rank == 0 or {name: len(layer.A) for name, layer in adapted.items()} != wanted:
+        for layer in adapted.values():
+            layer.merge()
+        model.requires_grad_(True)
+        if rank > 0:
+            model.add_adapters(rank, alpha, targets)
+    if rank > 0 and model.has_new_tokens:       # nothing but their own vectors can tell them apart
+        model.token_embedding.requires_grad_(True)
+        if model.head_kind == "lm" and not model.config.tied:
+            model.head.requires_grad_(True)
+
+
+# ------------------------------------------------------------------------------------ folders of adapters
+
+def base_of(folder):
+    """The name of the model that a folder's adapters belong to, or None if it holds no adapters."""
+    return read_config(folder)["base_model_name_or_path"] if os.path.exists(f"{folder}/{CONFIG}") else None
+
+
+def read_config(folder):
+    """adapter_config.json. Raises ValueError for adapters that are not LoRA as model.py has it."""
+    path = os.path.join(folder, CONFIG)
+    try:
+        with open(path, encoding="utf-8") as f:
+            about = json.load(f)
+        about["base_model_name_or_path"], about["lora_alpha"], about["task_type"]           # must be there
+        if about["peft_type"] != "LORA" or about.get("bias", "none") != "none":
+            raise ValueError("only LoRA without biases is supported")
+        for key in UNSUPPORTED:
+            if about.get(key):
+                raise ValueError(f"{key} is not supported")
+        return about
+    except KeyError as e:
+        raise ValueError(f"{path}: not adapters: {e} is missing") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: not adapters: {e}") from None
+
+
+def places(model):
+    """(name of theirs, layers of ours that it holds one after another), wherever an adapter can be."""
+    _, family = folders.find_family(model.config)
+    for theirs, ours in folders.layout(folders.skeleton(model.config, model.head_kind), family).items():
+        layers = [model.get_submodule(name.rpartition(".")[0]) for name in ours]
+        if theirs.endswith(".weight") and isinstance(layers[0], Linear):
+            yield theirs.removesuffix(".weight"), layers
+
+
+def load(model, folder):
+    """Put a folder's adapters, and its score if it has one, into the network that they belong to."""
+    about, path, dtype = read_config(folder), os.path.join(folder, WEIGHTS), torch.get_default_dtype()
+    tensors = {name.removeprefix(PREFIX): x.to(dtype) for name, x in load_tensors(path).items()}
+    model.add_adapters(1, 1.0, ())                                      # freezes the rest
+    for theirs, layers in places(model):
+        A, B = (tensors.pop(f"{theirs}.lora_{letter}.weight", None) for letter in "AB")
+        if A is None or B is None:
+            continue
+        rows = [layer.out_features for layer in layers]
+        if A.dim() != 2 or A.shape[1] != layers[0].in_features or B.shape != (sum(rows), len(A)):
+            raise ValueError(f"{path}: the adapter of {theirs} does not fit the model")
+        alpha = next((alpha for pattern, alpha in about.get("alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", theirs)), about["lora_alpha"])
+        for layer, part in zip(layers, B.split(rows)):
+            own = (part != 0).any(0) | ~(B != 0).any(0)         # not what adds to its neighbours alone
+            if own.any():
+                layer.add_adapter(int(own.sum()), alpha * int(own.sum()) / len(A))
+                layer.A, layer.B = Parameter(A[own]), Parameter(part[:, own].contiguous())
+    score = tensors.pop("score.weight", None)
+    if model.head_kind == "scalar" and score is not None:
+        bias = torch.tensor([about.get("score_bias", 0.0)])
+        model.head.load_state_dict({"weight": score, "bias": bias})
+    if tensors:
+        raise ValueError(f"{path}: tensor {min(tensors)} is unknown")
+
+
+def save(model, folder, whole=lambda x: x, write=True):
+    """Write a network's adapters, and its scalar head, as PEFT does. whole and write: as in folders.save."""
+    if model.has_new_tokens:
+        raise ValueError("--no-merge: a folder of adapters cannot hold the tokens that are new in this model")
+    tensors, ranks, alphas = {}, {}, {}
+    for theirs, layers in places(model):
+        if not any(layer.scale for layer in layers):
+            continue
+        A = torch.cat([whole(layer.A) for layer in layers if layer.scale])
+        B = torch.block_diag(*(whole(layer.B) if layer.scale else A.new_zeros(layer.out_features, 0)
+                               for layer in layers))
+        tensors |= {f"{PREFIX}{theirs}.lora_A.weight": A, f"{PREFIX}{theirs}.lora_B.weight": B}
+        name = ".".join(theirs.split(".")[-2:])                         # self_attn.q_proj, attn.c_proj
+        ranks[name], alphas[name] = len(A), len(A) * max(layer.scale for layer in layers)
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.folder,
+             "r": min(ranks.values()), "lora_alpha": min(alphas.values()), "rank_pattern": ranks,
+             "alpha_pattern": alphas, "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none",
+             "fan_in_fan_out": folders.find_family(model.config)[1].transposed, "inference_mode": True}
+    if model.head_kind == "scalar":
+        tensors[f"{PREFIX}score.weight"] = whole(model.head.weight)
+        about |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"],
+                  "score_bias": whole(model.head.bias).item()}
+    if write:
+        os.makedirs(folder, exist_ok=True)
+        write_json(os.path.join(folder, CONFIG), about)
+        save_tensors(os.path.join(folder, WEIGHTS), tensors)

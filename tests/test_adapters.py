@@ -1,0 +1,316 @@
+"""LoRA: what adapters compute and learn, their folders, and every stage with them."""
+import copy
+import json
+import subprocess
+
+import pytest
+import torch
+from helpers.start import KINDS, STAGES, command, in_float64, script
+from test_folders import network
+
+import ppo
+from model import GPT, GPTConfig, Linear
+from runtime import Run, adapters, models
+from runtime.safetensors import load_tensors
+
+TOKENS = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+ALL = "q,k,v,out,gate,up,down"
+
+
+def shaken(name, head="lm", rank=4, targets=ALL):
+    """A random small network whose adapters have been trained."""
+    torch.manual_seed(0)
+    model = network(name, head)
+    adapters.adapt(model, rank, 8.0, targets)
+    for layer in model.adapted().values():
+        torch.nn.init.normal_(layer.B, std=0.3)
+    return model
+
+
+# ------------------------------------------------------------------------------- what they compute
+
+def test_an_adapter_starts_as_nothing_and_adds_its_product():
+    torch.manual_seed(0)
+    layer, x = Linear(6, 5).double(), torch.randn(7, 6).double()
+    before = layer(x)
+    layer.add_adapter(2, 8.0)
+    layer.double()
+    assert torch.equal(layer(x), before) and layer.A.std() > 0.2
+    torch.nn.init.normal_(layer.B)
+    whole = layer.weight + 8.0 / 2 * layer.B @ layer.A
+    torch.testing.assert_close(layer(x), x @ whole.T + layer.bias, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.matrix(), whole, rtol=0, atol=1e-12)
+    adapted = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted, rtol=0, atol=1e-12)
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"} and layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_its_gradient_is_that_of_the_full_matrices_projected_on_a_and_b(name):
+    """∂L/∂B = (α/r)·G·Aᵀ and ∂L/∂A = (α/r)·Bᵀ·G, with G that of W: in float64, within 1e-10."""
+    model = shaken(name).double()
+    full = copy.deepcopy(model)
+    for layer in full.adapted().values():
+        layer.merge()
+    mask = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    for net in (model, full):
+        net.logprobs(TOKENS, mask).sum().backward()
+    assert len(model.adapted()) == (6 if name == "gpt2" else 7) * model.config.n_layer
+    for key, layer in model.adapted().items():
+        G = full.get_submodule(key).weight.grad
+        torch.testing.assert_close(layer.B.grad, layer.scale * G @ layer.A.T, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer.A.grad, layer.scale * layer.B.T @ G, rtol=1e-10, atol=1e-10)
+        assert layer.weight.grad is None and G.abs().max() > 1e-3
+
+
+def test_at_full_rank_the_first_step_is_that_of_full_fine_tuning():
+    """With A = 1 and α = r, B is all of ΔW: Adam moves it as it moves W."""
+    full = network("llama").double()
+    model = copy.deepcopy(full)
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.add_adapter(layer.in_features, float(layer.in_features))
+            layer.A = torch.nn.Parameter(torch.eye(layer.in_features))
+    model.double()
+    for net in (full, model):
+        net.logprobs(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool)).sum().backward()
+        moved = [getattr(layer, "B" if net is model else "weight")
+                 for layer in net.modules() if isinstance(layer, Linear)]
+        torch.optim.AdamW(moved, lr=1e-2, weight_decay=0.0).step()
+    for (key, layer), theirs in zip(model.adapted().items(), full.modules()):
+        torch.testing.assert_close(layer.matrix(), full.get_submodule(key).weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("targets", ["q,v", "down", ALL])
+@pytest.mark.parametrize("name, head", [("gpt2", "lm"), ("llama", "scalar"), ("qwen2", "lm")])
+def test_only_the_adapters_and_a_scalar_head_are_trained(name, head, targets):
+    model = shaken(name, head, 3, targets)
+    for key, p in model.named_parameters():
+        expected = key.endswith((".A", ".B")) or (head == "scalar" and key.startswith("head."))
+        assert p.requires_grad == expected, key
+    assert {key.split(".")[-1] for key in model.adapted()} == set(targets.split(",")) & (
+        {"q", "k", "v", "out", "up", "down"} if name == "gpt2" else set(ALL.split(",")))
+    with pytest.raises(ValueError, match="--lora_targets: 'query' is none of q, k, v"):
+        adapters.adapt(model, 3, 1.0, "q,query")
+
+
+def test_adapters_of_the_same_shape_go_on_and_others_are_merged():
+    model = shaken("llama")
+    before, kept = model(TOKENS), [layer.B.clone() for layer in model.adapted().values()]
+    adapters.adapt(model, 4, 99.0, ALL)
+    assert all(torch.equal(layer.B, B) and layer.scale == 2.0
+               for layer, B in zip(model.adapted().values(), kept))
+    adapters.adapt(model, 2, 6.0, "q,v")
+    torch.testing.assert_close(model(TOKENS), before)
+    assert all(layer.scale == 3.0 and len(layer.A) == 2 for layer in model.adapted().values())
+    adapters.adapt(model, 0, 6.0, ALL)
+    torch.testing.assert_close(model(TOKENS), before)
+    assert not model.adapted() and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_trained_beside_the_adapters(tmp_path, tied):
+    GPT(GPTConfig(vocab_size=60, block_size=8, n_layer=1, n_head=2, n_embd=16, tied=tied)).save(tmp_path)
+    model = models.load(str(tmp_path), "lm", vocab_size=62)
+    adapters.adapt(model, 2, 4.0, ALL)
+    assert model.token_embedding.weight.requires_grad and (tied or model.head.weight.requires_grad)
+    assert not model.position_embedding.weight.requires_grad
+    with pytest.raises(ValueError, match="--no-merge: .* tokens that are new"):
+        adapters.save(model, str(tmp_path / "adapters"))
+
+
+# ------------------------------------------------------------------------------------- their folders
+
+@pytest.mark.parametrize("targets", ["q,v", "k,down", ALL])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_a_folder_of_adapters_comes_back_as_it_was(tmp_path, monkeypatch, name, head, targets):
+    monkeypatch.chdir(tmp_path)
+    network(name).save("base")
+    model = models.load("base", head)
+    adapters.adapt(model, 4, 8.0, targets)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    adapters.save(model, "adapters")
+    again = models.load("adapters")
+    assert again.head_kind == head and again.folder == "base"
+    for key, layer in model.adapted().items():
+        other = again.get_submodule(key)
+        assert torch.equal(layer.A, other.A) and torch.equal(layer.B, other.B) and layer.scale == other.scale
+    assert len(again.adapted()) == len(model.adapted())
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    again.save("merged")
+    torch.testing.assert_close(models.load("merged")(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+    other = models.load("adapters", "lm" if head == "scalar" else "scalar")
+    assert len(other.adapted()) == len(model.adapted())
+
+
+def test_adapters_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network("llama").save("base")
+    model = models.load("base")
+    adapters.adapt(model, 4, 8.0, ALL)
+    adapters.save(model, "adapters")
+    right = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
+    for change, said in [({"peft_type": "IA3"}, "only LoRA"), ({"use_dora": True}, "use_dora is not"),
+                         ({"bias": "all"}, "without biases"),
+                         ({"base_model_name_or_path": "no"}, "no model in"),
+                         ({"lora_alpha": None}, "'lora_alpha' is missing")]:
+        wrong = {key: x for key, x in (right | change).items() if x is not None}
+        (tmp_path / "adapters/adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=said) as e:
+            models.load("adapters")
+        assert "\n" not in str(e.value)
+    (tmp_path / "adapters/adapter_config.json").write_text(json.dumps(right))
+    tensors = load_tensors("adapters/adapter_model.safetensors")
+    network("gpt2").save("base")
+    with pytest.raises(ValueError, match="tensor .* is unknown"):
+        models.load("adapters")
+    assert tensors
+
+
+def peft_pair(tmp_path, name, head):
+    """The base of a family in a folder, and peft's adapters on it, shaken, saved to another."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    network(name, head).save(tmp_path / "base")
+    cls, task = {"lm": (transformers.AutoModelForCausalLM, "CAUSAL_LM"),
+                 "scalar": (transformers.AutoModelForSequenceClassification, "SEQ_CLS")}[head]
+    return peft, cls.from_pretrained(tmp_path / "base", dtype=torch.float32, pad_token_id=0), task
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_peft_loads_our_adapters_and_we_load_its(tmp_path, monkeypatch, name, head):
+    monkeypatch.chdir(tmp_path)
+    peft, theirs, task = peft_pair(tmp_path, name, head)
+    model = models.load("base", head)
+    adapters.adapt(model, 4, 8.0, "q,v,up")
+    for key, p in model.named_parameters():
+        if p.requires_grad and key != "head.bias":
+            torch.nn.init.normal_(p, std=0.3)
+    adapters.save(model, "ours")
+    loaded = peft.PeftModel.from_pretrained(theirs, "ours").eval()
+
+    def outputs(net):
+        if head == "lm":
+            return net(TOKENS).logits
+        return torch.stack([net(TOKENS[:, :t + 1]).logits[:, 0] for t in range(TOKENS.shape[1])], 1)
+    with torch.no_grad():
+        ours = model(TOKENS) - (model.head.bias if head == "scalar" else 0)
+        torch.testing.assert_close(ours, outputs(loaded), rtol=1e-4, atol=1e-4)
+
+        _, theirs, task = peft_pair(tmp_path, name, head)
+        modules = ["c_attn", "mlp.c_fc"] if name == "gpt2" else ["q_proj", "down_proj"]
+        made = peft.get_peft_model(theirs, peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=modules, task_type=task, fan_in_fan_out=name == "gpt2"))
+        for key, p in made.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(p, std=0.3)
+        made.save_pretrained("theirs")
+        about = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+        about["base_model_name_or_path"] = "base"
+        (tmp_path / "theirs/adapter_config.json").write_text(json.dumps(about))
+        again = models.load("theirs")
+        found = again(TOKENS) - (again.head.bias if head == "scalar" else 0)
+        torch.testing.assert_close(found, outputs(made.eval()), rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------- the stages with them
+
+LORA = "--lora_rank 4 --lora_alpha 8 --lr 3e-3"
+FLAGS = {"sft": f"--init out/sft --evals 1 --batch 64 {LORA}",
+         "reward_model": f"--normalize 16 --batch 32 {LORA}", "dpo": f"--records 40 {LORA}",
+         "ppo": f"--reward out/lora/reward_model --steps 2 --batch 8 --max_new_tokens 8 {LORA}"}
+
+
+@pytest.fixture(scope="module")
+def lora(chain):
+    """Every stage with adapters: the reward model's are saved alone, all others merged."""
+    for stage, flags in FLAGS.items():
+        alone = "--no-merge" if stage == "reward_model" else ""
+        done = script(stage, f"{flags} {alone} --out out/lora/{stage}", chain[0])
+        assert done.returncode == 0, done.stderr
+    return chain[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_adapters(lora, stage, monkeypatch):
+    monkeypatch.chdir(lora)
+    model, base = models.load(f"out/lora/{stage}"), models.load("out/sft")
+    assert bool(model.adapted()) == (stage == "reward_model")
+    weights = dict(base.named_parameters())
+    for name, p in model.named_parameters():
+        is_layer = name.endswith(".weight") and name.split(".")[-2] in adapters.LAYERS
+        if stage == "reward_model" and name.endswith(".B"):
+            assert p.abs().max() > 0
+        elif name in weights and stage != "reward_model":
+            assert torch.equal(p, weights[name]) != is_layer, name
+    rank = torch.linalg.matrix_rank(model.blocks[0].mlp.up.matrix() - base.blocks[0].mlp.up.weight, rtol=1e-3)
+    assert rank == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_with_adapters_ends_in_the_same_weights(lora, stage):
+    alone = "--no-merge" if stage == "reward_model" else ""
+    flags = f"{FLAGS[stage]} {alone} --save_seconds 0 --out out/lora/killed_{stage}"
+    process = subprocess.Popen(**command(stage, flags), cwd=lora,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    checkpoint = lora / f"out/lora/killed_{stage}/resume.safetensors"
+    while process.poll() is None and not checkpoint.exists():
+        pass
+    process.kill()
+    process.wait()
+    assert checkpoint.exists(), process.stderr.read()
+    base = models.load(str(lora / "out/sft"))
+    assert checkpoint.stat().st_size < 1.5 * sum(4 * p.numel() for p in base.parameters())
+    done = script(stage, flags, lora)
+    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    name = "adapter_model.safetensors" if stage == "reward_model" else "model.safetensors"
+    whole, resumed = (lora / f"out/lora/{folder}{stage}/{name}" for folder in ("", "killed_"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_ppo_with_adapters_holds_one_copy_of_the_base(lora, monkeypatch, tmp_path):
+    """Policy, reference, critic and reward model: one frozen base, three sets of adapters, two heads."""
+    monkeypatch.chdir(lora)
+    cfg = ppo.Config(out=str(tmp_path / "run"), lora_rank=4, lora_alpha=8.0, device="cpu", steps=1, warmup=0)
+    nets = {"actor": models.load("out/sft", "lm"),
+            "reference": models.load("out/sft", "lm").requires_grad_(False),
+            "critic": models.load_reward_model("out/lora/reward_model"),
+            "reward": models.load_reward_model("out/lora/reward_model").requires_grad_(False)}
+    Run(cfg, 1).place(*nets.values())
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+            for net in nets.values() for p in net.parameters()}
+    base = sum(4 * p.numel() for p in nets["reference"].parameters())
+    sets = sum(4 * p.numel() for name in ("actor", "critic", "reward")
+               for key, p in nets[name].named_parameters() if key.endswith((".A", ".B")) or "head" in key)
+    assert sum(held.values()) == base + sets
+    actor, critic, reward = (nets[name].blocks[0].mlp.up for name in ("actor", "critic", "reward"))
+    assert not torch.equal(actor.A, critic.A) and torch.equal(critic.A, reward.A)
+    assert critic.A is not reward.A and critic.A.data_ptr() != reward.A.data_ptr()
+
+
+@pytest.fixture(scope="module")
+def lora_together(alone):
+    """The same stages in float64 by one process and by two, under ddp and fsdp."""
+    def commands(where):
+        return [f"{stage}.py --device cpu {flags.replace('out/lora', f'out/{where}')} --micro_batch 8 "
+                f"{'--no-merge' if stage == 'reward_model' else ''} --out out/{where}/{stage}"
+                for stage, flags in FLAGS.items()]
+    in_float64(commands("lora_1"), alone)
+    for kind in KINDS:
+        in_float64([c + f" --parallel {kind}" for c in commands(f"lora_{kind}")], alone, 2)
+    return alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_end_in_the_adapters_of_one(lora_together, stage, kind):
+    name = "adapter_model.safetensors" if stage == "reward_model" else "model.safetensors"
+    ours, theirs = (load_tensors(str(lora_together / f"out/lora_{where}/{stage}/{name}"))
+                    for where in (kind, 1))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-9)
