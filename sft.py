@@ -110,9 +110,9 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, learnt = sum(len(d.ids) for d in examples), sum(sum(d.learn) for d in examples)
-    print(f"{parameters:,} parameters, {len(examples)} demonstrations, "
+    print(f"{parameters:,} parameters to train, {len(examples)} demonstrations, "
           f"{learnt:,} tokens to learn of {tokens:,}")
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)

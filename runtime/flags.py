@@ -50,6 +50,7 @@ class Training(Settings):
     lora_rank: int = flag(0, "r of LoRA: train adapters of this rank beside frozen weights; 0 trains all", 0)
     lora_alpha: float = flag(32.0, "α of LoRA: what adapters add counts α/r", 1e-6)
     lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters")
+    nf4: bool = flag(False, "QLoRA: keep the frozen weights of all layers in 4 bits")
     merge: bool = flag(True, "save adapters merged into the weights, not alone, as PEFT does")
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
                                    "less memory, a third more time")

@@ -83,10 +83,19 @@ class Run(Compute):
     # --------------------------------------------------------------------- before and between steps
 
     def place(self, *models):
-        """Compute.place, with adapters where the flags ask for them."""
+        """Compute.place, with adapters and the frozen weights in 4 bits where the flags ask for them."""
+        cfg = self.cfg
+        if cfg.nf4 and cfg.lora_rank == 0:
+            raise ValueError("--nf4 freezes the weights: train adapters beside them with --lora_rank")
+        if cfg.nf4 and cfg.parallel == "fsdp":
+            raise ValueError("--nf4 under fsdp: shards are cut at rows, and would part packed numbers from "
+                             "the scales of their blocks; ddp holds all packed weights in each process")
+        self.kind = "ddp" if cfg.nf4 else self.kind
         for model in models:
             if not is_frozen(model):
-                adapters.adapt(model, self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.lora_targets)
+                adapters.adapt(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+            if cfg.nf4:
+                model.pack()
         super().place(*models)
 
     def begin(self, step):

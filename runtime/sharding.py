@@ -32,8 +32,8 @@ def to_device(model, device, frozen=None):
     """Move a network, out of the file that still holds it, one parameter at a time. frozen, {name:
     [tensors]}, remembers what never changes: the base under several sets of adapters is held once."""
     for name, p in model.named_parameters():
-        p.data = p.data.to(device, torch.get_default_dtype(), copy=True,
-                           memory_format=torch.contiguous_format)
+        dtype = torch.get_default_dtype() if p.dtype.is_floating_point else p.dtype     # NF4's are bytes
+        p.data = p.data.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         if frozen is not None and not p.requires_grad:
             others = frozen.setdefault(name, [])
             p.data = next((x for x in others if torch.equal(x, p.data)), p.data)

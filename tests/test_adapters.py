@@ -9,7 +9,7 @@ from helpers.start import KINDS, STAGES, command, in_float64, script
 from test_folders import network
 
 import ppo
-from model import GPT, GPTConfig, Linear
+from model import GPT, NF4, GPTConfig, Linear, nf4_levels
 from runtime import Run, adapters, models
 from runtime.safetensors import load_tensors
 
@@ -314,3 +314,113 @@ def test_two_processes_end_in_the_adapters_of_one(lora_together, stage, kind):
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------ 4 bits (QLoRA)
+
+# Dettmers et al. 2023, appendix E.
+NF4_LEVELS = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+              0.7229568362236023, 1.0]
+
+
+def test_nf4_has_the_papers_levels():
+    torch.testing.assert_close(nf4_levels(), torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6)
+
+
+def plainly_packed(W):
+    """The nearest level times the block's largest, number by number; the scales as they are."""
+    numbers, out = W.flatten().tolist(), []
+    for start in range(0, len(numbers), 64):
+        block = numbers[start:start + 64]
+        scale = max(abs(x) for x in block)
+        out += [min(NF4_LEVELS, key=lambda level: abs(level - x / scale)) * scale for x in block]
+    return torch.tensor(out).view(W.shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (5, 13), (300, 77), (96, 1), (700, 64)])
+def test_nf4_packs_to_the_nearest_level_and_its_scales_to_eight_bits(shape):
+    torch.manual_seed(0)
+    W = 0.05 * torch.randn(shape)
+    packed, plain = NF4(W), plainly_packed(W)
+    assert packed().shape == W.shape
+    # Of a block's scale at most a float8's rounding of its distance from the mean is lost: 1/16 of it.
+    blocks = torch.nn.functional.pad(W.flatten(), (0, -W.numel() % 64)).view(-1, 64).abs().amax(1)
+    lost = ((blocks - blocks.mean()).abs().max() / 16 + 1e-4 * blocks.max()) / blocks.min()
+    assert ((packed() - plain).abs() <= lost * plain.abs() + 1e-7).all()
+    if W.numel() > 20000:
+        bits = 8 * sum(p.numel() * p.itemsize for p in packed.parameters()) / W.numel()
+        assert bits < 4.2 and ((packed() - W).std() / W.std()) < 0.1
+
+
+def test_a_packed_layer_computes_and_learns_as_one_with_the_unpacked_weight():
+    torch.manual_seed(0)
+    packed, x = Linear(48, 40), torch.randn(7, 48, requires_grad=True)
+    packed.add_adapter(3, 6.0)
+    torch.nn.init.normal_(packed.B)
+    packed.pack()
+    plain = Linear(48, 40)
+    plain.add_adapter(3, 6.0)
+    plain.load_state_dict({"weight": packed.nf4(), "bias": packed.bias, "A": packed.A, "B": packed.B})
+    results = []
+    for layer in (packed, plain):
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, layer.A, layer.B])])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(packed.matrix(), plain.matrix())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = packed(x)
+        assert y.dtype == torch.bfloat16
+    assert torch.autograd.grad(y.float().sum(), x)[0].dtype == torch.float32
+
+
+def test_the_backward_pass_keeps_no_unpacked_weight():
+    layer, kept = Linear(64, 64, bias=False), []
+    layer.pack()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert max(kept, default=0) < 64 * 64
+
+
+def test_nf4_packs_as_bitsandbytes_does():
+    functional = pytest.importorskip("bitsandbytes").functional
+    torch.manual_seed(0)
+    W = 0.05 * torch.randn(256, 192)
+    codes, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=False)
+    assert torch.equal(codes.flatten(), NF4(W).index)
+    once = functional.dequantize_4bit(codes, state)
+    torch.testing.assert_close(once, plainly_packed(W), rtol=1e-5, atol=1e-7)
+    twice = functional.dequantize_4bit(*functional.quantize_4bit(W, blocksize=64, quant_type="nf4",
+                                                                 compress_statistics=True))
+    # The second rounding is another one (bitsandbytes has 8-bit levels of its own), and about as good.
+    assert (NF4(W)() - once).std() < 0.01 * W.std() and (twice - once).std() < 0.01 * W.std()
+
+
+def test_ppo_in_four_bits_holds_one_packed_base(lora, monkeypatch, tmp_path):
+    monkeypatch.chdir(lora)
+    cfg = ppo.Config(out=str(tmp_path / "run"), lora_rank=4, nf4=True, device="cpu", steps=1, warmup=0)
+    nets = [models.load("out/sft"), models.load("out/sft").requires_grad_(False),
+            models.load_reward_model("out/lora/reward_model")]
+    Run(cfg, 1).place(*nets)
+    assert len({net.blocks[0].mlp.up.nf4.index.data_ptr() for net in nets}) == 1
+    assert torch.equal(nets[0](TOKENS), nets[1](TOKENS))            # the adapters add nothing yet
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs_in_four_bits(lora, stage):
+    done = script(stage, f"{FLAGS[stage]} --nf4 --out out/nf4_{stage}", lora)
+    assert done.returncode == 0, done.stderr
+    model, base = (models.load(str(lora / name)) for name in (f"out/nf4_{stage}", "out/sft"))
+    ours, theirs = model.blocks[0].mlp.up.weight, NF4(base.blocks[0].mlp.up.weight)()
+    assert torch.linalg.matrix_rank(ours - theirs, rtol=1e-3) == 4      # what was trained is what is saved
+
+
+def test_what_four_bits_cannot_do_is_refused(lora):
+    done = script("sft", f"--init out/sft --nf4 --out {lora}/out/refused", lora)
+    assert done.returncode != 0 and "with --lora_rank" in done.stderr
+    done = script("dpo", f"--lora_rank 2 --nf4 --parallel fsdp --out {lora}/out/refused", lora)
+    assert done.returncode != 0 and "--nf4 under fsdp" in done.stderr
+    done = script("sft", f"--lora_rank 2 --out {lora}/out/refused", lora)
+    assert done.returncode == 2 and "name one with --init" in done.stderr
