@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from data import loading, world
-from data.batches import encode_demonstrations, fit
+from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
 from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
 from runtime.compute import row_seeds
@@ -117,10 +117,10 @@ class Contest:
             self.judge = self.load_scorer(cfg.judge)
         self.compute.place(*(net for net in (self.reference, self.scorer, self.judge) if net is not None))
         block_size = self.reference.config.block_size
-        _, prompts = loading.load("prompts", cfg.data)
-        self.prompts = fit(prompts, lambda p: len(self.tokenizer.prompt(p)), block_size - cfg.max_new_tokens,
-                           "held-out prompts")
-        _, demonstrations = loading.load("demonstrations", cfg.demonstrations)
+        _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
+        room = block_size - cfg.max_new_tokens
+        self.prompts = fit_prompts(self.tokenizer, prompts, room, "held-out prompts")
+        _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)
         self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
                                                     "held-out demonstrations")
 

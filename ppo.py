@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from data import loading, world
-from data.batches import encode_demonstrations, fit
+from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
 from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
 
@@ -375,12 +375,13 @@ def train(cfg):
             "critic": load_reward_model(cfg.reward),
             "reward": load_reward_model(cfg.reward).requires_grad_(False)}
     block_size, demonstrations = nets["actor"].config.block_size, None
-    prompts, _ = loading.load("prompts", cfg.data)
+    prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
-    prompts = fit(prompts, lambda p: len(tokenizer.prompt(p)), block_size - cfg.max_new_tokens, "prompts")
+    prompts = fit_prompts(tokenizer, prompts, block_size - cfg.max_new_tokens, "prompts", cfg.max_dropped)
     if cfg.ptx_coef > 0:
-        demonstrations, _ = loading.load("demonstrations", cfg.ptx_data)
-        demonstrations = encode_demonstrations(tokenizer, demonstrations, block_size, "demonstrations")
+        demonstrations, _ = loading.load("demonstrations", cfg.ptx_data, "", cfg.max_dropped)
+        demonstrations = encode_demonstrations(tokenizer, demonstrations, block_size, "demonstrations",
+                                               cfg.max_dropped)
 
     run = Run(cfg, cfg.steps)
     run.place(*nets.values())

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from data import annotators, loading
-from data.batches import batches, encode_comparisons, fit
+from data.batches import batches, encode_comparisons, fit_prompts
 from data.tokenizer import Tokenizer
 from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule, select
 
@@ -141,8 +141,9 @@ def sample_room(model):
 
 def prompts_to_sample(tokenizer, model, preferences):
     """The prompts (lists of ids) that leave room for an answer."""
-    prompts = [tokenizer.prompt(p.prompt) for p in preferences]
-    return fit(prompts, len, model.config.block_size - sample_room(model), "prompts to sample from")
+    room = model.config.block_size - sample_room(model)
+    fitting = fit_prompts(tokenizer, [p.prompt for p in preferences], room, "prompts to sample from")
+    return [tokenizer.prompt(prompt) for prompt in fitting]
 
 
 @torch.no_grad()
@@ -187,10 +188,11 @@ def train(cfg):
     torch.manual_seed(cfg.seed)                                 # before the new head's weights are drawn
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     model = load(cfg.init, "scalar", tokenizer.vocab_size)
-    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out)
+    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out,
+                                                        cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     block_size = model.config.block_size
-    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences")
+    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped)
     held_out = encode_comparisons(tokenizer, held_out_preferences, block_size, "held-out preferences")
     prompts = prompts_to_sample(tokenizer, model, preferences) if cfg.normalize else []
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)

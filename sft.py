@@ -100,11 +100,13 @@ def start(cfg):
 
 
 def train(cfg):
-    conversations, held_out_conversations = loading.load("demonstrations", cfg.data, cfg.held_out)
+    conversations, held_out_conversations = loading.load("demonstrations", cfg.data, cfg.held_out,
+                                                         cfg.max_dropped)
     model, tokenizer = start(cfg)
     loading.warn_if_foreign(tokenizer, conversations, cfg.data, cfg.init)
     block_size = model.config.block_size
-    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations")
+    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations",
+                                     cfg.max_dropped)
     held_out = encode_demonstrations(tokenizer, held_out_conversations, block_size, "held-out demonstrations")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 

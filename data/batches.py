@@ -1,7 +1,7 @@
 """Records as tokens, those that fit, and their order in batches."""
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass
@@ -11,10 +11,21 @@ class Demonstration:
     learn: list                 # bools: true on what the assistant says
 
 
-def encode_demonstrations(tokenizer, conversations, block_size, what):
-    """Conversations (message lists) as Demonstrations: those that fit into block_size tokens."""
-    examples = [Demonstration(*tokenizer.chat(messages)) for messages in conversations]
-    return fit(examples, lambda d: len(d.ids), block_size, what)
+def encode_demonstrations(tokenizer, conversations, block_size, what, max_dropped=1.0):
+    """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""
+    def shorter(messages):
+        rest = without_oldest_turn(messages)
+        return rest if rest and any(m["role"] == "assistant" for m in rest) else None
+
+    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, what, shorter,
+               max_dropped)
+    return [Demonstration(*tokenizer.chat(messages)) for messages in kept]
+
+
+def fit_prompts(tokenizer, prompts, room, what, max_dropped=1.0):
+    """Prompts (message lists) of at most `room` tokens: see fit."""
+    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, what, without_oldest_turn,
+               max_dropped)
 
 
 @dataclass
@@ -42,30 +53,57 @@ class Comparison:
         return [(i, j) for i, j in both_orders if self.ranks[i] < self.ranks[j]]
 
 
-def encode_comparisons(tokenizer, preferences, block_size, what):
-    """Preferences (records.Preference) as Comparisons: those whose longest answer, with its prompt, fits into
-    block_size tokens."""
+def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0):
+    """Preferences (records.Preference) as Comparisons whose longest answer, with its prompt, takes at most
+    block_size tokens: see fit."""
+    def length(p):
+        return len(tokenizer.prompt(p.prompt)) + max(len(tokenizer.response(r)) for r in p.responses)
+
+    def shorter(p):
+        prompt = without_oldest_turn(p.prompt)
+        return replace(p, prompt=prompt) if prompt else None
+
     examples = []
-    for p in preferences:
+    for p in fit(preferences, length, block_size, what, shorter, max_dropped):
         prompt = tokenizer.prompt(p.prompt)
         sequences = [prompt + tokenizer.response(response) for response in p.responses]
         examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin))
-    return fit(examples, lambda c: max(c.lengths), block_size, what)
+    return examples
 
 
-def fit(examples, length, block_size, what):
-    """The examples whose length(example) is at most block_size; prints how many are left out. Raises
-    ValueError if none is left."""
+def without_oldest_turn(messages):
+    """A conversation from its second question on, a system message before it kept; None if it has only one
+    question."""
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    return system + messages[asked[1]:] if len(asked) > 1 else None
+
+
+def fit(examples, length, block_size, what, shorter=lambda example: None, max_dropped=1.0):
+    """The examples with a length of at most block_size. Those that are longer are shortened, by `shorter` as
+    often as it takes, or left out where it returns None; prints how many of either. Raises ValueError if none
+    is left, or if more than max_dropped, a share of all, would be left out."""
     if not examples:
         raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
-    kept = [e for e in examples if length(e) <= block_size]
+    kept, cut = [], 0
+    for example in examples:
+        rest = example
+        while rest is not None and length(rest) > block_size:
+            rest = shorter(rest)
+        if rest is not None:
+            kept.append(rest)
+            cut += rest is not example
+    dropped, limit = len(examples) - len(kept), f"{block_size} tokens (block_size)"
     if not kept:
-        raise ValueError(f"none of the {len(examples)} {what} fits into {block_size} tokens (block_size)")
-    too_long = len(examples) - len(kept)
-    if too_long:
-        print(f"{too_long} of {len(examples)} {what} are longer than {block_size} tokens (block_size): "
-              "left out")
+        raise ValueError(f"none of the {len(examples)} {what} fits into {limit}")
+    if cut:
+        print(f"{cut} of {len(examples)} {what} are longer than {limit}: without their oldest turns")
+    if dropped > max_dropped * len(examples):
+        raise ValueError(f"{dropped} of {len(examples)} {what} are longer than {limit}: more than "
+                         f"--max_dropped {max_dropped:g} of them")
+    if dropped:
+        print(f"{dropped} of {len(examples)} {what} are longer than {limit}: left out")
     return kept
 
 

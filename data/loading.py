@@ -62,11 +62,11 @@ def preference(item, rng, panel):
     return {"prompt": item.prompt, "responses": answers, "ranks": ranks}
 
 
-def load(kind, data, held_out=""):
+def load(kind, data, held_out="", max_dropped=0.0):
     """(training records, held-out records) of a kind: "demonstrations", "preferences" or "prompts".
 
     data is "world" (made now if it is not there yet) or a file; held_out is a second file. A file that stands
-    alone holds out every tenth of its records, the same ones for every stage.
+    alone holds out every tenth of its records, the same ones for every stage. max_dropped: see records.py.
     """
     read = READERS[kind]
     if data == "world":
@@ -78,11 +78,12 @@ def load(kind, data, held_out=""):
         if not held_out:
             held_out = f"{WORLD}/{kind}_heldout.jsonl"
     if held_out:
-        train, rest = read(data), read(held_out)
+        train, rest = read(data, max_dropped), read(held_out, max_dropped)
     else:
-        whole = read(data)
+        whole = read(data, max_dropped)
         train = [record for i, record in enumerate(whole) if i % 10 != 9]
         rest = whole[9::10]
+    train, rest = ([record for record in part if record is not None] for part in (train, rest))
     if kind == "preferences":
         return without_ties(train), without_ties(rest)
     return train, rest

@@ -15,8 +15,13 @@
 
 A prompt is text or a list of messages whose last is the user's, an answer text or a list with the assistant's
 message. "input" is optional, and so is a "margin" beside "chosen" and "rejected". Files may also be .parquet,
-where pyarrow is installed. Each reader returns all records of a file or raises RecordError naming file,
-line and field: a bad record stops a run before it trains on anything.
+where pyarrow is installed.
+
+Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fields) say that the file is not
+what it is taken for: they stop a run before it trains on anything, all of them counted and the first few
+named. Real files also hold records that are well formed and no use (an empty turn, conversations that do not
+share their prompt, the same answer chosen and rejected): each is None in what a reader returns, and more of
+them than max_dropped, a share of all records, stop the run too.
 """
 import gzip
 import json
@@ -44,23 +49,28 @@ class UnknownShape(RecordError):
     """A field of the record itself is missing. The reader adds which shapes it accepts."""
 
 
-def read_demonstrations(path):
+class Unusable(RecordError):
+    """A record that is well formed, and of no use."""
+
+
+def read_demonstrations(path, max_dropped=0.0):
     """Conversations to imitate: a list of message lists, each with something the assistant says."""
     shapes = ("demonstrations have messages, conversations, prompt and response or completion, "
               "instruction and output, or chosen")
-    return _read(path, _demonstration, shapes)
+    return _read(path, _demonstration, shapes, max_dropped)
 
 
-def read_preferences(path):
+def read_preferences(path, max_dropped=0.0):
     """Comparisons: a list of Preference."""
     shapes = ("preferences have prompt, chosen and rejected; prompt, responses and ranks; "
               "instruction, chosen and rejected; or chosen and rejected as messages or transcripts")
-    return _read(path, _preference, shapes)
+    return _read(path, _preference, shapes, max_dropped)
 
 
-def read_prompts(path):
+def read_prompts(path, max_dropped=0.0):
     """Prompts without answers: a list of message lists. Records that hold more than a prompt serve too."""
-    return _read(path, _prompt, "prompts have prompt, instruction, messages, conversations or chosen")
+    shapes = "prompts have prompt, instruction, messages, conversations or chosen"
+    return _read(path, _prompt, shapes, max_dropped)
 
 
 def write(path, records):
@@ -71,20 +81,37 @@ def write(path, records):
     os.replace(aside, path)
 
 
-def _read(path, parse, shapes):
-    out = []
+def _read(path, parse, shapes, max_dropped):
+    out, malformed, unusable = [], [], []
     for where, record in _objects(path):
         try:
+            if isinstance(record, RecordError):
+                raise record
             if not isinstance(record, dict):
                 raise RecordError(f"expected an object, found {_kind(record)}")
             out.append(parse(record))
-        except UnknownShape as e:
-            raise RecordError(f"{path}, {where}: {e} ({shapes})") from None
+        except Unusable as e:
+            unusable.append(f"{where}: {e}")
+            out.append(None)
         except RecordError as e:
-            raise RecordError(f"{path}, {where}: {e}") from None
+            known = f" ({shapes})" if isinstance(e, UnknownShape) and not malformed else ""
+            malformed.append(f"{where}: {e}{known}")
+    total = len(out) + len(malformed)
+    if malformed:
+        count = f" ({len(malformed)} of {total} records are malformed)" if len(malformed) > 1 else ""
+        raise RecordError(f"{path}, {first_few(malformed)}{count}")
     if not out:
         raise RecordError(f"{path}: no records")
+    if unusable:
+        what = f"{len(unusable)} of {total} records of no use"
+        if len(unusable) > max_dropped * total:
+            raise RecordError(f"{path}, {first_few(unusable)} ({what}, --max_dropped is {max_dropped:g})")
+        print(f"{path}: {what} are left out: {first_few(unusable)}")
     return out
+
+
+def first_few(texts, n=3):
+    return "; ".join(texts[:n]) + ("; ..." if len(texts) > n else "")
 
 
 def _objects(path):
@@ -116,7 +143,7 @@ def _objects(path):
             try:
                 yield f"line {i}", json.loads(line)
             except (ValueError, RecursionError) as e:
-                raise RecordError(f"{path}, line {i}: not JSON: {e}") from None
+                yield f"line {i}", RecordError(f"not JSON: {e}")
 
 
 def _parquet(path):
@@ -154,7 +181,7 @@ def _check_text(value, name, empty=False):
     if not isinstance(value, str):
         raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
     if not value.strip() and not empty:
-        raise RecordError(f'field "{name}" is empty')
+        raise Unusable(f'field "{name}" is empty')
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise RecordError(f'field "{name}": holds half of a surrogate pair, which is no character')
     return value
@@ -220,7 +247,7 @@ def _asked(value, name):
     messages = _messages(value, name)
     last = messages[-1]["role"]
     if last != "user":
-        raise RecordError(f'field "{name}": the last message must be the user\'s, not the {last}\'s')
+        raise Unusable(f'field "{name}": the last message must be the user\'s, not the {last}\'s')
     return messages
 
 
@@ -241,7 +268,7 @@ def _demonstration(record):
         raise UnknownShape('field "response" is missing')
     messages = _one_of(readings)
     if not any(m["role"] == "assistant" for m in messages):
-        raise RecordError(f'field "{next(iter(readings))}": the assistant says nothing')
+        raise Unusable(f'field "{next(iter(readings))}": the assistant says nothing')
     return messages
 
 
@@ -269,14 +296,15 @@ def _preference(record):
         return Preference(prompt, responses, ranks)
     chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
     if chosen[:-1] != rejected[:-1] or not chosen[:-1] or chosen[-2]["role"] != "user":
-        raise RecordError('fields "chosen" and "rejected": '
-                          "the conversations must share all but the last answer")
+        raise Unusable('fields "chosen" and "rejected": '
+                       "the conversations must share all but the last answer")
+    if chosen == rejected:
+        raise Unusable('fields "chosen" and "rejected" are the same')
     margin = record.get("margin", 0.0)
     if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
         raise RecordError('field "margin": expected a number from 0 to 1000000')
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    ranks = [1, 1] if answers[0] == answers[1] else [1, 2]          # the same answer twice is a tie
-    return Preference(chosen[:-1], answers, ranks, float(margin))
+    return Preference(chosen[:-1], answers, [1, 2], float(margin))
 
 
 def _chosen(record):
@@ -295,7 +323,7 @@ def _conversation(record, field):
         return _prompt(record) + [_said(text)] if has_prompt else _transcript(text, field)
     messages = _messages(record[field], field)
     if messages[-1]["role"] != "assistant":
-        raise RecordError(f'field "{field}": the last message must be the assistant\'s')
+        raise Unusable(f'field "{field}": the last message must be the assistant\'s')
     if has_prompt and messages[:-1] and isinstance(record.get("prompt"), str):
         # UltraFeedback: the prompt's text stands beside a conversation that holds it.
         if all(m["content"] != record["prompt"] for m in messages[:-1]):
@@ -316,6 +344,6 @@ def _transcript(text, field):
         raise RecordError(f'field "{field}": with no "prompt", expected a transcript of Human: and '
                           "Assistant: turns that ends with the assistant's")
     if not all(contents):
-        raise RecordError(f'field "{field}": a turn is empty')
+        raise Unusable(f'field "{field}": a turn is empty')
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[s], "content": c} for s, c in zip(speakers, contents)]

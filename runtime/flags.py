@@ -21,8 +21,10 @@ def flag(default, help, low=None, high=None, choices=None):
 @dataclasses.dataclass
 class Settings:
     """The flags of every script that runs networks. None of them changes a result, apart from rounding, but
-    `seed` and `precision`."""
+    `seed`, `precision` and `max_dropped`."""
     out: str = flag("out/run", "folder that the run writes")
+    max_dropped: float = flag(0.01, "share of a file's records that may be left out, of no use or too "
+                              "long; more stop the run", 0, 1)
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "

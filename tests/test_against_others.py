@@ -18,9 +18,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data import loading
+from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
 from ppo import gae, policy_loss, value_loss
+from runtime import pad
 
 B, T = 6, 11
 
@@ -152,3 +155,26 @@ def test_gpt2s_greedy_continuations_are_those_of_transformers(both):
         want = theirs.generate(prompt[None, :length], attention_mask=torch.ones(1, length), max_new_tokens=20,
                                min_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert row[m].tolist() == want[0, length:].tolist()
+
+
+@pytest.mark.skipif(not os.environ.get("MODEL"), reason="MODEL names no folder with a model of yours")
+def test_your_models_greedy_answers_are_those_of_transformers():
+    """MODEL=folder DATA=file python -m pytest -s tests/test_against_others.py: ten held-out prompts of a
+    file, through the tokenizer, the chat template and the network of either side, 64 tokens."""
+    transformers = pytest.importorskip("transformers")
+    folder = os.environ["MODEL"]
+    _, prompts = loading.load("prompts", os.environ["DATA"], max_dropped=1.0)
+    model, tokenizer = GPT.load(folder), Tokenizer.load(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.prompt(messages) for messages in prompts[:10]]
+    tokens, mask, _ = model.generate(pad(ids), torch.tensor([len(x) for x in ids]), 64, temperature=0,
+                                     stop_token=tokenizer.end)
+    for messages, prompt, row, m in zip(prompts, ids, tokens, mask):
+        asked = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
+                                                    return_tensors="pt")
+        found = theirs.generate(**asked, max_new_tokens=64, do_sample=False)[0]
+        assert found[:len(prompt)].tolist() == prompt
+        want = their_tokenizer.decode(found[len(prompt):], skip_special_tokens=True)
+        assert tokenizer.decode(row[m].tolist()) == want
+        print(f"{messages[-1]['content']!r} -> {want!r}")

@@ -12,6 +12,8 @@ from data.batches import (
     encode_comparisons,
     encode_demonstrations,
     fit,
+    fit_prompts,
+    without_oldest_turn,
 )
 from data.records import Preference
 from data.tokenizer import learn
@@ -23,6 +25,43 @@ def test_fit_keeps_what_fits_and_says_what_does_not(capsys):
     assert fit(["a", "abc", "ab"], len, 2, "answers") == ["a", "ab"]
     out = capsys.readouterr().out
     assert "1 of 3 answers" in out and "2 tokens" in out and "block_size" in out
+
+
+def test_fit_shortens_what_can_be_and_stops_where_too_much_is_lost(capsys):
+    def shorter(text):
+        return text[1:] if text[0] == "-" else None
+    assert fit(["a", "--bc", "abc"], len, 2, "answers", shorter, 0.5) == ["a", "bc"]
+    out = capsys.readouterr().out
+    assert "1 of 3 answers are longer than 2 tokens" in out and "1 of 3 answers" in out
+    with pytest.raises(ValueError, match="1 of 3 answers are longer than 2 tokens .*--max_dropped 0.3 "):
+        fit(["a", "--bc", "abc"], len, 2, "answers", shorter, 0.3)
+
+
+U1, A1, U2, A2, S = [{"role": role, "content": text} for role, text in (
+    ("user", "What is it?"), ("assistant", "A cat."), ("user", "Why?"), ("assistant", "It is."),
+    ("system", "Be kind."))]
+
+
+@pytest.mark.parametrize("messages, rest", [
+    ([U1, A1, U2, A2], [U2, A2]), ([S, U1, A1, U2], [S, U2]), ([U1, A1], None), ([S, U1], None),
+    ([U1, A1, A2, U2, A1, U1], [U2, A1, U1])])
+def test_the_oldest_turn_goes_whole_and_a_system_message_stays(messages, rest):
+    assert without_oldest_turn(messages) == rest
+
+
+def test_what_is_too_long_loses_whole_turns_from_the_left(capsys):
+    tok = learn(["What is it? It is a cat."], 300)
+    short, long = [U2, A2], [U1, A1, U2, A2]
+    room = len(tok.chat(long)[0]) - 1
+    assert encode_demonstrations(tok, [long, short], room, "demonstrations") == [
+        Demonstration(*tok.chat(short))] * 2
+    p = Preference([U1, A1, U2], ["A cat.", "A"], [2, 1])
+    [found] = encode_comparisons(tok, [p], len(tok.prompt(p.prompt)), "preferences")
+    assert found.sequences[0] == tok.prompt([U2]) + tok.response("A cat.")
+    assert fit_prompts(tok, [p.prompt, [U2]], len(tok.prompt([U2])), "prompts") == [[U2], [U2]]
+    assert capsys.readouterr().out.count("without their oldest turns") == 3
+    with pytest.raises(ValueError, match="none of the 1 demonstrations"):     # an answer is never cut
+        encode_demonstrations(tok, [long + [U1]], len(tok.chat([U1])[0]), "demonstrations")
 
 
 def test_fit_refuses_when_nothing_fits():

@@ -180,7 +180,7 @@ def test_a_missing_folder_or_tensor_file_is_one_line(tmp_path):
 
 # ------------------------------------------------------------------------- families, and transformers
 
-SHAPE = dict(vocab_size=97, block_size=64, n_layer=2, n_head=4, n_embd=32, mlp_hidden=48)
+SHAPE = dict(vocab_size=97, block_size=80, n_layer=2, n_head=4, n_embd=32, mlp_hidden=48)
 LLAMA = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", bias=False, n_kv_head=2)
 SCALED = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 MODELS = {
@@ -398,19 +398,21 @@ def test_logits_scores_and_greedy_answers_are_those_of_transformers(tmp_path, na
                         module.forward = exact_rms_norm(module)
                     if hasattr(module, "inv_freq"):
                         module.forward = exact_rotation(model)
-            for row, n in zip(tokens, lengths.tolist()):
+            with torch.no_grad():                       # ours: rows of all lengths in one batch
+                batch = model(tokens) if head == "lm" else model.score(tokens, lengths)
+            for row, n, found in zip(tokens, lengths.tolist(), batch):
                 with torch.no_grad():
-                    found, want = model(row[None, :n]), theirs(row[None, :n]).logits
+                    want = theirs(row[None, :n]).logits[0]
                 if head == "scalar":
-                    found, want = model.score(row[None, :n], torch.tensor([n])), want[0] + model.head.bias
-                torch.testing.assert_close(found, want, rtol=0, atol=tolerance)
+                    found, want = found[None], want + model.head.bias
+                torch.testing.assert_close(found[:n], want, rtol=0, atol=tolerance)
     model = network(name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", dtype=torch.float32)
-    found, _, _ = model.generate(tokens[:, :8], torch.tensor([8, 3, 5, 7]), 40, temperature=0)
+    found, _, _ = model.generate(tokens[:, :8], torch.tensor([8, 3, 5, 7]), 64, temperature=0)
     for row, n in zip(found, (8, 3, 5, 7)):
-        want = theirs.generate(row[None, :n], max_new_tokens=40, do_sample=False, eos_token_id=None,
+        want = theirs.generate(row[None, :n], max_new_tokens=64, do_sample=False, eos_token_id=None,
                                attention_mask=torch.ones(1, n, dtype=torch.int64))
-        assert torch.equal(row[:n + 40], want[0])
+        assert torch.equal(row[:n + 64], want[0])
 
 
 def exact_rotation(model):

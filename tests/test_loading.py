@@ -90,11 +90,22 @@ def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch
 
 def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
     path = str(tmp_path / "pairs.jsonl")
-    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"}
+    records.write(path, [{"prompt": str(i), "responses": ["a", "b"], "ranks": [1, 1 if i in (3, 19) else 2]}
                          for i in range(20)])
     train, held_out = loading.load("preferences", path)
     assert len(train) == 17 and [p.prompt[-1]["content"] for p in held_out] == ["9"]
     assert "1 of 18 comparisons are ties" in capsys.readouterr().out
+
+
+def test_what_is_of_no_use_is_left_out_but_counts_in_what_is_held_out(tmp_path, capsys):
+    path = str(tmp_path / "pairs.jsonl")
+    records.write(path, [{"prompt": str(i), "chosen": "a", "rejected": "a" if i in (3, 19) else "b"}
+                         for i in range(20)])
+    train, held_out = loading.load("preferences", path, max_dropped=0.1)
+    assert len(train) == 17 and [p.prompt[-1]["content"] for p in held_out] == ["9"]
+    assert "2 of 20 records of no use are left out: line 4: " in capsys.readouterr().out
+    with pytest.raises(records.RecordError, match="--max_dropped is 0.05"):
+        loading.load("preferences", path, max_dropped=0.05)
 
 
 def test_a_file_alone_holds_out_every_tenth_record(tmp_path):

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from data.records import Preference, RecordError, write
@@ -333,6 +333,7 @@ def one_field_spoilt(folder, good, wrong, missing, extra):
     """A good record is read as it stands, whatever else it holds; with one field wrong or missing it is
     refused, and the line names that field."""
     read, record, field = good
+    assume(record.get("chosen") is None or record["chosen"] != record["rejected"])
     path = folder / "spoilt.jsonl"
     path.write_text(json.dumps(record | extra))
     [found] = read(path)
@@ -365,9 +366,51 @@ def test_a_line_of_a_million_characters_is_a_record_like_any_other(tmp_path):
     assert len(str(e.value)) < 300
 
 
-@pytest.mark.parametrize("record", [
-    {**PAIR, "chosen": "b"}, {"chosen": HH + "x", "rejected": HH + "x "}, {**RANKED, "ranks": [1, 1]}])
-def test_a_tie_is_read_as_one(folder, record):
+def test_a_tie_is_read_as_one(folder):
     path = folder / "tie.jsonl"
-    path.write_text(json.dumps(record) + "\n")
+    path.write_text(json.dumps({**RANKED, "ranks": [1, 1]}) + "\n")
     assert preferences(path)[0].ranks == [1, 1]
+
+
+# ------------------------------------------------------------------------------- bad rows of real files
+
+def lines(folder, *records):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(r + "\n" if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_malformed_records_are_all_counted_and_the_first_few_named(folder, capsys):
+    path = lines(folder, PAIR, "{", {"prompt": 1, "chosen": "a", "rejected": "b"}, {"prompt": "a"}, [],
+                 {**PAIR, "chosen": ""})
+    with pytest.raises(RecordError, match=r"rows.jsonl, line 2: not JSON: .*; line 3: field \"prompt\": .*; "
+                                          r"line 4: .*; \.\.\. \(4 of 6 records are malformed\)$") as e:
+        preferences(path, 1.0)
+    assert "\n" not in str(e.value) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("useless, said", [
+    ({**PAIR, "chosen": " "}, '"chosen" is empty'), ({**PAIR, "chosen": PAIR["rejected"]}, "are the same"),
+    ({"chosen": HH + "x", "rejected": HH + "x "}, "are the same"),
+    ({"chosen": HH, "rejected": HH + "x"}, "a turn is empty"),
+    ({"chosen": HH + "x", "rejected": "y" + HH + "x"}, None),
+    ({"chosen": HH + "x", "rejected": HH.replace("Human: ", "Human: y") + "x"}, "share all but the last"),
+    ({"chosen": [USER], "rejected": [USER, NO]}, "must be the assistant's")])
+def test_records_of_no_use_are_left_out_up_to_a_share(folder, capsys, useless, said):
+    path = lines(folder, *[PAIR] * 99, useless)
+    if said is None:
+        with pytest.raises(RecordError, match="line 100: "):
+            preferences(path, 1.0)
+        return
+    found = preferences(path, 0.01)
+    assert len(found) == 100 and found[99] is None and None not in found[:99]
+    printed = capsys.readouterr().out
+    assert "1 of 100 records of no use are left out: line 100: " in printed and said in printed
+    with pytest.raises(RecordError, match=r"line 100: .*\(1 of 100 records of no use, --max_dropped is 0"):
+        preferences(path, 0.009)
+
+
+def test_no_more_than_a_few_records_of_no_use_are_named(folder, capsys):
+    preferences(lines(folder, *[PAIR] * 5, *[{**PAIR, "chosen": ""}] * 5), 0.5)
+    printed = capsys.readouterr().out
+    assert "5 of 10" in printed and "line 8: " in printed and "line 9: " not in printed and "; ..." in printed

@@ -1,11 +1,14 @@
 """Text to tokens and back: nothing is lost, nothing in a text controls, and only the assistant's words are
 learnt."""
+import itertools
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import tiktoken
+from helpers.start import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -212,9 +215,14 @@ def test_the_merges_of_a_token_are_the_pair_that_an_encoder_finds():
 
 # Held against transformers, which reads what was saved here.
 
-def tokenizers(folder):
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def tokenizers():
     yield TOK
-    yield Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), TOK.pattern, system='Say "é".\n{{ x }}')
+    yield Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), LLAMA3_PATTERN, system='Say "é".\n{{ x }}')
+    yield Tokenizer(TOK.ranks, dict(TOK.special), LLAMA3_PATTERN.replace("{1,3}", ""))              # Qwen's
     yield Tokenizer(TOK.ranks, dict(TOK.special), GPT2_PATTERN)
     if os.path.exists(GPT2):
         yield Tokenizer.gpt2()
@@ -223,16 +231,19 @@ def tokenizers(folder):
 
 
 def test_ids_and_templates_are_those_of_transformers(tmp_path):
-    """20,000 texts each: words, punctuation, whitespace, digits, many alphabets."""
+    """100,000 texts each: the lines of this project, and random ones of words, punctuation, whitespace,
+    digits and many alphabets."""
     transformers = pytest.importorskip("transformers")
     rng = random.Random(0)
     pieces = ["the", "Paris", " ", "  ", "\n", "\n\n", "\t", "1", "23", "2024", "'s", "'ll", "!", "...", "é",
               "日本", "Ω", "ß", "мир", "🙂", "a", "B", "_", "-", "(", "don't", "\r\n", "½", "x\u0301"]
-    for i, tok in enumerate(tokenizers(tmp_path)):
+    real = [line for path in Path(ROOT).rglob("*.[pm][yd]") if ".venv" not in path.parts
+            for line in path.read_text().splitlines() if "<|" not in line]      # theirs reads control tokens
+    for i, tok in enumerate(tokenizers()):
         tok.save(tmp_path / str(i))
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i))
-        for _ in range(20000):
-            text = "".join(rng.choices(pieces, k=rng.randint(0, 15)))
+        made = ("".join(rng.choices(pieces, k=rng.randint(0, 15))) for _ in range(100_000 - len(real)))
+        for text in itertools.chain(real, made):
             assert theirs.encode(text, add_special_tokens=False) == tok.encode(text), repr(text)
         for messages in ([{"role": "user", "content": "Hi \"you\""}],
                          [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é\n?"},
