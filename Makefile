@@ -3,7 +3,8 @@
 # make test     the fast tests, and ruff
 # make quick    only the tests of the losses and the known answers         (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (over an hour)
-# make real DATA=preferences.json     SFT, reward model and DPO on real text
+# make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
+# make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 #
 # All of them set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
 # SEED=1 make demo takes another seed, for the world, the weights and the sampling.
@@ -11,7 +12,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds test quick proofs real clean
+.PHONY: demo seeds test quick proofs real scratch clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -28,11 +29,19 @@ seeds: .venv/ready
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed && cp out/report.json out/seeds/$$seed.json || exit 1; done
 	$(PY) docs/seeds.py out/seeds/0.json out/seeds/1.json out/seeds/2.json
 
-# The same stages on real text with GPT-2's tokenizer: make real DATA=some_preferences.json
+LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision bfloat16
 real: .venv/ready
-	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --lr 1e-3 --out out/real/sft
-	$(PY) reward_model.py --data $(DATA) --init out/real/sft --out out/real/reward_model --epochs 2
-	$(PY) dpo.py --data $(DATA) --init out/real/sft --out out/real/dpo --records 0
+	$(PY) reward_model.py $(LORA) --epochs 2 --lr 3e-4 --no-merge --out out/real/reward_model
+	$(PY) dpo.py $(LORA) --records 0 --lr 2e-4 --out out/real/dpo
+	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 2e-4 \
+	    --critic_lr 2e-4 --kl_coef 0.02 --kl_target 8 --kl_horizon 400 --out out/real/ppo
+	$(PY) evaluate.py $(MODEL) out/real/dpo out/real/ppo --data $(DATA) --demonstrations $(DATA) --best_of 0 \
+	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 --out out/real
+
+scratch: .venv/ready
+	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --lr 1e-3 --out out/scratch/sft
+	$(PY) reward_model.py --data $(DATA) --init out/scratch/sft --out out/scratch/reward_model --epochs 2
+	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --out out/scratch/dpo --records 0
 
 test: .venv/ready
 	$(PY) -m ruff check .

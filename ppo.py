@@ -243,19 +243,23 @@ def approximate_kl(logprobs, old_logprobs, mask):
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
 
-def ppo_loss(cfg, nets, b):
-    """The loss on some answers of a rollout, and what a person watches: {name: mean over their tokens}."""
-    mask = b["mask"]
-    logprobs, entropy = nets["actor"].logprobs(b["tokens"], mask, cfg.temperature, entropy=True,
-                                               entropy_grad=cfg.entropy_coef > 0)
-    values = state_values(nets["critic"], b["tokens"], mask)
-    policy, clipped = policy_loss(logprobs, b["old_logprobs"], b["advantages"], mask, cfg.clip)
-    value = value_loss(values, b["old_values"], b["returns"], mask, cfg.value_clip)
-    entropy = masked_mean(entropy, mask)
-    value_clipped = masked_mean(((values - b["old_values"]).abs() > cfg.value_clip).float(), mask)
-    return {"loss": policy - cfg.entropy_coef * entropy + value,    # of two networks: gradients do not mix
-            "policy_loss": policy, "value_loss": value, "entropy": entropy, "clipped": clipped,
-            "value_clipped": value_clipped, "approx_kl": approximate_kl(logprobs, b["old_logprobs"], mask)}
+def actor_loss(cfg, actor, b):
+    """The policy's loss on some answers of a rollout, and what a person watches: {name: mean over their
+    tokens}."""
+    logprobs, entropy = actor.logprobs(b["tokens"], b["mask"], cfg.temperature, entropy=True,
+                                       entropy_grad=cfg.entropy_coef > 0)
+    loss, clipped = policy_loss(logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip)
+    entropy = masked_mean(entropy, b["mask"])
+    return {"loss": loss - cfg.entropy_coef * entropy, "policy_loss": loss, "entropy": entropy,
+            "clipped": clipped, "approx_kl": approximate_kl(logprobs, b["old_logprobs"], b["mask"])}
+
+
+def critic_loss(cfg, critic, b):
+    """The same for the critic."""
+    values = state_values(critic, b["tokens"], b["mask"])
+    loss = value_loss(values, b["old_values"], b["returns"], b["mask"], cfg.value_clip)
+    beyond = ((values - b["old_values"]).abs() > cfg.value_clip).float()
+    return {"loss": loss, "value_loss": loss, "value_clipped": masked_mean(beyond, b["mask"])}
 
 
 def ptx_loss(cfg, run, actor, demonstrations):
@@ -274,9 +278,13 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
     prevent that: it takes away a token's own gradient, but what other tokens teach moves its ρ further."""
     # Computes the losses and their gradients, some rows at a time. A row weighs as much as it has tokens, so
     # that each token counts alike, whichever rows it is computed with.
-    stats = run.accumulate(lambda some: ppo_loss(cfg, nets, select(batch, some)), rows,
-                           weights=batch["mask"][rows].sum(1), lengths=batch["lengths"][rows])
-    del stats["loss"]                                   # the sum of two networks' losses says nothing
+    # One network after the other: what a backward pass needs is in memory for one of them at a time.
+    weights, lengths = batch["mask"][rows].sum(1), batch["lengths"][rows]
+    stats = run.accumulate(lambda some: actor_loss(cfg, nets["actor"], select(batch, some)), rows,
+                           weights, lengths)
+    stats |= run.accumulate(lambda some: critic_loss(cfg, nets["critic"], select(batch, some)), rows,
+                            weights, lengths)
+    del stats["loss"]                                   # the critic's, which is value_loss
     if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
         optimizers["actor"].zero_grad()
         optimizers["critic"].zero_grad()

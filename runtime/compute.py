@@ -117,15 +117,15 @@ class Compute:
                     block.compile(dynamic=True)
             if is_distributed() and (self.kind == "fsdp" or not is_frozen(model)):
                 if self.kind == "ddp":
-                    to_device(model, self.device, self.frozen)
+                    to_device(model, self.device, self.frozen, self.bfloat16)
                 shard(model, self.kind, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
                 if self.kind == "ddp":
                     self.copies.append(model)
             elif cfg.offload and is_frozen(model):
-                to_device(model, "cpu")
+                to_device(model, "cpu", None, self.bfloat16)
                 model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
             else:
-                to_device(model, self.device, self.frozen)
+                to_device(model, self.device, self.frozen, self.bfloat16)
 
     def fetch(self, model):
         """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""

@@ -225,14 +225,15 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
     ...} for config.json, by which others know where an answer ends."""
     _, family = find_family(model.config)
     plain = skeleton(model.config, model.head_kind)
-    shapes, parts = plain.state_dict(), layout(plain, family)
+    shapes, parts, dtype = plain.state_dict(), layout(plain, family), model.token_embedding.weight.dtype
     score_bias = whole(model.head.bias).item() if model.head_kind == "scalar" else None
 
     def value(name):
         """Of a parameter, on the CPU; adapters are merged."""
         module, kind = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         is_matrix = kind == "weight" and isinstance(module, Linear)
-        return (module.matrix(whole) if is_matrix else whole(getattr(module, kind))).detach().cpu()
+        x = module.matrix(whole) if is_matrix else whole(getattr(module, kind))
+        return x.detach().to("cpu", dtype)
 
     def assemble(theirs):
         x = torch.cat([value(name) for name in parts[theirs]])
@@ -243,7 +244,7 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
         return
     os.makedirs(folder, exist_ok=True)
     write_config(model, folder, score_bias, tokens or {})
-    about, dtype = {}, model.token_embedding.weight.dtype
+    about = {}
     for theirs, ours in parts.items():
         shape = (sum(shapes[name].shape[0] for name in ours), *shapes[ours[0]].shape[1:])
         about[theirs] = dtype, shape[::-1] if is_transposed(theirs, family) else shape

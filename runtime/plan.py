@@ -97,7 +97,6 @@ class Plan:
         self.P_trained, self.P_frozen = (sum(net.all for net in nets) for nets in (self.trained, self.frozen))
         self.shards = cfg.processes if cfg.parallel == "fsdp" else 1
         self.has_others = cfg.processes > 1
-        self.has_logits = self.trained[0].head == "lm"
         self.minibatches, self.epochs = (PPO_MINIBATCHES, PPO_EPOCHS) if cfg.stage == "ppo" else (1, 1)
         self.passes = math.ceil(cfg.batch / self.minibatches / self.N / cfg.micro_batch)  # per optimiser step
         self.without_gradients = (12 * self.P_trained + 4 * self.P_frozen) / self.shards
@@ -109,12 +108,7 @@ class Plan:
         embeddings' gradients are, and while sampling."""
         backward, end, sampling = self.backward(), self.end_of_backward(), self.sampling()
         return {"state": self.without_gradients + self.gradients, "backward": backward, "sampling": sampling,
-                "peak": self.without_gradients + max(self.earlier_gradients() + backward, end, sampling),
-                "sent per step": self.sent()}
-
-    def earlier_gradients(self):
-        """Those of the step's other forward passes, if it has any."""
-        return self.gradients if self.passes > 1 else 0
+                "peak": self.without_gradients + max(backward, end, sampling), "sent per step": self.sent()}
 
     def activations(self):
         """Bytes that the backward pass needs per token: (of a block, of a block's input)."""
@@ -138,48 +132,57 @@ class Plan:
         return max(2 * ends + block, ends + ahead) * self.b
 
     def backward(self):
-        """The most that a forward and backward pass needs, apart from the state."""
+        """The most that a forward and backward pass needs, apart from the rest of the state: gradients,
+        too."""
+        return max(self.backward_of(net, earlier) for net, earlier in self.one_after_the_other())
+
+    def one_after_the_other(self):
+        """(network, bytes of the gradients that are there before its passes) of each that is trained."""
+        earlier = 0
+        for net in self.trained:
+            yield net, earlier
+            earlier += 4 * net.all / self.shards
+
+    def backward_of(self, net, earlier):
         cfg, shape, b = self.cfg, self.shape, self.b
         tokens = cfg.micro_batch * cfg.length
         of_block, of_input = self.activations()
         kept, recomputed = tokens * shape.n_layer * of_block, 0
         if cfg.checkpoint_blocks:
             kept, recomputed = tokens * shape.n_layer * of_input, tokens * of_block
-        logits = tokens * cfg.learnt * shape.vocab_size * 4 if self.has_logits else 0
         # In a block's backward pass: gradients of what is inside; with other processes its parameters'
         # gradients, and in float32 those of the block before, in transit.
         hidden = shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1)
         inside = recomputed + tokens * (hidden + 2 * shape.n_embd) * b
         if self.has_others:
-            inside += self.trained[0].block * (b + 4)
-        waiting, moments = kept * len(self.trained) + logits, []
-        for net in reversed(self.trained):                              # the critic's turn comes first
-            left, half = 0, 0
-            if self.passes == 1:
-                left = 4 * net.all / self.shards                    # its gradients, if none were there before
-            if net.head == "lm":
-                if shape.tied:
-                    half = self.embedding                           # its gradient waits for its other half
-                moments.append(waiting + 2 * logits + self.embedding - half)    # the head's gradient
-                waiting -= logits
-            moments.append(waiting - kept / shape.n_layer + inside + half)      # in the last block
-            moments.append(waiting - kept + left + inside + half)               # in the first block
-            waiting += left - kept
-        return self.cast_weights() + self.gathered(self.trained[0].ends) + max(moments)
+            inside += net.block * (b + 4)
+        gradients, half, moments = 4 * net.all / self.shards, 0, []
+        if self.passes > 1:                                         # its own are there from the first on
+            earlier, gradients = earlier + gradients, 0
+        if net.head == "lm":
+            logits = tokens * cfg.learnt * shape.vocab_size * 4
+            if shape.tied:
+                half = self.embedding                               # its gradient waits for its other half
+            moments.append(kept + 3 * logits + self.embedding - half)               # the head's gradient
+        moments.append(kept - kept / shape.n_layer + inside + half)                 # in the last block
+        moments.append(gradients + inside + half)                                   # in the first block
+        return earlier + self.cast_weights(net) + self.gathered(net.ends) + max(moments)
 
-    def cast_weights(self):
+    def cast_weights(self, net):
         """Autocast's copies of all weights, which one process without shards keeps for its backward pass."""
-        return self.P_trained * self.b if not self.has_others and self.b < 4 else 0
+        return net.all * self.b if not self.has_others and self.b < 4 else 0
 
     def end_of_backward(self):
         """When the embedding's gradient is made: both halves of a tied one and their sum, or that of the
         lookup alone; with other processes also all that is in transit."""
-        block, ends = self.trained[0].block, self.trained[0].ends
-        need = self.embedding * (3 if self.shape.tied and self.has_logits else 1)
-        if self.has_others:
-            need = max(need + (ends + block) * self.b, ends * (self.b + 4 + 4 / self.shards))
-            need += 4 * sum(net.ends for net in self.trained[1:])       # the critic's wait for the actor's
-        return need + self.gradients
+        most = 0
+        for net, earlier in self.one_after_the_other():
+            need = self.embedding * (3 if self.shape.tied and net.head == "lm" else 1)
+            if self.has_others:
+                need = max(need + (net.ends + net.block) * self.b,
+                           net.ends * (self.b + 4 + 4 / self.shards))
+            most = max(most, earlier + 4 * net.all / self.shards + need)
+        return most
 
     def sampling(self):
         """The most that sampling needs, apart from the state: weights, cache, activations of one token."""
@@ -197,7 +200,7 @@ class Plan:
         if is_sharded:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
         elif stage == "ppo":
-            weights = self.cast_weights() * lm.all / self.P_trained
+            weights = self.cast_weights(lm)
         if stage == "sft":                                              # a few answers, one at a time
             return weights
         kv = shape.n_kv_head * (shape.n_embd // shape.n_head)

@@ -252,7 +252,8 @@ class Run(Compute):
             tokenizer.save(aside)
             self.keep(aside, facts)
         processes.barrier()                                     # nobody leaves before the files are there
-        print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s", flush=True)
+        print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
+              f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)
 
     def keep(self, aside, facts):
         for name in sorted(os.listdir(aside)):
@@ -263,8 +264,20 @@ class Run(Compute):
             self.board.close()
         ended = time.time()
         write_json(os.path.join(self.cfg.out, "run.json"),
-                   {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1), **facts})
+                   {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
+                    "peak_memory": peak_memory(self.device), **facts})
         self.checkpoints.remove()                     # last: killed before, the run goes on and ends the same
+
+
+def peak_memory(device):
+    """The most bytes that this process has held: of the GPU's memory, or else of the machine's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def collect(x):

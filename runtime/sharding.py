@@ -28,15 +28,18 @@ def choose(kind, models, device):
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
 
-def to_device(model, device, frozen=None):
+def to_device(model, device, frozen=None, bfloat16=False):
     """Move a network, out of the file that still holds it, one parameter at a time. frozen, {name:
-    [tensors]}, remembers what never changes: the base under several sets of adapters is held once."""
+    [tensors]}, remembers what never changes: the base under several sets of adapters is held once. bfloat16:
+    products are, so a frozen matrix that is so in its file stays so."""
     for name, p in model.named_parameters():
         dtype = torch.get_default_dtype() if p.dtype.is_floating_point else p.dtype     # NF4's are bytes
+        if bfloat16 and not p.requires_grad and p.dim() == 2 and name.startswith("blocks."):
+            dtype = torch.bfloat16 if p.dtype == torch.bfloat16 else dtype
         p.data = p.data.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         if frozen is not None and not p.requires_grad:
             others = frozen.setdefault(name, [])
-            p.data = next((x for x in others if torch.equal(x, p.data)), p.data)
+            p.data = next((x for x in others if x.dtype == dtype and torch.equal(x, p.data)), p.data)
             others.append(p.data)
 
 

@@ -10,7 +10,7 @@ from test_folders import network
 
 import ppo
 from model import GPT, NF4, GPTConfig, Linear, nf4_levels
-from runtime import Run, adapters, models
+from runtime import Run, adapters, models, sharding
 from runtime.safetensors import load_tensors
 
 TOKENS = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -290,6 +290,27 @@ def test_ppo_with_adapters_holds_one_copy_of_the_base(lora, monkeypatch, tmp_pat
     actor, critic, reward = (nets[name].blocks[0].mlp.up for name in ("actor", "critic", "reward"))
     assert not torch.equal(actor.A, critic.A) and torch.equal(critic.A, reward.A)
     assert critic.A is not reward.A and critic.A.data_ptr() != reward.A.data_ptr()
+
+
+def test_with_bfloat16_products_a_frozen_matrix_of_bfloat16_stays_so(tmp_path):
+    """Half the memory, and the same numbers: autocast would round it to what it is in the file."""
+    network("llama").bfloat16().save(tmp_path / "base")
+    outputs = []
+    for bfloat16 in (False, True):
+        model = models.load(str(tmp_path / "base"))
+        torch.manual_seed(0)
+        adapters.adapt(model, 2, 4.0, ALL)
+        sharding.to_device(model, "cpu", {}, bfloat16)
+        for name, p in model.named_parameters():
+            stays = bfloat16 and name.startswith("blocks.") and p.dim() == 2 and name.endswith(".weight")
+            assert p.dtype == (torch.bfloat16 if stays else torch.float32), name
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(TOKENS))
+    assert torch.equal(*outputs)
+    model.save(tmp_path / "again")
+    assert load_tensors(str(tmp_path / "again/model.safetensors"))["lm_head.weight"].dtype == torch.float32
+    before, after = (models.load(str(tmp_path / name)).float() for name in ("base", "again"))
+    assert torch.equal(before(TOKENS), after(TOKENS))
 
 
 @pytest.fixture(scope="module")

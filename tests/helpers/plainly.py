@@ -6,6 +6,7 @@ row (model.uniform), the tokenizer, the order of batches, and the world's judge.
 """
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,8 +96,24 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def fits(model, longest):
-    return longest <= model.config.block_size
+def that_fit(conversations, takes, room):
+    """Message lists without as many of their oldest turns as it takes; those that are no use then are left
+    out."""
+    kept = []
+    for messages in conversations:
+        first = 1 if messages[0]["role"] == "system" else 0
+        questions = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        for start in [first, *questions[1:]]:
+            rest = messages[:first] + messages[start:]
+            if takes(rest) <= room:
+                kept.append(rest)
+                break
+    return kept
+
+
+def conversations_that_fit(model, tokenizer, conversations):
+    found = that_fit(conversations, lambda c: len(tokenizer.chat(c)[0]), model.config.block_size)
+    return [tokenizer.chat(c) for c in found if any(m["role"] == "assistant" for m in c)]
 
 
 def ordered_pairs(ranks):
@@ -115,8 +132,7 @@ def learnt_logprobs(model, conversation):
 
 def sft(cfg, model, tokenizer, conversations, held_out):
     """Trains the model. Returns a line {name: number} per step."""
-    data, held_out = ([c for c in map(tokenizer.chat, part) if fits(model, len(c[0]))]
-                      for part in (conversations, held_out))
+    data, held_out = (conversations_that_fit(model, tokenizer, part) for part in (conversations, held_out))
     total = cfg.epochs * math.ceil(len(data) / cfg.batch)
     optimizer, lines = AdamW(model, cfg.weight_decay, max_norm=cfg.max_norm), []
     for step, batch in enumerate(batches([len(ids) for ids, _ in data], cfg.batch, cfg.epochs, cfg.seed)):
@@ -131,7 +147,7 @@ def sft(cfg, model, tokenizer, conversations, held_out):
 
 
 def sft_held_out(model, tokenizer, held_out):
-    held_out = [c for c in map(tokenizer.chat, held_out) if fits(model, len(c[0]))]
+    held_out = conversations_that_fit(model, tokenizer, held_out)
     return -mean([x.item() for c in held_out for x in learnt_logprobs(model, c)])
 
 
@@ -154,7 +170,12 @@ def longest_sequence(tokenizer, preference):
 def comparisons_that_fit(model, tokenizer, preferences):
     """Those that say something, and fit."""
     some = [p for p in preferences if len(set(p.ranks)) > 1]
-    return [p for p in some if fits(model, longest_sequence(tokenizer, p))]
+    kept = []
+    for p in some:
+        prompts = that_fit([p.prompt], lambda prompt: longest_sequence(tokenizer, replace(p, prompt=prompt)),
+                           model.config.block_size)
+        kept += [replace(p, prompt=prompt) for prompt in prompts]
+    return kept
 
 
 def log_sigmoid(x):
@@ -214,8 +235,9 @@ def scale(cfg, model, sft_model, tokenizer, preferences, steps):
     deviation."""
     size = model.config.block_size
     room = min(64, size // 2)
-    prompts = [tokenizer.prompt(p.prompt) for p in preferences if len(set(p.ranks)) > 1]
-    prompts = [ids for ids in prompts if len(ids) <= size - room]
+    prompts = that_fit([p.prompt for p in preferences if len(set(p.ranks)) > 1],
+                       lambda messages: len(tokenizer.prompt(messages)), size - room)
+    prompts = [tokenizer.prompt(messages) for messages in prompts]
     rng = begin(cfg, steps)
     chosen = rng.choices(prompts, k=cfg.normalize)
     seeds, scores = [rng.getrandbits(62) for _ in chosen], []
@@ -368,8 +390,9 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations):
     """Trains actor and critic. Returns a line {name: number} per step."""
     actor, critic = (AdamW(nets[name], eps=1e-5, max_norm=cfg.max_norm) for name in ("actor", "critic"))
     beta, lines = cfg.kl_coef, []
-    prompts = [p for p in prompts if fits(nets["actor"], len(tokenizer.prompt(p)) + cfg.max_new_tokens)]
-    demonstrations = [c for c in map(tokenizer.chat, demonstrations) if fits(nets["actor"], len(c[0]))]
+    prompts = that_fit(prompts, lambda p: len(tokenizer.prompt(p)) + cfg.max_new_tokens,
+                       nets["actor"].config.block_size)
+    demonstrations = conversations_that_fit(nets["actor"], tokenizer, demonstrations)
     for step in range(cfg.steps):
         rng = begin(cfg, step)
         chosen = rng.choices(prompts, k=cfg.batch)
