@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import tiktoken
 
+from runtime.adapters import base_of
 from runtime.models import find
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -158,6 +159,8 @@ class Tokenizer:
         Raises ValueError naming what cannot be read."""
         if not os.path.isdir(source):
             source = find(source)
+        if not os.path.exists(os.path.join(source, "tokenizer.json")) and base_of(source):
+            source = find(base_of(source))                          # adapters, whose model has it
         try:
             with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as f:
                 about = json.load(f)

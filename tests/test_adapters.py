@@ -9,6 +9,7 @@ from helpers.start import KINDS, STAGES, command, in_float64, script
 from test_folders import network
 
 import ppo
+from data.tokenizer import Tokenizer, learn
 from model import GPT, NF4, GPTConfig, Linear, nf4_levels
 from runtime import Run, adapters, models, sharding
 from runtime.safetensors import load_tensors
@@ -145,6 +146,19 @@ def test_a_folder_of_adapters_comes_back_as_it_was(tmp_path, monkeypatch, name, 
     torch.testing.assert_close(models.load("merged")(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
     other = models.load("adapters", "lm" if head == "scalar" else "scalar")
     assert len(other.adapted()) == len(model.adapted())
+
+
+def test_adapters_without_a_tokenizer_have_that_of_their_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network("llama").save("base")
+    learn(["What is it? A cat."], 290).save("base")
+    model = models.load("base")
+    adapters.adapt(model, 2, 4.0, "q")
+    adapters.save(model, "adapters")
+    assert Tokenizer.load("adapters").ranks == Tokenizer.load("base").ranks
+    (tmp_path / "base/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="base: no tokenizer here"):
+        Tokenizer.load("adapters")
 
 
 def test_adapters_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
