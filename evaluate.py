@@ -110,7 +110,8 @@ class Contest:
     def __init__(self, cfg, first):
         """first: folder of the model to beat."""
         self.cfg, self.compute, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(first)
-        self.reference, self.scorer, self.judge = load(first).requires_grad_(False), None, None
+        self.reference = load(first, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
+        self.scorer, self.judge = None, None
         if os.path.exists(cfg.reward):
             self.scorer = self.load_scorer(cfg.reward)
         if cfg.judge != "world":
@@ -166,7 +167,7 @@ class Contest:
                           sft_loss)
 
     def enter_checkpoint(self, number, folder):
-        model = load(folder).requires_grad_(False)
+        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
         self.compute.place(model)
         print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
         answers = self.answers(model, self.cfg.samples, noise=number)
@@ -339,8 +340,9 @@ def write_report(cfg, contestants, prompts, curve):
 @torch.no_grad()
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
-    tokenizer, model, messages = Tokenizer.load(folder), load(folder).requires_grad_(False), []
-    Compute(cfg).place(model)
+    tokenizer, compute, messages = Tokenizer.load(folder), Compute(cfg), []
+    model = load(folder, vocab_size=tokenizer.vocab_size).requires_grad_(False)
+    compute.place(model)
     if model.head_kind != "lm":
         raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
     print(f"talking to {folder}; an empty line starts anew, Ctrl-D ends")
@@ -363,7 +365,8 @@ def chat(cfg, folder):
             messages = []
             continue
         prompt, length = (torch.tensor([x], device=model.device) for x in (ids, len(ids)))
-        tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
+        with compute.autocast():
+            tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
         print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
 
@@ -377,7 +380,7 @@ def evaluate(cfg):
         return chat(cfg, folder)
     folders = cfg.models
     if not folders:
-        folders = [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/config.json")] or DEFAULT_MODELS[:1]
+        folders = [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/tokenizer.json")] or DEFAULT_MODELS[:1]
     for folder in folders:
         find(folder)
     if cfg.judge == "world" and cfg.data != "world":

@@ -276,9 +276,9 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
 
     It is not, if the policy is already more than update_kl from the one that sampled. The clip does not
     prevent that: it takes away a token's own gradient, but what other tokens teach moves its ρ further."""
-    # Computes the losses and their gradients, some rows at a time. A row weighs as much as it has tokens, so
-    # that each token counts alike, whichever rows it is computed with.
-    # One network after the other: what a backward pass needs is in memory for one of them at a time.
+    # Gradients, some rows at a time; a row weighs as much as it has tokens, so that each token counts alike,
+    # whichever rows it is computed with. One network after the other: what a backward pass needs is then in
+    # memory for one of them at a time.
     weights, lengths = batch["mask"][rows].sum(1), batch["lengths"][rows]
     stats = run.accumulate(lambda some: actor_loss(cfg, nets["actor"], select(batch, some)), rows,
                            weights, lengths)

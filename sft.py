@@ -77,6 +77,8 @@ def show_samples(model, tokenizer, run, conversations, first, n=3):
     for number in range(first, first + n):
         messages = conversations[number % len(conversations)]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if last == 0:                                           # it speaks before anybody has asked
+            continue
         prompt = tokenizer.prompt(messages[:last])
         room = min(64, model.config.block_size - len(prompt))
         if room < 1:

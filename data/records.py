@@ -234,9 +234,9 @@ def _prompt(record):
             messages = _messages(record[field], field)
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
-            return _asked(messages, field)
+            return _ends_with_the_user(messages, field)
     if "chosen" in record:
-        return _chosen(record)[:-1]
+        return _ends_with_the_user(_conversation(record, "chosen")[:-1], "chosen")
     raise UnknownShape('field "prompt" is missing')
 
 
@@ -244,9 +244,12 @@ def _asked(value, name):
     """A prompt: text, or a list of messages whose last is the user's."""
     if not isinstance(value, list):
         return [{"role": "user", "content": _check_text(value, name)}]
-    messages = _messages(value, name)
-    last = messages[-1]["role"]
-    if last != "user":
+    return _ends_with_the_user(_messages(value, name), name)
+
+
+def _ends_with_the_user(messages, name):
+    if not messages or messages[-1]["role"] != "user":
+        last = messages[-1]["role"] if messages else "assistant"
         raise Unusable(f'field "{name}": the last message must be the user\'s, not the {last}\'s')
     return messages
 
@@ -259,11 +262,11 @@ def _demonstration(record):
     if "response" in record:
         readings["response"] = lambda: _prompt(record) + [_said(_text(record, "response"))]
     if "completion" in record:
-        readings["completion"] = lambda: _prompt(record) + _answer(record["completion"], "completion")
+        readings["completion"] = lambda: _answer(record["completion"], "completion", _prompt(record))
     if "prompt" not in record and not readings and {"instruction", "output"} & record.keys():
         readings["output"] = lambda: _prompt(record) + [_said(_text(record, "output"))]
     if "chosen" in record and not {"prompt", "instruction"} & record.keys():
-        readings["chosen"] = lambda: _chosen(record)
+        readings["chosen"] = lambda: _conversation(record, "chosen")
     if not readings:
         raise UnknownShape('field "response" is missing')
     messages = _one_of(readings)
@@ -276,9 +279,18 @@ def _said(text):
     return {"role": "assistant", "content": text}
 
 
-def _answer(value, name):
-    """An answer: text, or a list with the assistant's message in it, as messages."""
-    return _messages(value, name) if isinstance(value, list) else [_said(_check_text(value, name))]
+def _answer(value, name, prompt):
+    """A prompt with its answer: text, or a list of messages that begins with the assistant's."""
+    if not isinstance(value, list):
+        return [*prompt, _said(_check_text(value, name))]
+    return _follows(_messages(value, name), name, prompt)
+
+
+def _follows(messages, name, prompt):
+    if messages[0]["role"] != "assistant":
+        raise RecordError(f'field "{name}": after the prompt the assistant must speak, not the '
+                          f"{messages[0]['role']}")
+    return prompt + messages
 
 
 def _preference(record):
@@ -307,11 +319,6 @@ def _preference(record):
     return Preference(chosen[:-1], answers, [1, 2], float(margin))
 
 
-def _chosen(record):
-    """The conversation with the better answer."""
-    return _conversation(record, "chosen")
-
-
 def _conversation(record, field):
     """A whole conversation, whose last message is the answer: the prompt with a text, with a list of messages
     that goes on from it or begins with it; or without a prompt such a list, or a transcript."""
@@ -331,7 +338,7 @@ def _conversation(record, field):
     elif has_prompt:
         prompt = _prompt(record)
         if messages[:len(prompt)] != prompt:
-            messages = prompt + messages
+            messages = _follows(messages, field, prompt)
     return messages
 
 

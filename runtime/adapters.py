@@ -14,7 +14,8 @@ from runtime.safetensors import load_tensors, save_tensors
 LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."                # of all names in a file of adapters
-UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "layers_to_transform", "layer_replication")
+UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "layers_to_transform", "layer_replication",
+               "alora_invocation_tokens")
 
 
 def adapt(model, rank, alpha, targets):
@@ -23,12 +24,15 @@ def adapt(model, rank, alpha, targets):
     targets = set(targets.split(","))
     if unknown := sorted(targets - set(LAYERS)):
         raise ValueError(f"--lora_targets: {unknown[0]!r} is none of {', '.join(LAYERS)}")
-    wanted = {name: rank for name, layer in model.named_modules()
+    wanted = {name: (rank, alpha / max(1, rank)) for name, layer in model.named_modules()
               if isinstance(layer, Linear) and name.split(".")[-1] in targets}
+    if rank > 0 and not wanted:
+        raise ValueError(f"--lora_targets: the model has no {', '.join(sorted(targets))}")
     adapted = model.adapted()
-    if rank == 0 or {name: len(layer.A) for name, layer in adapted.items()} != wanted:
+    if rank == 0 or {name: (len(layer.A), layer.scale) for name, layer in adapted.items()} != wanted:
         for layer in adapted.values():
             layer.merge()
+            model.folder = ""                                           # it is no folder's model any more
         model.requires_grad_(True)
         if rank > 0:
             model.add_adapters(rank, alpha, targets)
@@ -36,6 +40,15 @@ def adapt(model, rank, alpha, targets):
         model.token_embedding.requires_grad_(True)
         if model.head_kind == "lm" and not model.config.tied:
             model.head.requires_grad_(True)
+
+
+def check_alone(model):
+    """Raise ValueError if a network's adapters cannot be saved without the rest."""
+    if model.has_new_tokens:
+        raise ValueError("--no-merge: a folder of adapters cannot hold the tokens that are new in this model")
+    if not model.folder:
+        raise ValueError("--no-merge: the adapters of --init have another shape, and were merged into "
+                         "weights that no folder holds: take their rank, alpha and layers, or save merged")
 
 
 # ------------------------------------------------------------------------------------ folders of adapters
@@ -51,7 +64,12 @@ def read_config(folder):
     try:
         with open(path, encoding="utf-8") as f:
             about = json.load(f)
-        about["base_model_name_or_path"], about["lora_alpha"], about["task_type"]           # must be there
+        about["lora_alpha"], about["task_type"]                                     # must be there
+        if not about["base_model_name_or_path"]:
+            raise ValueError("base_model_name_or_path is empty: write the name of their model there")
+        if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ValueError(f"init_lora_weights {about['init_lora_weights']!r} changes the base, and is not "
+                             "supported")
         if about["peft_type"] != "LORA" or about.get("bias", "none") != "none":
             raise ValueError("only LoRA without biases is supported")
         for key in UNSUPPORTED:
@@ -80,12 +98,12 @@ def load(model, folder):
     model.add_adapters(1, 1.0, ())                                      # freezes the rest
     for theirs, layers in places(model):
         A, B = (tensors.pop(f"{theirs}.lora_{letter}.weight", None) for letter in "AB")
-        if A is None or B is None:
+        if A is None and B is None:
             continue
-        rows = [layer.out_features for layer in layers]
-        if A.dim() != 2 or A.shape[1] != layers[0].in_features or B.shape != (sum(rows), len(A)):
+        rows, width = [layer.out_features for layer in layers], layers[0].in_features
+        if A is None or B is None or A.shape != (len(A), width) or B.shape != (sum(rows), len(A)):
             raise ValueError(f"{path}: the adapter of {theirs} does not fit the model")
-        alpha = next((alpha for pattern, alpha in about.get("alpha_pattern", {}).items()
+        alpha = next((alpha for pattern, alpha in (about.get("alpha_pattern") or {}).items()
                       if re.fullmatch(rf"(.*\.)?({pattern})", theirs)), about["lora_alpha"])
         for layer, part in zip(layers, B.split(rows)):
             own = (part != 0).any(0) | ~(B != 0).any(0)         # not what adds to its neighbours alone
@@ -94,6 +112,8 @@ def load(model, folder):
                 layer.A, layer.B = Parameter(A[own]), Parameter(part[:, own].contiguous())
     score = tensors.pop("score.weight", None)
     if model.head_kind == "scalar" and score is not None:
+        if score.shape != model.head.weight.shape:
+            raise ValueError(f"{path}: the score does not fit the model")
         bias = torch.tensor([about.get("score_bias", 0.0)])
         model.head.load_state_dict({"weight": score, "bias": bias})
     if tensors:
@@ -102,8 +122,6 @@ def load(model, folder):
 
 def save(model, folder, whole=lambda x: x, write=True):
     """Write a network's adapters, and its scalar head, as PEFT does. whole and write: as in folders.save."""
-    if model.has_new_tokens:
-        raise ValueError("--no-merge: a folder of adapters cannot hold the tokens that are new in this model")
     tensors, ranks, alphas = {}, {}, {}
     for theirs, layers in places(model):
         if not any(layer.scale for layer in layers):

@@ -63,7 +63,7 @@ def named_files(cfg):
     for name, value in vars(cfg).items():
         if name == "out" or not isinstance(value, str) or not value:
             continue
-        endings = (".safetensors", "tokenizer.json")
+        endings = (".safetensors", "tokenizer.json", "adapter_config.json")
         if value == "world":
             value, endings = WORLD, (*endings, ".jsonl")
         if os.path.isdir(value):

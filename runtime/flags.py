@@ -28,7 +28,7 @@ class Settings:
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "
-                          "Weights stay float32", choices=("auto", "float32", "bfloat16"))
+                          "Trained weights stay float32", choices=("auto", "float32", "bfloat16"))
     micro_batch: int = flag(32, "sequences per forward pass: lower it if memory runs out", 1)
     micro_tokens: int = flag(0, "tokens per forward pass, padding included; 0 sets no bound on them", 0)
     sample_batch: int = flag(256, "answers sampled at once, each of which needs its part of the KV cache", 1)
@@ -53,7 +53,7 @@ class Training(Settings):
     lora_alpha: float = flag(32.0, "α of LoRA: what adapters add counts α/r", 1e-6)
     lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters")
     nf4: bool = flag(False, "QLoRA: keep the frozen weights of all layers in 4 bits")
-    merge: bool = flag(True, "save adapters merged into the weights, not alone, as PEFT does")
+    merge: bool = flag(True, "merge adapters into the saved weights; --no-merge saves them alone, for PEFT")
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
                                    "less memory, a third more time")
 

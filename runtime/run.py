@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -94,6 +95,8 @@ class Run(Compute):
         for model in models:
             if not is_frozen(model):
                 adapters.adapt(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+                if cfg.lora_rank > 0 and not cfg.merge:
+                    adapters.check_alone(model)
             if cfg.nf4:
                 model.pack()
         super().place(*models)
@@ -244,6 +247,8 @@ class Run(Compute):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)            # of a run that was killed here
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
         else:
@@ -256,7 +261,12 @@ class Run(Compute):
               f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)
 
     def keep(self, aside, facts):
-        for name in sorted(os.listdir(aside)):
+        written = os.listdir(aside)
+        for name in ("config.json", "model.safetensors", adapters.CONFIG, adapters.WEIGHTS):
+            if name not in written:                             # of an earlier run that saved the other kind
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.cfg.out, name))
+        for name in sorted(written):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
         os.rmdir(aside)
         self.metrics.close()

@@ -8,6 +8,8 @@ parallel, on a mesh of N copies of one shard, or of N shards:
     fsdp    every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
             parameters when it is the block's turn
 """
+import weakref
+
 import torch
 
 from runtime.processes import total, world_size
@@ -30,17 +32,17 @@ def choose(kind, models, device):
 
 def to_device(model, device, frozen=None, bfloat16=False):
     """Move a network, out of the file that still holds it, one parameter at a time. frozen, {name:
-    [tensors]}, remembers what never changes: the base under several sets of adapters is held once. bfloat16:
-    products are, so a frozen matrix that is so in its file stays so."""
+    parameters}, remembers what never changes: the base under several sets of adapters is held once. bfloat16:
+    whether products are computed in it; then a frozen matrix that is stored in it is not widened."""
     for name, p in model.named_parameters():
         dtype = torch.get_default_dtype() if p.dtype.is_floating_point else p.dtype     # NF4's are bytes
         if bfloat16 and not p.requires_grad and p.dim() == 2 and name.startswith("blocks."):
             dtype = torch.bfloat16 if p.dtype == torch.bfloat16 else dtype
         p.data = p.data.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         if frozen is not None and not p.requires_grad:
-            others = frozen.setdefault(name, [])
-            p.data = next((x for x in others if x.dtype == dtype and torch.equal(x, p.data)), p.data)
-            others.append(p.data)
+            others = frozen.setdefault(name, weakref.WeakSet())     # a network that is gone frees its memory
+            p.data = next((x.data for x in others if x.dtype == dtype and torch.equal(x, p)), p.data)
+            others.add(p)
 
 
 def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=True):
@@ -64,7 +66,8 @@ def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=Tru
     for module in (*model.blocks, model):
         for p in module.parameters():
             # A file of bfloat16, or of matrices the other way round (GPT-2's), is made ours in its turn.
-            p.data = p.data.to(device, torch.get_default_dtype()).contiguous()
+            if p not in apart:
+                p.data = p.data.to(device, torch.get_default_dtype()).contiguous()
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered
         # parameters.
         fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting,

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers.start import KINDS, STAGES, command, in_float64, script
+from helpers.start import KINDS, STAGES, assert_close, command, in_float64, script
 from test_folders import network
 
 import ppo
@@ -94,12 +94,15 @@ def test_only_the_adapters_and_a_scalar_head_are_trained(name, head, targets):
         {"q", "k", "v", "out", "up", "down"} if name == "gpt2" else set(ALL.split(",")))
     with pytest.raises(ValueError, match="--lora_targets: 'query' is none of q, k, v"):
         adapters.adapt(model, 3, 1.0, "q,query")
+    if name == "gpt2":
+        with pytest.raises(ValueError, match="--lora_targets: the model has no gate"):
+            adapters.adapt(model, 3, 1.0, "gate")
 
 
 def test_adapters_of_the_same_shape_go_on_and_others_are_merged():
     model = shaken("llama")
     before, kept = model(TOKENS), [layer.B.clone() for layer in model.adapted().values()]
-    adapters.adapt(model, 4, 99.0, ALL)
+    adapters.adapt(model, 4, 8.0, ALL)
     assert all(torch.equal(layer.B, B) and layer.scale == 2.0
                for layer, B in zip(model.adapted().values(), kept))
     adapters.adapt(model, 2, 6.0, "q,v")
@@ -108,6 +111,8 @@ def test_adapters_of_the_same_shape_go_on_and_others_are_merged():
     adapters.adapt(model, 0, 6.0, ALL)
     torch.testing.assert_close(model(TOKENS), before)
     assert not model.adapted() and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="--no-merge: the adapters of --init have another shape"):
+        adapters.check_alone(model)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -118,7 +123,7 @@ def test_new_tokens_are_trained_beside_the_adapters(tmp_path, tied):
     assert model.token_embedding.weight.requires_grad and (tied or model.head.weight.requires_grad)
     assert not model.position_embedding.weight.requires_grad
     with pytest.raises(ValueError, match="--no-merge: .* tokens that are new"):
-        adapters.save(model, str(tmp_path / "adapters"))
+        adapters.check_alone(model)
 
 
 # ------------------------------------------------------------------------------------- their folders
@@ -169,7 +174,9 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch)
     adapters.save(model, "adapters")
     right = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
     for change, said in [({"peft_type": "IA3"}, "only LoRA"), ({"use_dora": True}, "use_dora is not"),
-                         ({"bias": "all"}, "without biases"),
+                         ({"bias": "all"}, "without biases"), ({"alora_invocation_tokens": [1]}, "alora"),
+                         ({"init_lora_weights": "pissa"}, "changes the base"),
+                         ({"base_model_name_or_path": ""}, "is empty"),
                          ({"base_model_name_or_path": "no"}, "no model in"),
                          ({"lora_alpha": None}, "'lora_alpha' is missing")]:
         wrong = {key: x for key, x in (right | change).items() if x is not None}
@@ -435,12 +442,37 @@ def test_nf4_packs_as_bitsandbytes_does():
 
 def test_ppo_in_four_bits_holds_one_packed_base(lora, monkeypatch, tmp_path):
     monkeypatch.chdir(lora)
-    cfg = ppo.Config(out=str(tmp_path / "run"), lora_rank=4, nf4=True, device="cpu", steps=1, warmup=0)
+    cfg = ppo.Config(out=str(tmp_path / "run"), lora_rank=4, lora_alpha=8.0, nf4=True, device="cpu", steps=1,
+                     warmup=0)
     nets = [models.load("out/sft"), models.load("out/sft").requires_grad_(False),
             models.load_reward_model("out/lora/reward_model")]
     Run(cfg, 1).place(*nets)
     assert len({net.blocks[0].mlp.up.nf4.index.data_ptr() for net in nets}) == 1
     assert torch.equal(nets[0](TOKENS), nets[1](TOKENS))            # the adapters add nothing yet
+
+
+@pytest.fixture(scope="module")
+def nf4_together(lora):
+    commands = [f"ppo.py --device cpu {FLAGS['ppo']} --nf4 --micro_batch 4 --out out/nf4_{n}" for n in (1, 2)]
+    in_float64(commands[:1], lora)
+    in_float64([commands[1] + " --parallel ddp"], lora, 2)
+    return lora
+
+
+def test_two_processes_in_four_bits_end_in_the_weights_of_one(nf4_together):
+    assert_close(nf4_together / "out/nf4_1", nf4_together / "out/nf4_2")
+
+
+def test_a_folder_never_holds_the_weights_of_two_runs(lora):
+    """The other kind that an earlier run saved there goes, and so does what a killed one left."""
+    (lora / "out/both/new").mkdir(parents=True)
+    (lora / "out/both/new/model.safetensors").write_text("left")
+    for flags, there, gone in (("--no-merge", "adapter_model", "model"), ("", "model", "adapter_model")):
+        done = script("dpo", f"{FLAGS['dpo']} {flags} --out out/both", lora)
+        assert done.returncode == 0, done.stderr
+        files = {path.name for path in (lora / "out/both").iterdir()}
+        assert f"{there}.safetensors" in files and f"{gone}.safetensors" not in files
+    models.load(str(lora / "out/both"))
 
 
 @pytest.mark.parametrize("stage", STAGES)

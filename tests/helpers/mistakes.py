@@ -255,7 +255,7 @@ MISTAKES = {
     "runtime/sharding.py": [
         ("each network has a base of its own", "if frozen is not None and not p.requires_grad:", "if False:"),
         ("other weights are taken for the base",
-         "if x.dtype == dtype and torch.equal(x, p.data)), p.data)", "if True), p.data)"),
+         "if x.dtype == dtype and torch.equal(x, p)), p.data)", "if True), p.data)"),
     ],
     "runtime/compute.py": [
         ("a filler counts", "share = 0.0 if is_filler else", "share ="),
