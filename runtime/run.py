@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from collections import Counter
@@ -247,26 +246,24 @@ class Run(Compute):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")
-        if processes.is_first():
-            shutil.rmtree(aside, ignore_errors=True)            # of a run that was killed here
+        others = ("config.json", "model.safetensors")           # of a run that saved the other kind of folder
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
+            others = (adapters.CONFIG, adapters.WEIGHTS)
         else:
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
+            for path in (os.path.join(folder, name) for folder in (aside, self.cfg.out) for name in others):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
             self.keep(aside, facts)
         processes.barrier()                                     # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
               f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)
 
     def keep(self, aside, facts):
-        written = os.listdir(aside)
-        for name in ("config.json", "model.safetensors", adapters.CONFIG, adapters.WEIGHTS):
-            if name not in written:                             # of an earlier run that saved the other kind
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.cfg.out, name))
-        for name in sorted(written):
+        for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
         os.rmdir(aside)
         self.metrics.close()
