@@ -31,6 +31,7 @@ seeds: .venv/ready
 
 LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision bfloat16
 real: .venv/ready
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make real needs MODEL=folder and DATA=file"; exit 2; }
 	$(PY) reward_model.py $(LORA) --epochs 2 --lr 3e-4 --no-merge --out out/real/reward_model
 	$(PY) dpo.py $(LORA) --records 0 --epochs 2 --lr 3e-4 --nll_coef 1 --out out/real/dpo
 	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 2e-4 \
@@ -39,6 +40,7 @@ real: .venv/ready
 	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 --out out/real
 
 scratch: .venv/ready
+	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }
 	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --lr 1e-3 --out out/scratch/sft
 	$(PY) reward_model.py --data $(DATA) --init out/scratch/sft --out out/scratch/reward_model --epochs 2
 	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --out out/scratch/dpo --records 0
