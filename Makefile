@@ -35,7 +35,7 @@ real: .venv/ready
 	$(PY) reward_model.py $(LORA) --epochs 2 --lr 3e-4 --no-merge --out out/real/reward_model
 	$(PY) dpo.py $(LORA) --records 0 --epochs 2 --lr 3e-4 --nll_coef 1 --out out/real/dpo
 	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 2e-4 \
-	    --critic_lr 2e-4 --kl_coef 0.05 --kl_target 6 --kl_horizon 100 --out out/real/ppo
+	    --critic_lr 2e-4 --kl_coef 0.15 --kl_target 6 --kl_horizon 300 --out out/real/ppo
 	$(PY) evaluate.py $(MODEL) out/real/dpo out/real/ppo --data $(DATA) --demonstrations $(DATA) --best_of 0 \
 	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 --out out/real
 
