@@ -112,7 +112,7 @@ class Contest:
         self.cfg, self.compute, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(first)
         self.reference = load(first, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
         self.scorer, self.judge = None, None
-        if os.path.exists(cfg.reward):
+        if cfg.reward != Config.reward or os.path.exists(cfg.reward):
             self.scorer = self.load_scorer(cfg.reward)
         if cfg.judge != "world":
             self.judge = self.load_scorer(cfg.judge)

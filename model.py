@@ -129,8 +129,8 @@ class NF4(nn.Module):
 
     A network's weights are about normal. So its 16 levels are quantiles of a normal distribution: each stands
     for about as many weights, and none is wasted (appendix E). Each block of 64 numbers is divided by its
-    largest, and each number becomes the nearest level's index. The blocks' scales, 0.5 bits per number in
-    float32, are themselves kept in 8 bits: float8, less their mean, in groups of 256 with a scale each."""
+    largest absolute value, and each number becomes the nearest level's index. The blocks' scales, 0.5 bits
+    per number in float32, are kept in 8 bits: float8, less their mean, in groups of 256 with a scale each."""
 
     def __init__(self, W):
         super().__init__()
@@ -183,8 +183,8 @@ class TimesNF4(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """y = W·x + b. With an adapter, W and b are frozen, and y = W·x + b + (α/r)·B·A·x learns A (r, C_in) and
-    B (C_out, r) alone: LoRA (Hu et al. 2021, eq. 3).
+    """y = W·x + b. With an adapter y = W·x + b + (α/r)·B·A·x, and only A (r, C_in) and B (C_out, r) learn:
+    GPT.add_adapters freezes W and b. LoRA (Hu et al. 2021, eq. 3).
 
     What fine-tuning adds to W is close to a matrix of low rank. Written as B·A it has r·(C_in + C_out)
     numbers, and only these need gradients and Adam's moments. B starts at 0, so that the first step starts

@@ -8,7 +8,6 @@ from torch.nn import Parameter
 
 from model import Linear
 from runtime import folders
-from runtime.files import write_json
 from runtime.safetensors import load_tensors, save_tensors
 
 LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
@@ -111,6 +110,8 @@ def load(model, folder):
                 layer.add_adapter(int(own.sum()), alpha * int(own.sum()) / len(A))
                 layer.A, layer.B = Parameter(A[own]), Parameter(part[:, own].contiguous())
     score = tensors.pop("score.weight", None)
+    if score is None and about["task_type"] == "SEQ_CLS" and folders.read_head(model.config.source) == "lm":
+        raise ValueError(f"{path}: the adapters of a reward model, without its score")
     if model.head_kind == "scalar" and score is not None:
         if score.shape != model.head.weight.shape:
             raise ValueError(f"{path}: the score does not fit the model")
@@ -142,5 +143,6 @@ def save(model, folder, whole=lambda x: x, write=True):
                   "score_bias": whole(model.head.bias).item()}
     if write:
         os.makedirs(folder, exist_ok=True)
-        write_json(os.path.join(folder, CONFIG), about)
+        with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as f:
+            json.dump(about, f, indent=1)
         save_tensors(os.path.join(folder, WEIGHTS), tensors)

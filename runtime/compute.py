@@ -109,6 +109,7 @@ class Compute:
         Comes before their optimisers are made."""
         cfg = self.cfg
         self.kind = self.kind or choose(cfg.parallel, models, self.device)
+        bases = {model.folder for model in models if not is_frozen(model) and model.adapted()}
         for model in models:
             if not is_frozen(model):
                 model.checkpoint_blocks = cfg.checkpoint_blocks
@@ -121,7 +122,7 @@ class Compute:
                 shard(model, self.kind, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
                 if self.kind == "ddp":
                     self.copies.append(model)
-            elif cfg.offload and is_frozen(model):
+            elif cfg.offload and is_frozen(model) and model.folder not in bases:    # a base is there anyway
                 to_device(model, "cpu", None, self.bfloat16)
                 model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
             else:

@@ -3,6 +3,7 @@ import json
 import os
 import zlib
 
+from runtime.adapters import base_of
 from runtime.flags import WORLD
 from runtime.processes import gather, rank, world_size
 
@@ -58,11 +59,12 @@ def fingerprints(cfg):
 
 
 def named_files(cfg):
-    """The input files that settings name, sorted: a file, or a folder of a checkpoint or of the world."""
+    """The input files that settings name, sorted: a file, or a folder of a checkpoint (of adapters, with the
+    one of their base) or of the world."""
     found = set()
-    for name, value in vars(cfg).items():
-        if name == "out" or not isinstance(value, str) or not value:
-            continue
+    values = [x for name, x in vars(cfg).items() if name != "out" and isinstance(x, str) and x]
+    values += [base for base in map(base_of, values) if base]
+    for value in values:
         endings = (".safetensors", "tokenizer.json", "adapter_config.json")
         if value == "world":
             value, endings = WORLD, (*endings, ".jsonl")

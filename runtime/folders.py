@@ -102,16 +102,16 @@ def read_config(folder):
             shape["rope_scaling"] = {key: about[key] for key in SCALING}
         if "sliding_window" in about and about.get("use_sliding_window", True):
             shape["block_size"] = min(shape["block_size"], about["sliding_window"])
-        return GPTConfig(**shape), family, read_head(about, family)
+        return GPTConfig(**shape), family, read_head(about)
     except KeyError as e:
         raise ValueError(f"{path}: not a model's config: {e} is missing") from None
     except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
         raise ValueError(f"{path}: not a model's config: {e}") from None
 
 
-def read_head(about, family):
+def read_head(about):
     """"lm" or "scalar", by the class that is to read the folder."""
-    name = about.get("architectures", [f"{family.architecture}ForCausalLM"])[0]
+    name = (about.get("architectures") or ["ForCausalLM"])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if name.endswith("ForSequenceClassification") and len(about.get("id2label", "two")) == 1:

@@ -26,7 +26,14 @@ def choose(kind, models, device):
         return kind
     if device != "cuda":
         return "ddp"
-    need = sum(p.numel() * (16 if p.requires_grad else 4) for m in models for p in m.parameters())
+    trained, frozen = 0, {}         # networks out of one folder share what is frozen: see to_device
+    for model in models:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                trained += p.numel()
+            else:
+                frozen[model.folder or id(model), name] = p.numel()
+    need = 16 * trained + 4 * sum(frozen.values())
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
 

@@ -12,7 +12,7 @@ import ppo
 from data.tokenizer import Tokenizer, learn
 from model import GPT, NF4, GPTConfig, Linear, nf4_levels
 from runtime import Run, adapters, models, sharding
-from runtime.safetensors import load_tensors
+from runtime.safetensors import load_tensors, save_tensors
 
 TOKENS = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 ALL = "q,k,v,out,gate,up,down"
@@ -190,6 +190,21 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="tensor .* is unknown"):
         models.load("adapters")
     assert tensors
+
+
+def test_adapters_of_a_reward_model_need_its_score(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network("llama").save("base")
+    network("llama", "scalar").save("scoring_base")
+    for base in ("base", "scoring_base"):
+        model = models.load(base, "scalar")
+        adapters.adapt(model, 2, 4.0, "q")
+        adapters.save(model, base + "_adapters")
+        path = f"{base}_adapters/adapter_model.safetensors"
+        save_tensors(path, {name: x for name, x in load_tensors(path).items() if "score" not in name})
+    assert models.load("scoring_base_adapters").head_kind == "scalar"           # the base has one
+    with pytest.raises(ValueError, match="base_adapters/.*: the adapters of a reward model, without its sc"):
+        models.load("base_adapters")
 
 
 def peft_pair(tmp_path, name, head):

@@ -197,6 +197,19 @@ def test_a_network_that_is_offloaded_is_on_the_device_only_while_it_is_needed(mo
     assert moves[-1] == ("frozen", "cpu") and not device.fetched
 
 
+def test_a_base_that_adapters_keep_on_the_device_is_not_offloaded():
+    device, actor, reference, other = small(offload=True), tiny("lm"), tiny("lm"), tiny("lm")
+    device.cfg.checkpoint_blocks = False
+    actor.add_adapters(2, 4.0, "q")
+    for model, folder in ((actor, "base"), (reference, "base"), (other, "other")):
+        model.folder = folder
+    device.place(actor, reference.requires_grad_(False), other.requires_grad_(False))
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    for model in (actor, reference, other):
+        model.logprobs(tokens, tokens.bool())
+    assert device.fetched == [other]
+
+
 def test_samples_come_in_the_prompts_order_whatever_is_sampled_at_once():
     model, prompts, seeds = tiny("lm").float(), [[1, 2, 3], [4], [5, 6], [7, 8, 9]], [10, 11, 12, 13]
     whole = small().sample(model, prompts, seeds, 4, temperature=0.8, stop_token=2)

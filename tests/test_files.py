@@ -49,12 +49,15 @@ def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
                  "model/model.safetensors", "model/metrics.jsonl", "data.jsonl", "mine/model.safetensors"):
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         open(name, "w").write(name)
-    cfg = SimpleNamespace(out="mine", data="world", init="model", more="data.jsonl", none="", n=3,
+    os.mkdir("adapters")
+    files.write_json("adapters/adapter_config.json", {"peft_type": "LORA", "lora_alpha": 2, "task_type": "",
+                                                      "base_model_name_or_path": "model"})
+    cfg = SimpleNamespace(out="mine", data="world", init="adapters", more="data.jsonl", none="", n=3,
                           word="cosine")
     found = files.fingerprints(cfg)
-    assert list(found) == [
-        "data.jsonl", "model/model.safetensors", "out/world/prompts.jsonl", "out/world/tokenizer.json"]
-    assert len(set(found.values())) == 4
+    assert list(found) == ["adapters/adapter_config.json", "data.jsonl", "model/model.safetensors",
+                           "out/world/prompts.jsonl", "out/world/tokenizer.json"]
+    assert len(set(found.values())) == 5
     open("model/model.safetensors", "a").write(".")
     changed = {name for name, checksum in files.fingerprints(cfg).items() if checksum != found[name]}
     assert changed == {"model/model.safetensors"}

@@ -137,7 +137,10 @@ def test_a_checkpoint_in_bfloat16_is_read_by_several_processes_as_by_one(alone, 
 
 @pytest.mark.parametrize("memory, kind", [(16 + 4 + 1, "ddp"), (16 + 4 - 1, "fsdp")])
 def test_what_fills_more_than_half_of_a_gpu_is_sharded(monkeypatch, memory, kind):
-    trained, frozen = torch.nn.Linear(10, 10), torch.nn.Linear(10, 10).requires_grad_(False)
+    trained, *frozen = (torch.nn.Linear(10, 10) for _ in range(3))
+    for model in (trained, *frozen):
+        model.folder = "" if model is trained else "base"           # whose copies are one in memory
+        model.requires_grad_(model is trained)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=2 * 110 * memory))
-    assert sharding.choose("auto", [trained, frozen], "cuda") == kind
+    assert sharding.choose("auto", [trained, *frozen], "cuda") == kind
