@@ -1,0 +1,81 @@
+"""One task with this project: python -m bench.ours TASK PRECISION FOLDER REPEATS. Prints a line of JSON."""
+import json
+import os
+import sys
+import time
+import types
+
+import torch
+
+import dpo
+import ppo
+from bench.shapes import ANSWER, PPO_EPOCHS, PROMPT, TASKS
+from data.batches import Comparison
+from data.tokenizer import Tokenizer
+from runtime import Run, load, load_reward_model, make_optimizer
+from runtime.run import peak_memory
+
+
+def random_ids(n):
+    return torch.randint(0, 256, (n,)).tolist()
+
+
+def run_ppo(task, folder, flags, repeats):
+    cfg = ppo.Config(steps=repeats, batch=task.rows, max_new_tokens=ANSWER, epochs=PPO_EPOCHS, minibatches=1,
+                     update_kl=0.0, lr=1e-5, critic_lr=1e-5, data="bench", **flags)
+    nets = {"actor": load(f"{folder}/lm"), "reference": load(f"{folder}/lm").requires_grad_(False),
+            "critic": load_reward_model(f"{folder}/scalar"),
+            "reward": load_reward_model(f"{folder}/scalar").requires_grad_(False)}
+    run = Run(cfg, repeats)
+    run.place(*nets.values())
+    optimizers = {name: make_optimizer(nets[name], 1e-5) for name in ("actor", "critic")}
+    controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    run.resume(**nets)
+    end = Tokenizer.load(f"{folder}/lm").end
+    tokenizer = types.SimpleNamespace(prompt=lambda ids: ids, end=end if task.uneven else -1)
+    prompts = [random_ids(PROMPT) for _ in range(task.rows)]
+    for _ in range(repeats):
+        began = time.time()
+        metrics = ppo.step(cfg, run, prompts, nets, optimizers, controller, tokenizer, None)
+        yield time.time() - began, float(metrics["length"])
+
+
+def run_dpo(task, folder, flags, repeats):
+    cfg = dpo.Config(batch=task.rows, nll_coef=0.0, lr=1e-5, **flags)
+    model = load(f"{folder}/lm")
+    run = Run(cfg, repeats)
+    run.place(model)
+    optimizer = make_optimizer(model, cfg.lr)
+    run.resume(model=model)
+    for _ in range(repeats):
+        pairs = []
+        for _ in range(task.rows):
+            prompt = random_ids(PROMPT)
+            answers = [prompt + random_ids(ANSWER) for _ in range(2)]
+            pairs.append(Comparison(answers, PROMPT, [1, 2], 0.0))
+        began = time.time()
+        dpo.add_reference(model, run, pairs)
+        metrics = dpo.mean_loss(run.accumulate, model, run, pairs)
+        run.optimizer_step(optimizer, cfg.lr, metrics["loss"], "bench")
+        yield time.time() - began, ANSWER
+
+
+def run_sample(task, folder, flags, repeats):
+    model = load(f"{folder}/lm").requires_grad_(False)
+    run = Run(dpo.Config(**flags), repeats)
+    run.place(model)
+    for _ in range(repeats):
+        prompts = [random_ids(PROMPT) for _ in range(task.rows)]
+        began = time.time()
+        run.sample(model, prompts, run.seeds(task.rows), ANSWER, 1.0, -1)
+        yield time.time() - began, ANSWER
+
+
+if __name__ == "__main__":
+    name, precision, folder, repeats = sys.argv[1:]
+    task, said = TASKS[name], sys.stdout
+    sys.stdout = open(os.devnull, "w")                              # progress is not what is asked for
+    flags = dict(out=f"{folder}/out", precision=precision, lora_rank=task.lora_rank, save_seconds=1e6)
+    work = {"ppo": run_ppo, "dpo": run_dpo, "sample": run_sample}[task.kind]
+    seconds, lengths = zip(*work(task, folder, flags, int(repeats)))
+    print(json.dumps({"seconds": seconds, "lengths": lengths, "peak": peak_memory("cpu")}), file=said)
