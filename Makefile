@@ -5,6 +5,7 @@
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (over an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
+# make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
 #
 # All of them set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
 # SEED=1 make demo takes another seed, for the world, the weights and the sampling.
@@ -12,7 +13,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds test quick proofs real scratch clean
+.PHONY: demo seeds test quick proofs real scratch bench clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -34,10 +35,11 @@ real: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make real needs MODEL=folder and DATA=file"; exit 2; }
 	$(PY) reward_model.py $(LORA) --epochs 2 --lr 3e-4 --no-merge --out out/real/reward_model
 	$(PY) dpo.py $(LORA) --records 0 --epochs 2 --lr 3e-4 --nll_coef 1 --out out/real/dpo
-	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 2e-4 \
-	    --critic_lr 2e-4 --kl_coef 0.15 --kl_target 6 --kl_horizon 300 --out out/real/ppo
+	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 1.5e-4 \
+	    --critic_lr 2e-4 --kl_coef 0.2 --kl_target 6 --kl_horizon 300 --out out/real/ppo
 	$(PY) evaluate.py $(MODEL) out/real/dpo out/real/ppo --data $(DATA) --demonstrations $(DATA) --best_of 0 \
-	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 --out out/real
+	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 \
+	    --precision bfloat16 --out out/real
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }
@@ -57,6 +59,9 @@ proofs: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile
 	$(PY) tests/helpers/mistakes.py
 
+bench: bench/.venv/ready
+	bench/.venv/bin/python -m bench
+
 clean:
 	rm -rf out
 
@@ -65,4 +70,9 @@ clean:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8' 'ruff>=0.6' \
 	    'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100'
+	touch $@
+
+bench/.venv/ready: bench/requirements.txt
+	$(PYTHON) -m venv bench/.venv
+	bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	touch $@

@@ -365,7 +365,7 @@ def chat(cfg, folder):
             messages = []
             continue
         prompt, length = (torch.tensor([x], device=model.device) for x in (ids, len(ids)))
-        with compute.autocast():
+        with compute.computing():
             tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
         messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
         print(f"{os.path.basename(folder)}> {messages[-1]['content']}")

@@ -17,6 +17,7 @@ positions of the cache, b rows that are still being sampled, n positions that a 
 Left out: dropout (small data is read a few times here, and PPO has to do without it, because the new
 log-probabilities must differ from the old ones by the update alone), and biases of attention scores.
 """
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -202,7 +203,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = TimesNF4.apply(x, self.nf4, self.bias) if self.weight is None else super().forward(x)
-        return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.scale else y
+        return y + F.linear(self.scale * F.linear(x, self.A), self.B) if self.scale else y
 
     def matrix(self, whole=lambda x: x):
         """W + (α/r)·B·A. whole: makes an ordinary tensor of one that is sharded over processes."""
@@ -245,23 +246,30 @@ class Attention(nn.Module):
         else:
             if cache is not None:   # padding writes keys too: look_back masks them till tokens overwrite them
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+            y = self.attend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
+    def attend(self, q, k, v):
+        """Causal attention: q (B, H, T, D) over k and v (B, H_kv, T, D)."""
+        B, H, T, D = q.shape
+        if not (q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and T <= 256):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < H)
+        # There, PyTorch's fused kernel takes three times as long, forward and backward, as its single steps.
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+        scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+        return (scores.softmax(dim=-1) @ v).view(B, H, T, D)
+
     def look_back(self, q, k, v, positions, cache):
-        """Attention of one query per row: q (B, H, 1, D) over the row's cached keys up to its own position.
-        Written out, because plain products beat the fused kernel for a single query, and rows differ in
-        length."""
+        """Attention of one query per row: q (B, H, 1, D), over its cached keys up to its own position."""
         rows = torch.arange(len(q), device=q.device)
         cache[0][rows, :, positions[:, 0]] = k[:, :, 0]
         cache[1][rows, :, positions[:, 0]] = v[:, :, 0]
         keys, values = cache
-        D = self.config.head_dim
-        q = q.view(len(q), keys.shape[1], -1, D)                                        # (B, H_kv, H/H_kv, D)
-        scores = q @ keys.transpose(-1, -2) / math.sqrt(D)                              # (B, H_kv, H/H_kv, S)
-        future = torch.arange(keys.shape[2], device=q.device) > positions                   # (B, S)
-        weights = scores.masked_fill(future[:, None, None], -torch.inf).softmax(dim=-1)
-        return (weights @ values).reshape(len(q), -1, 1, D)
+        seen = torch.arange(keys.shape[2], device=q.device) <= positions                    # (B, S)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None],
+                                              enable_gqa=keys.shape[1] < q.shape[1])
 
 
 class MLP(nn.Module):
@@ -377,9 +385,7 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if self.head_kind == "lm":
             return self.unembed(x)
-        with torch.autocast(x.device.type, enabled=False):      # scores differ by less than bfloat16 can tell
-            x, weight, bias = (at_least_float32(y) for y in (x, self.head.weight, self.head.bias))
-            return F.linear(x, weight, bias).squeeze(-1)
+        return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
         """The scalar at each row's last token, (B,): it alone has seen the whole row. tokens (B, T)
@@ -392,20 +398,32 @@ class GPT(nn.Module):
         tokens (B, T) int64; mask (B, T) bool, its first column is ignored (nothing precedes it). Returns (B,
         T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
         also the entropy of each of those distributions, (B, T); only entropy_grad=True keeps what its
-        gradient would need. Logits exist only where the mask is true: n × V numbers, not B × T × V."""
+        gradient would need. Logits exist only where the mask is true, and for some 16 million numbers at a
+        time: n × V of them would soon be more than all the rest. The backward pass computes them again."""
         mask = mask.clone()
         mask[:, 0] = False
         # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
-        logp = F.log_softmax(at_least_float32(self.unembed(x)) / temperature, dim=-1)       # (n, V)
-        chosen = logp.gather(-1, tokens[mask][:, None])[:, 0]
-        zeros = torch.zeros(tokens.shape, dtype=logp.dtype, device=tokens.device)
-        out = zeros.masked_scatter(mask, chosen)
-        if not entropy:
-            return out
-        if not entropy_grad:
-            logp = logp.detach()
-        return out, zeros.masked_scatter(mask, -(logp.exp() * logp).sum(-1))
+        rows = max(1, 2 ** 24 // self.config.vocab_size)
+        read, found = self.read_logprobs, []
+        if len(x) > rows and torch.is_grad_enabled():
+            read = functools.partial(checkpoint, self.read_logprobs, use_reentrant=False)
+        for some, chosen in zip(x.split(rows), tokens[mask].split(rows)):
+            found.append(read(some, chosen, temperature, entropy, entropy_grad))
+        columns = [torch.cat(parts) for parts in zip(*found)]
+        zeros = torch.zeros(tokens.shape, dtype=columns[0].dtype, device=x.device)
+        out = [zeros.masked_scatter(mask, column) for column in columns]
+        return out if entropy else out[0]
+
+    def read_logprobs(self, x, chosen, temperature, entropy, entropy_grad):
+        """From states (n, C): the log-probability of each one's chosen token, (n,), and the entropy, (n,)."""
+        logits = at_least_float32(self.unembed(x))                                          # (n, V)
+        logp = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
+        found = [logp.gather(-1, chosen[:, None])[:, 0]]
+        if entropy:
+            logp = logp if entropy_grad else logp.detach()
+            found.append(-torch.linalg.vecdot(logp.exp(), logp))
+        return found
 
     # ------------------------------------------------------------------------------------- sampling
 
@@ -454,11 +472,12 @@ class GPT(nn.Module):
             # one.
             if 0 < alive <= 0.8 * len(rows):
                 rows, chosen, position = rows[running], chosen[running], position[running]
-                cache = [layer[:, running] for layer in cache]
+                for i, layer in enumerate(cache):           # one after the other, not all twice in memory
+                    cache[i] = layer[:, running]
                 running = running[running]
             reach = longest + step + 1                                  # no row's position is beyond this
-            seen = [layer[:, :, :, :reach] for layer in cache]
-            x = self.hidden(chosen[:, None], position[:, None], seen)[:, 0]
+            x = self.hidden(chosen[:, None], position[:, None],
+                            [layer[:, :, :, :reach] for layer in cache])[:, 0]
         T = int(ends.max())
         mask = (column >= lengths[:, None]) & (column < ends[:, None])
         return tokens[:, :T], mask[:, :T], logprobs[:, :T]
@@ -476,8 +495,6 @@ class GPT(nn.Module):
         """Read whole prompts: the state (B, C) at each one's last token, which chooses the next, and a cache
         with room for S positions, (2, B, H_kv, S, D) for each layer."""
         dtype, device = self.norm.weight.dtype, tokens.device
-        if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)       # keys and values come out of matrix products
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=dtype, device=device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)

@@ -4,6 +4,7 @@
     launch.py        from the command line to a stage and back: signals, errors in one line
     run.py           a stage at work: randomness, metrics, progress, what stays on disk
     compute.py       devices, and rows in micro-batches: a weighted mean over rows, a map over rows
+    precision.py     networks that compute in bfloat16 and remember in float32
     optimizer.py     AdamW and its schedule
     adapters.py      LoRA: what is trained, and folders of adapters
     models.py        what a stage starts from

@@ -10,12 +10,16 @@ as many forward passes. What a stage hands over must therefore not decide by the
 network.
 """
 import contextlib
+import ctypes
 
 import torch
 import torch.nn.functional as F
 
+from runtime.precision import StandIns
 from runtime.processes import gather, is_distributed, rank, total, world_size
 from runtime.sharding import choose, is_frozen, shard, to_device
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3             # of glibc's malloc.h
 
 
 def pick_device(name):
@@ -26,6 +30,15 @@ def pick_device(name):
     if not there[name]:
         raise ValueError(f"--device {name}: this machine or this build of PyTorch has none")
     return name
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed for the next array. Given back, it would come again page by page,
+    each cleared by the system: on the CPU that takes longer than most arithmetic on it."""
+    with contextlib.suppress(OSError, AttributeError):          # other systems have other libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -99,8 +112,10 @@ class Compute:
     def __init__(self, cfg):
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
+        if self.device == "cpu":
+            keep_freed_memory()
         self.kind = None                # "ddp" or "fsdp", from the first networks on that are placed
-        self.copies = []                # trained networks of which each process has its own copy
+        self.stand_ins = []             # of the trained networks, in bfloat16
         self.frozen = {}                # what networks share that nothing trains: see to_device
         self.fetched = []             # networks that --offload keeps on the CPU, while they are on the device
 
@@ -116,17 +131,16 @@ class Compute:
             if cfg.compile:
                 for block in model.blocks:
                     block.compile(dynamic=True)
-            if is_distributed() and (self.kind == "fsdp" or not is_frozen(model)):
-                if self.kind == "ddp":
-                    to_device(model, self.device, self.frozen, self.bfloat16)
-                shard(model, self.kind, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
-                if self.kind == "ddp":
-                    self.copies.append(model)
-            elif cfg.offload and is_frozen(model) and model.folder not in bases:    # a base is there anyway
+            if is_distributed() and self.kind == "fsdp":
+                shard(model, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
+                continue
+            if cfg.offload and is_frozen(model) and model.folder not in bases:    # a base is there anyway
                 to_device(model, "cpu", None, self.bfloat16)
                 model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
+            if self.bfloat16 and not is_frozen(model):
+                self.stand_ins.append(StandIns(model))
 
     def fetch(self, model):
         """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""
@@ -139,9 +153,17 @@ class Compute:
             model.to("cpu")
         self.fetched.clear()
 
-    def autocast(self):
-        """Matrix products in bfloat16, if so chosen. (Sharded networks also hold bfloat16 weights for it.)"""
-        return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def computing(self):
+        """In here networks compute, in bfloat16 if so chosen."""
+        for stand_ins in self.stand_ins:
+            stand_ins.enter()
+        try:
+            yield
+        finally:
+            for stand_ins in self.stand_ins:
+                stand_ins.leave()
+            self.send_back()
 
     def passes(self, lengths, micro_batch):
         """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
@@ -168,18 +190,15 @@ class Compute:
 
     def weighted_mean(self, loss, rows, weights, lengths, backward):
         weights, lengths = as_list(weights), as_list(lengths)
-        passes, sums = self.passes(lengths, self.cfg.micro_batch), {}
-        for number, (piece, is_filler) in enumerate(passes, 1):
-            share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
-            with self.autocast():
+        sums = {}
+        with self.computing():
+            for piece, is_filler in self.passes(lengths, self.cfg.micro_batch):
+                share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
                 means = loss([rows[i] for i in piece])
-            if backward:
-                for model in self.copies:            # the last backward pass adds all processes' gradients up
-                    model.set_requires_all_reduce(number == len(passes))
-                (means["loss"] * share).backward()
-            for name, mean in means.items():
-                sums[name] = sums.get(name, 0) + mean.detach() * share
-        self.send_back()
+                if backward:
+                    (means["loss"] * share).backward()
+                for name, mean in means.items():
+                    sums[name] = sums.get(name, 0) + mean.detach() * share
         return dict(zip(sums, total(torch.stack(list(sums.values()))).tolist()))
 
     @torch.no_grad()
@@ -190,13 +209,12 @@ class Compute:
         micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for all
         rows; tensors (b, t) are padded with 0 to the same width."""
         order, parts = [], []
-        for piece, is_filler in self.passes(as_list(lengths), micro_batch or self.cfg.micro_batch):
-            with self.autocast():
+        with self.computing():
+            for piece, is_filler in self.passes(as_list(lengths), micro_batch or self.cfg.micro_batch):
                 found = function([rows[i] for i in piece])
-            if not is_filler:
-                order += piece
-                parts.append(found)
-        self.send_back()
+                if not is_filler:
+                    order += piece
+                    parts.append(found)
         mine = {name: concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         if world_size() > 1:
             everyone = gather((order, {name: x.cpu() for name, x in mine.items()}))
@@ -219,7 +237,7 @@ class Compute:
             lengths = lengths + mask.sum(1)
             last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
             return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths,
-                    "ended": last == stop_token}
+                    "ended": last == (-1 if stop_token is None else stop_token)}
         room = [len(prompt) + max_new_tokens for prompt in prompts]
         return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
 

@@ -225,7 +225,8 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
     ...} for config.json, by which others know where an answer ends."""
     _, family = find_family(model.config)
     plain = skeleton(model.config, model.head_kind)
-    shapes, parts, dtype = plain.state_dict(), layout(plain, family), model.token_embedding.weight.dtype
+    shapes, parts = plain.state_dict(), layout(plain, family)
+    dtype = max((p.dtype for p in model.parameters() if p.dtype.is_floating_point), key=lambda x: x.itemsize)
     score_bias = whole(model.head.bias).item() if model.head_kind == "scalar" else None
 
     def value(name):

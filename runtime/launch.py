@@ -63,7 +63,7 @@ def explain(e, cfg):
     """An error as a line that says what to do, or None for a mistake of ours."""
     if processes.is_lost_connection(e):
         return (f"process {processes.rank()} has lost another one, "
-                f"or waited {cfg.timeout:.0f} s for it (--timeout)")
+                f"or waited {cfg.timeout:.0f} s for it (--timeout): {str(e).splitlines()[0]}")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
         return "out of memory: a lower --micro_batch, --sample_batch or --batch may fit"
     if isinstance(e, BrokenPipeError):

@@ -10,7 +10,10 @@ def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, fused=True)
+    # A fused step leaves no mark on the weights, by which copies of them could tell that they are old.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
+    return optimizer
 
 
 def schedule(step, total, warmup, shape):

@@ -7,15 +7,16 @@
 
 Bytes, with P parameters, N processes and b bytes per number in matrix products:
 
-    state         16·P per trained network (float32 parameters, gradients, Adam's two moments), 4·P per
-                  frozen one; fsdp: ÷ N
-    gathered      with other processes: what a block and the embeddings need whole, in b, and under fsdp the
-                  next block's; to sample, all of P in b, unless --no-gather_at_once
+    state         16·P per trained network (float32 parameters, gradients, Adam's two moments), and in
+                  bfloat16 the copy that computes, 2·P; b·P per frozen one; fsdp: 16·P and 4·P, ÷ N
+    gathered      fsdp: what a block and the embeddings need whole, in b, and the next block's; to sample, all
+                  of P in b, unless --no-gather_at_once
     sampling      sft's few answers; ppo's rollout; those of the SFT network that set a reward model's scale
     activations   what the backward pass needs of each token and block, counted below; with
                   --checkpoint_blocks only a block's input
-    logits        V numbers of 4 bytes per token that is learnt: log-probabilities, and two gradients
-    in transit    with other processes: a block's gradients in b, and those of the block before in 4 bytes
+    logits        V numbers of 4 bytes per token that is learnt, 16 million at a time: log-probabilities, and
+                  two gradients
+    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes
     cache         keys and values of every row that is sampled, in b
     sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients
                   up; ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and
@@ -35,6 +36,7 @@ FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden", "vocab_size", "mlp", "norm", "positions",
          "bias", "tied")
 PPO_MINIBATCHES, PPO_EPOCHS = 2, 2                                  # ppo.py's defaults
+CHUNK = 2 ** 24                                                     # logits that exist at once: GPT.logprobs
 GB, TB = 1e9, 1e12
 
 
@@ -96,12 +98,15 @@ class Plan:
         self.frozen = [network(cfg.shape, head) for head in FROZEN[cfg.stage]]
         self.P_trained, self.P_frozen = (sum(net.all for net in nets) for nets in (self.trained, self.frozen))
         self.shards = cfg.processes if cfg.parallel == "fsdp" else 1
-        self.has_others = cfg.processes > 1
+        self.is_sharded = self.shards > 1
         self.minibatches, self.epochs = (PPO_MINIBATCHES, PPO_EPOCHS) if cfg.stage == "ppo" else (1, 1)
         self.passes = math.ceil(cfg.batch / self.minibatches / self.N / cfg.micro_batch)  # per optimiser step
         self.without_gradients = (12 * self.P_trained + 4 * self.P_frozen) / self.shards
+        if not self.is_sharded:
+            copies = 2 * self.P_trained if self.b < 4 else 0
+            self.without_gradients = 12 * self.P_trained + copies + self.b * self.P_frozen
         self.gradients = 4 * self.P_trained / self.shards
-        self.embedding = cfg.shape.vocab_size * cfg.shape.n_embd * (self.b if self.has_others else 4)
+        self.embedding = cfg.shape.vocab_size * cfg.shape.n_embd * self.b
 
     def numbers(self):
         """{what: bytes}. The peak is the largest of three: in a backward pass, at its end, where the
@@ -124,12 +129,9 @@ class Plan:
     def gathered(self, ends):
         """Parameters that are whole while others read them. What has just been gathered is there twice for a
         moment: as it came, and as it is used. fsdp gathers a block ahead."""
-        if not self.has_others:
+        if not self.is_sharded:
             return 0
-        block, ahead = self.trained[0].block, 0
-        if self.shards > 1:
-            ahead = 2 * block
-        return max(2 * ends + block, ends + ahead) * self.b
+        return (max(ends, self.trained[0].block) + ends + self.trained[0].block) * self.b
 
     def backward(self):
         """The most that a forward and backward pass needs, apart from the rest of the state: gradients,
@@ -150,35 +152,31 @@ class Plan:
         kept, recomputed = tokens * shape.n_layer * of_block, 0
         if cfg.checkpoint_blocks:
             kept, recomputed = tokens * shape.n_layer * of_input, tokens * of_block
-        # In a block's backward pass: gradients of what is inside; with other processes its parameters'
-        # gradients, and in float32 those of the block before, in transit.
+        # In a block's backward pass: gradients of what is inside; under fsdp its parameters' gradients, and
+        # in float32 those of the block before, in transit.
         hidden = shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1)
         inside = recomputed + tokens * (hidden + 2 * shape.n_embd) * b
-        if self.has_others:
+        if self.is_sharded:
             inside += net.block * (b + 4)
         gradients, half, moments = 4 * net.all / self.shards, 0, []
         if self.passes > 1:                                         # its own are there from the first on
             earlier, gradients = earlier + gradients, 0
         if net.head == "lm":
-            logits = tokens * cfg.learnt * shape.vocab_size * 4
+            logits = min(tokens * cfg.learnt * shape.vocab_size, CHUNK) * 4
             if shape.tied:
                 half = self.embedding                               # its gradient waits for its other half
             moments.append(kept + 3 * logits + self.embedding - half)               # the head's gradient
         moments.append(kept - kept / shape.n_layer + inside + half)                 # in the last block
         moments.append(gradients + inside + half)                                   # in the first block
-        return earlier + self.cast_weights(net) + self.gathered(net.ends) + max(moments)
-
-    def cast_weights(self, net):
-        """Autocast's copies of all weights, which one process without shards keeps for its backward pass."""
-        return net.all * self.b if not self.has_others and self.b < 4 else 0
+        return earlier + self.gathered(net.ends) + max(moments)
 
     def end_of_backward(self):
         """When the embedding's gradient is made: both halves of a tied one and their sum, or that of the
-        lookup alone; with other processes also all that is in transit."""
+        lookup alone; under fsdp also all that is in transit."""
         most = 0
         for net, earlier in self.one_after_the_other():
             need = self.embedding * (3 if self.shape.tied and net.head == "lm" else 1)
-            if self.has_others:
+            if self.is_sharded:
                 need = max(need + (net.ends + net.block) * self.b,
                            net.ends * (self.b + 4 + 4 / self.shards))
             most = max(most, earlier + 4 * net.all / self.shards + need)
@@ -194,13 +192,11 @@ class Plan:
         if stage == "ppo":
             rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
         if stage == "reward_model":                                     # its SFT network is there only now
-            rows, answer, extra = min(cfg.sample_batch, cfg.normalize / self.N), 64, 4 * lm.all / self.shards
-        is_sharded = self.has_others and (stage != "reward_model" or self.shards > 1)
+            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
+            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
         weights = 0
-        if is_sharded:
+        if self.is_sharded:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
-        elif stage == "ppo":
-            weights = self.cast_weights(lm)
         if stage == "sft":                                              # a few answers, one at a time
             return weights
         kv = shape.n_kv_head * (shape.n_embd // shape.n_head)

@@ -20,7 +20,7 @@ from runtime.compute import Compute, row_seeds
 from runtime.files import fingerprints, lock, write_json
 from runtime.flags import program
 from runtime.launch import STARTED, warn
-from runtime.sharding import full_tensor, is_frozen
+from runtime.sharding import add_up, full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -150,6 +150,8 @@ class Run(Compute):
         A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
         after three in a row raises ValueError."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.kind == "ddp":
+            add_up(parameters)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_norm or math.inf)).item()
         if math.isfinite(norm) and math.isfinite(loss):
             for group in optimizer.param_groups:

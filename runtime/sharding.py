@@ -1,17 +1,18 @@
 """Networks that several processes hold and train together.
 
 Every process draws the same batch and works through its share of the rows. Its loss is its share of the mean
-over the whole batch, and PyTorch adds the gradients up. fully_shard (FSDP2) does this for both ways of going
-parallel, on a mesh of N copies of one shard, or of N shards:
+over the whole batch, and so the gradients of all processes, added up, are the batch's.
 
-    ddp     every process keeps the whole training state, and gradients are added up
-    fsdp    every process keeps an N-th of parameters, gradients and optimiser state, and gathers a block's
-            parameters when it is the block's turn
+    ddp     every process keeps the whole training state; gradients are added up once, before the optimiser
+            steps
+    fsdp    every process keeps an N-th of parameters, gradients and optimiser state (PyTorch's fully_shard),
+            and gathers a block's parameters when it is the block's turn
 """
 import weakref
 
 import torch
 
+from runtime.precision import placed_dtype
 from runtime.processes import total, world_size
 
 
@@ -40,11 +41,9 @@ def choose(kind, models, device):
 def to_device(model, device, frozen=None, bfloat16=False):
     """Move a network, out of the file that still holds it, one parameter at a time. frozen, {name:
     parameters}, remembers what never changes: the base under several sets of adapters is held once. bfloat16:
-    whether products are computed in it; then a frozen matrix that is stored in it is not widened."""
+    whether products are computed in it."""
     for name, p in model.named_parameters():
-        dtype = torch.get_default_dtype() if p.dtype.is_floating_point else p.dtype     # NF4's are bytes
-        if bfloat16 and not p.requires_grad and p.dim() == 2 and name.startswith("blocks."):
-            dtype = torch.bfloat16 if p.dtype == torch.bfloat16 else dtype
+        dtype = placed_dtype(model, name, p, bfloat16)
         p.data = p.data.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         if frozen is not None and not p.requires_grad:
             others = frozen.setdefault(name, weakref.WeakSet())     # a network that is gone frees its memory
@@ -52,33 +51,43 @@ def to_device(model, device, frozen=None, bfloat16=False):
             others.add(p)
 
 
-def shard(model, kind, device, bfloat16=False, offload=False, gather_at_once=True):
-    """Spread a network over the processes ("ddp" or "fsdp"), in place. A block at a time moves to the device,
-    so that no device need hold the whole. offload: the shards of a frozen network wait on the CPU.
+def add_up(parameters):
+    """Make each gradient the sum of all processes', some 4 million numbers at a time."""
+    gradients = [p.grad for p in parameters if p.grad is not None and world_size() > 1]
+    while gradients:
+        some = [gradients.pop(0)]
+        while gradients and sum(x.numel() for x in some) + gradients[0].numel() <= 4e6:
+            some.append(gradients.pop(0))
+        flat = total(torch.cat([x.flatten() for x in some]))
+        for x, part in zip(some, flat.split([x.numel() for x in some])):
+            x.copy_(part.view_as(x))
+
+
+def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
+    """Spread a network over the processes, in place. A block at a time moves to the device, so that no device
+    need hold the whole. offload: the shards of a frozen network wait on the CPU.
 
     Gradients are added up, not averaged: a loss must be divided by what the whole batch holds."""
     from torch.distributed import fsdp  # takes a second, and one process does without
     from torch.distributed.device_mesh import init_device_mesh
-    if kind == "ddp":
-        mesh = init_device_mesh(device, (world_size(), 1), mesh_dim_names=("copies", "shards"))
-    else:
-        mesh = init_device_mesh(device, (world_size(),), mesh_dim_names=("shards",))
-    precision, waiting = fsdp.MixedPrecisionPolicy(), fsdp.OffloadPolicy()
+    mesh = init_device_mesh(device, (world_size(),))
+    exact, waiting = fsdp.MixedPrecisionPolicy(), fsdp.OffloadPolicy()
+    precision = exact
     if bfloat16:
         precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and is_frozen(model):
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    # Under ddp a frozen base is no business of the other processes.
-    apart = {p for p in model.parameters() if kind == "ddp" and not p.requires_grad}
-    for module in (*model.blocks, model):
+    parts = [(block, precision) for block in model.blocks] + [(model, precision)]
+    if model.head_kind == "scalar":
+        parts.insert(0, (model.head, exact))
+    for module, policy in parts:
         for p in module.parameters():
             # A file of bfloat16, or of matrices the other way round (GPT-2's), is made ours in its turn.
-            if p not in apart:
-                p.data = p.data.to(device, torch.get_default_dtype()).contiguous()
+            p.data = p.data.to(device, torch.get_default_dtype()).contiguous()
         # Resharded after every forward pass, the root too: an optimiser must never be given gathered
         # parameters.
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=waiting,
-                         reshard_after_forward=True, ignored_params=apart)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=waiting,
+                         reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "score", "generate"):
@@ -129,7 +138,7 @@ def local_tensor(x):
 
 def is_sharded(x):
     """Whether no process holds all of it."""
-    return hasattr(x, "full_tensor") and x.device_mesh["shards"].size() > 1
+    return hasattr(x, "full_tensor") and x.device_mesh.size() > 1
 
 
 def distribute_like(x, value):

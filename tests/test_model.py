@@ -346,13 +346,48 @@ def test_rotary_angles_of_late_positions_survive_bfloat16():
     assert not torch.equal(turned(x, 1000), turned(x, 1001))
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_scores_of_a_network_in_bfloat16_are_finer_than_bfloat16(weights):
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_in_bfloat16_is_that_of_float32(kv_heads):
+    """On a CPU it is written out where it learns."""
+    torch.manual_seed(7)
+    attention = Attention(GPTConfig(n_head=4, n_kv_head=kv_heads, n_embd=32))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(7)
+        q, k, v = (torch.randn(2, heads, 9, 8).to(dtype).requires_grad_()
+                   for heads in (4, kv_heads, kv_heads))
+        y = attention.attend(q, k, v)
+        found[dtype] = [y, *torch.autograd.grad((y.float() * torch.randn(2, 4, 9, 8)).sum(), (q, k, v))]
+    for exact, coarse in zip(*found.values()):
+        torch.testing.assert_close(coarse.float(), exact, rtol=0, atol=0.05)
+
+
+def test_logits_exist_for_some_positions_at_a_time():
+    """Their log-probabilities, entropies and gradients are those of all at once."""
+    torch.manual_seed(7)
+    model = GPT(GPTConfig(vocab_size=2 ** 18, block_size=32, n_layer=1, n_head=2, n_embd=8)).double()
+    tokens = torch.randint(2 ** 18, (3, 32))                                # 64 positions at a time
+    mask, weights = torch.rand(3, 32) > 0.2, torch.randn(2, 3, 32).double()
+    mask[:, 0], kept = False, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        found = model.logprobs(tokens, mask, 0.7, entropy=True, entropy_grad=True)
+    assert max(kept) <= model.token_embedding.weight.numel()
+    logp = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
+    chosen = logp.gather(-1, tokens[:, 1:, None])[:, :, 0] * mask[:, 1:]
+    expected = chosen, -(logp.exp() * logp).sum(-1) * mask[:, 1:]
+    for ours, theirs, w in zip(found, expected, weights):
+        torch.testing.assert_close(ours[:, 1:], theirs)
+        grads = [torch.autograd.grad((y * w).sum(), model.blocks[0].mlp.up.weight, retain_graph=True)[0]
+                 for y, w in ((ours, w), (theirs, w[:, 1:]))]
+        torch.testing.assert_close(*grads)
+
+
+def test_a_network_in_bfloat16_scores_in_the_precision_of_its_head():
     torch.manual_seed(7)
     config = GPTConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    model = GPT(config, head="scalar").to(weights)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = model(torch.randint(32, (4, 16)))
+    model = GPT(config, head="scalar").bfloat16()
+    model.head.float()
+    scores = model(torch.randint(32, (4, 16)))
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 

@@ -108,6 +108,20 @@ def test_flags_that_save_memory_or_time_leave_the_weights_as_they_are(alone, sta
     assert_close(alone / out, alone / f"out/alone/{stage}")
 
 
+@pytest.mark.parametrize("processes, kind", [(0, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_in_bfloat16_a_policy_that_does_not_learn_stays_its_reference(alone, processes, kind):
+    """Policy and reference are rounded alike, however they are held: KL 0. The update reads the rows in other
+    micro-batches than the rollout: only what that rounds differently is left between π and π_old."""
+    out = f"out/still_{processes}_{kind}"
+    flags = f"{FLAGS['ppo']} --lr 0 --critic_lr 0 --precision bfloat16 --parallel {kind} --out {out}"
+    start = torchrun(processes, "ppo.py", flags.split(), alone)
+    done = subprocess.run(**start) if processes else script("ppo", flags, alone)
+    assert done.returncode == 0, done.stderr
+    for line in (alone / out / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert metrics["kl"] == 0 and metrics["approx_kl"] < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_that_save_memory_or_time_go_together_in_every_combination(alone, kind):

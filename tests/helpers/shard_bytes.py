@@ -11,7 +11,7 @@ from runtime import make_optimizer, processes, sharding  # noqa: E402
 
 processes.start("cpu", 60)
 model = GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=64))
-sharding.shard(model, "fsdp", "cpu")
+sharding.shard(model, "cpu")
 optimizer = make_optimizer(model, 1e-3)
 tokens = torch.randint(512, (2, 64))
 model.logprobs(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean().backward()

@@ -1,0 +1,115 @@
+"""Networks that compute in bfloat16 and remember in float32."""
+import pytest
+import torch
+from helpers.arrays import tiny
+
+from model import NF4
+from runtime import Settings, compute, make_optimizer
+from runtime.checkpoints import flatten, restore
+
+TOKENS = torch.randint(1, 13, (4, 8), generator=torch.Generator().manual_seed(1))
+
+
+def placed(*models):
+    device = compute.Compute(Settings(device="cpu", precision="bfloat16", micro_batch=1))
+    device.cfg.checkpoint_blocks = False
+    device.place(*models)
+    return device
+
+
+def network(head="lm"):
+    return tiny(head).float()
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_while_it_computes_a_network_is_in_bfloat16_and_else_in_float32(head):
+    model, plain = network(head), network(head)
+    plain.load_state_dict(model.state_dict())
+    device, before = placed(model), dict(model.named_parameters())
+    plain.bfloat16()
+    if head == "scalar":
+        plain.head.float()
+        plain.head.load_state_dict(model.head.state_dict())
+    with device.computing():
+        for name, p in model.named_parameters():
+            exact = head == "scalar" and name.startswith("head.")
+            assert p.dtype == (torch.float32 if exact else torch.bfloat16), name
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    assert all(p is before[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+def test_what_fails_while_a_network_computes_leaves_it_as_it_was():
+    model = network()
+    device, before = placed(model), dict(model.named_parameters())
+    with pytest.raises(KeyError):
+        device.map(lambda rows: {}["no"], [0], [3])
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    model = network()
+    device = placed(model)
+
+    def loss(rows):
+        return {"loss": model.logprobs(TOKENS[rows], TOKENS[rows].bool()).float().mean()}
+    device.accumulate(loss, range(4), [1] * 4, [8] * 4)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    twin = network().bfloat16()
+    twin.load_state_dict(model.state_dict())
+    for row in range(4):
+        (twin.logprobs(TOKENS[[row]], TOKENS[[row]].bool()).float().mean() / 4).backward()
+        for name, p in twin.named_parameters():
+            expected[name] += p.grad.float()
+            p.grad = None
+    for name in found:
+        assert torch.equal(found[name], expected[name]) and found[name].dtype == torch.float32, name
+    # In bfloat16 the sum would be a multiple of its steps.
+    assert not torch.equal(found["norm.weight"], found["norm.weight"].bfloat16().float())
+
+
+def test_the_copies_follow_the_weights():
+    """After a step of the optimiser, and after a checkpoint has been read."""
+    model = network()
+    device, optimizer = placed(model), make_optimizer(model, 0.1)
+    state = {name: x.clone() for name, x in flatten(model).items()}
+
+    def outputs():
+        return device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)["y"]
+    first = outputs()
+    device.accumulate(lambda rows: {"loss": model(TOKENS[rows]).float().square().mean()}, range(4), [1] * 4,
+                      [8] * 4)
+    optimizer.step()
+    second = outputs()
+    assert (second - first).abs().max() > 0.05
+    restore(model, state)
+    assert torch.equal(outputs(), first)
+
+
+def test_an_update_too_small_for_bfloat16_is_not_lost():
+    model = network()
+    device, optimizer = placed(model), make_optimizer(model, 1e-5)
+    with torch.no_grad():
+        model.norm.weight.fill_(1.0)
+    for _ in range(400):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert model.norm.weight.mean().item() == pytest.approx(1 - 400e-5, abs=1e-4)
+    with device.computing():
+        assert (model.norm.weight < 1).all()
+
+
+def test_what_is_frozen_is_kept_in_bfloat16_alone_but_for_what_must_be_exact():
+    reward, base = network("scalar").requires_grad_(False), network()
+    base.add_adapters(2, 4.0, ("q", "down"))
+    base.pack()
+    device = placed(reward, base)
+    for name, p in reward.named_parameters():
+        assert p.dtype == (torch.float32 if name.startswith("head.") else torch.bfloat16), name
+    for module in base.modules():
+        if isinstance(module, NF4):
+            assert {p.dtype for p in module.parameters()} == {torch.uint8, torch.float32}
+    stand_ins, = device.stand_ins
+    assert {name for _, name, _, _ in stand_ins.places} == {"A", "B"}
+    assert base.token_embedding.weight.dtype == torch.bfloat16
