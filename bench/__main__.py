@@ -88,6 +88,8 @@ def operations(task, length):
 
 
 def main(names):
+    if unknown := sorted(set(names) - set(TASKS)):
+        sys.exit(f"bench: no task {unknown[0]}: there are {', '.join(TASKS)}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     peaks = {name: matrix_peak(dtype) for name, dtype in dtypes.items()}
     with open("/proc/cpuinfo", encoding="utf-8") as f:
