@@ -20,6 +20,7 @@ log-probabilities must differ from the old ones by the update alone), and biases
 import functools
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -63,10 +64,10 @@ class GPTConfig:
         for name in ("rope_theta", "norm_eps"):
             if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"GPTConfig.{name} must be a number above 0, not {getattr(self, name)!r}")
-        for name, choices in (("positions", ("learned", "rotary")), ("norm", ("layernorm", "rmsnorm")),
-                              ("mlp", ("gelu_tanh", "gelu", "swiglu")),
-                              ("bias", (True, False)), ("qkv_bias", (True, False)),
-                              ("qk_norm", (True, False)), ("tied", (True, False))):
+        allowed = {"positions": ("learned", "rotary"), "norm": ("layernorm", "rmsnorm"),
+                   "mlp": ("gelu_tanh", "gelu", "swiglu")}
+        allowed |= dict.fromkeys(("bias", "qkv_bias", "qk_norm", "tied"), (True, False))
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"GPTConfig.{name} must be one of {choices}, not {getattr(self, name)!r}")
         for big, small in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
@@ -197,10 +198,6 @@ class Linear(nn.Linear):
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
         self.scale = alpha / rank
 
-    def pack(self):
-        """Keep W in 4 bits from now on. It is frozen then."""
-        self.nf4, self.weight = NF4(self.weight), None
-
     def forward(self, x):
         y = TimesNF4.apply(x, self.nf4, self.bias) if self.weight is None else super().forward(x)
         return y + F.linear(self.scale * F.linear(x, self.A), self.B) if self.scale else y
@@ -216,10 +213,17 @@ class Linear(nn.Linear):
         self.scale, self.A, self.B = 0.0, None, None
 
 
+class Places(NamedTuple):
+    """Where the tokens of a forward pass stand: what all layers need of it."""
+    positions: torch.Tensor         # (T,): whole sequences; (B, 1): one new token per row
+    turns: tuple = None             # their rotation, if positions are rotary
+    seen: torch.Tensor = None       # (B, 1, 1, S): 0 where a new token may look back, and −∞ elsewhere
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.is_grouped = config, config.n_kv_head < config.n_head
         C, D = config.n_embd, config.head_dim
         width, kv_width = config.n_head * D, config.n_kv_head * D
         self.q = Linear(C, width, bias=config.bias or config.qkv_bias)
@@ -230,19 +234,18 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x, positions, turns=None, cache=None):
-        """x (B, T, C). positions (T,): whole sequences, whose keys and values are kept in the cache if there
-        is one. positions (B, 1): one new token per row, T = 1, which looks back through the cache (2, B,
-        H_kv, S, D). turns: the positions' rotation, if they are rotary."""
+    def forward(self, x, places, cache=None):
+        """x (B, T, C): whole sequences, whose keys and values are kept in the cache if there is one; or one
+        new token per row, T = 1, which looks back through the cache (2, B, H_kv, S, D)."""
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                    # (B, H, T, D)
-        if turns:
-            q, k = rotate(q, *turns), rotate(k, *turns)
-        if positions.dim() == 2:
-            y = self.look_back(q, k, v, positions, cache)
+        if places.turns:
+            q, k = rotate(q, *places.turns), rotate(k, *places.turns)
+        if places.seen is not None:
+            y = self.look_back(q, k, v, places, cache)
         else:
             if cache is not None:   # padding writes keys too: look_back masks them till tokens overwrite them
                 cache[0, :, :, :T], cache[1, :, :, :T] = k, v
@@ -253,23 +256,19 @@ class Attention(nn.Module):
         """Causal attention: q (B, H, T, D) over k and v (B, H_kv, T, D)."""
         B, H, T, D = q.shape
         if not (q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and T <= 256):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < H)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.is_grouped)
         # There, PyTorch's fused kernel takes three times as long, forward and backward, as its single steps.
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(H // self.config.n_kv_head, dim=1) for x in (k, v))
         q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
         future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
         return (scores.softmax(dim=-1) @ v).view(B, H, T, D)
 
-    def look_back(self, q, k, v, positions, cache):
+    def look_back(self, q, k, v, places, cache):
         """Attention of one query per row: q (B, H, 1, D), over its cached keys up to its own position."""
-        rows = torch.arange(len(q), device=q.device)
-        cache[0][rows, :, positions[:, 0]] = k[:, :, 0]
-        cache[1][rows, :, positions[:, 0]] = v[:, :, 0]
-        keys, values = cache
-        seen = torch.arange(keys.shape[2], device=q.device) <= positions                    # (B, S)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None],
-                                              enable_gqa=keys.shape[1] < q.shape[1])
+        here = torch.arange(len(q), device=q.device), slice(None), places.positions[:, 0]
+        cache[0][here], cache[1][here] = k[:, :, 0], v[:, :, 0]
+        return F.scaled_dot_product_attention(q, *cache, attn_mask=places.seen, enable_gqa=self.is_grouped)
 
 
 class MLP(nn.Module):
@@ -293,15 +292,16 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, positions, turns=None, cache=None, recompute=False):
+    def forward(self, x, places, cache=None, recompute=False):
         if recompute:   # in here, so that what wraps a block (FSDP, torch.compile) is not done twice
-            return checkpoint(self.forward, x, positions, turns, use_reentrant=False)
-        x = x + self.attention(self.norm1(x), positions, turns, cache)
+            return checkpoint(self.forward, x, places, use_reentrant=False)
+        x = x + self.attention(self.norm1(x), places, cache)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
     """head="lm" scores the next token; head="scalar" gives one number per position (a reward or a value)."""
+    look_every = 1      # tokens after which sampling asks which rows have ended: a GPU has to be waited for
 
     def __init__(self, config, head="lm"):
         super().__init__()
@@ -344,10 +344,10 @@ class GPT(nn.Module):
             self.head.requires_grad_(True)
 
     def pack(self):
-        """Keep the matrices of all blocks in 4 bits: see NF4."""
+        """Keep the matrices of all blocks in 4 bits from now on, frozen: see NF4."""
         for module in self.blocks.modules():
             if isinstance(module, Linear):
-                module.pack()
+                module.nf4, module.weight = NF4(module.weight), None
 
     def adapted(self):
         """{name: Linear} of the layers that have an adapter."""
@@ -364,21 +364,28 @@ class GPT(nn.Module):
                              f"block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x, turns = self.token_embedding(tokens), None
+        x, turns, seen = self.token_embedding(tokens), None, None
         if self.config.positions == "learned":
             x = x + self.position_embedding(positions)
         else:
             turns = rotation(self.config, positions, x.dtype)
+        if positions.dim() == 2:
+            ahead = torch.arange(cache[0].shape[3], device=tokens.device) > positions           # (B, S)
+            seen = x.new_zeros(ahead.shape).masked_fill_(ahead, -torch.inf)[:, None, None]
         recompute = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
+        places = Places(positions, turns, seen)
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, turns, None if cache is None else cache[i], recompute)
+            x = block(x, places, None if cache is None else cache[i], recompute)
         return self.norm(x)
 
     def unembed(self, x):
         """Hidden states (..., C) to logits (..., V). Raises ValueError if this is not a language model."""
         if self.head_kind != "lm":
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
-        return F.linear(x, self.token_embedding.weight if self.config.tied else self.head.weight)
+        W = self.token_embedding.weight if self.config.tied else self.head.weight
+        if x.is_cuda:       # TF32 holds bfloat16's numbers exactly: sums end in float32, and are not rounded
+            x, W = at_least_float32(x), at_least_float32(W)
+        return F.linear(x, W)
 
     def forward(self, tokens):
         """tokens (B, T) int64, right-padded: logits (B, T, V), or one scalar per position (B, T)."""
@@ -399,7 +406,7 @@ class GPT(nn.Module):
         T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
         also the entropy of each of those distributions, (B, T); only entropy_grad=True keeps what its
         gradient would need. Logits exist only where the mask is true, and for some 16 million numbers at a
-        time: n × V of them would soon be more than all the rest. The backward pass computes them again."""
+        time. The backward pass computes them again."""
         mask = mask.clone()
         mask[:, 0] = False
         # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
@@ -457,24 +464,27 @@ class GPT(nn.Module):
         for step in range(max_new_tokens):
             position = lengths[rows] + step
             logits = at_least_float32(self.unembed(x))
-            chosen = sample(logits, temperature, top_k, top_p, uniform(seeds[rows], step))
-            logp = F.log_softmax(logits / (temperature or 1.0), dim=-1).gather(-1, chosen[:, None])[:, 0]
-            tokens[rows[running], position[running]] = chosen[running]
-            logprobs[rows[running], position[running]] = logp[running]
-            ends[rows[running]] += 1
+            p = (logits / (temperature or 1.0)).softmax(dim=-1)                                 # (b, V)
+            u = uniform(seeds[rows], step)
+            chosen = sample(p, top_k, top_p, u) if temperature > 0 else logits.argmax(dim=-1)
+            tokens[rows, position] = chosen * running
+            logprobs[rows, position] = p.gather(-1, chosen[:, None])[:, 0].log() * running
+            ends[rows] += running
             if stop_token is not None:
                 running = running & (chosen != stop_token)
-            alive = int(running.sum())
-            if self.rows_left(alive) == 0 or step + 1 == max_new_tokens:
+            if step + 1 == max_new_tokens:
                 break
-            # Rows that have ended leave the batch, and cost nothing from then on. Copying the cache for it
-            # takes about as long as a step, so they leave when a fifth of the batch has ended, not one by
-            # one.
-            if 0 < alive <= 0.8 * len(rows):
-                rows, chosen, position = rows[running], chosen[running], position[running]
-                for i, layer in enumerate(cache):           # one after the other, not all twice in memory
-                    cache[i] = layer[:, running]
-                running = running[running]
+            # Rows that have ended leave the batch when they are a fifth of it: copying the cache takes about
+            # as long as a step. Until then they go on, and nothing of that is written.
+            if (step + 1) % self.look_every == 0:
+                alive = int(running.sum())
+                if self.rows_left(alive) == 0:
+                    break
+                if 0 < alive <= 0.8 * len(rows):
+                    rows, chosen, position = rows[running], chosen[running], position[running]
+                    for i, layer in enumerate(cache):           # one after the other, not all twice in memory
+                        cache[i] = layer[:, running]
+                    running = running[running]
             reach = longest + step + 1                                  # no row's position is beyond this
             x = self.hidden(chosen[:, None], position[:, None],
                             [layer[:, :, :, :reach] for layer in cache])[:, 0]
@@ -534,24 +544,17 @@ def uniform(seeds, step):
     return (shift(z, 11).double() + 0.5) / 2 ** 53
 
 
-def sample(logits, temperature, top_k, top_p, u):
-    """One token per row from logits (b, V), by inverting the cumulative distribution at u (b,) in (0, 1).
-
-    top_k keeps the k likeliest; top_p then the fewest whose probability reaches p (Holtzman et al. 2020)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
+def sample(p, top_k, top_p, u):
+    """One token per row from probabilities p (b, V): where their cumulative sum passes u (b,), in (0, 1).
+    top_k keeps the k likeliest; top_p then the fewest that hold such a share (Holtzman et al. 2020)."""
     if top_k or top_p < 1:
-        ranked, order = logits.sort(dim=-1, descending=True)
+        ranked, order = p.sort(dim=-1, descending=True)
         if top_k:
-            ranked[:, top_k:] = -torch.inf
-        p = ranked.softmax(dim=-1)
-        beyond = p.cumsum(-1) - p >= top_p
+            ranked[:, top_k:] = 0
+        beyond = ranked.cumsum(-1) - ranked >= top_p * ranked.sum(-1, keepdim=True)
         beyond[:, 0] = False                                        # the likeliest always stays
-        ranked = ranked.masked_fill(beyond, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ranked)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    # Reaching u of the total, which rounding puts slightly off 1, always lands on a token of probability >
-    # 0.
+        p = torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(beyond, 0))
+    cumulative = p.cumsum(dim=-1)
+    # Reaching u of the total, which rounding puts off 1, always lands on a token of probability above 0.
     u = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from bench.shapes import ANSWER, PPO_EPOCHS, PROMPT, SHAPES, TASKS, make
+from bench.shapes import PROMPT, SHAPES, TASKS, make
 
 ROUNDS, STEPS = 3, 3                # processes in turn, and steps in each, of which the first warms up
 # autocast: products in bfloat16, weights in float32, so that no update is lost; where nothing is trained, the
@@ -84,7 +84,7 @@ def operations(task, length):
     lm = trunk + 2 * rows * length * head
     training = 2 if task.lora_rank else 3
     return {"sample": lm, "dpo": (1 + training) * lm,
-            "ppo": 2 * lm + 2 * trunk + PPO_EPOCHS * training * (lm + trunk)}[task.kind]
+            "ppo": 2 * lm + 2 * trunk + task.epochs * training * (lm + trunk)}[task.kind]
 
 
 def main(names):
@@ -115,7 +115,7 @@ def main(names):
     with open(f"{base}.md", "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")
     with open(f"{base}.json", "w", encoding="utf-8") as f:
-        json.dump({"cpu": cpu, "peaks": peaks, "answer": ANSWER, "tasks": results}, f, indent=1)
+        json.dump({"cpu": cpu, "peaks": peaks, "tasks": results}, f, indent=1)
     print("\n".join(lines))
 
 

@@ -1,4 +1,5 @@
-"""One task with this project: python -m bench.ours TASK PRECISION FOLDER REPEATS. Prints a line of JSON."""
+"""One task with this project: python -m bench.ours TASK PRECISION FOLDER REPEATS [FLAG=VALUE ...], also under
+torchrun. Prints a line of JSON."""
 import json
 import os
 import sys
@@ -9,10 +10,11 @@ import torch
 
 import dpo
 import ppo
-from bench.shapes import ANSWER, PPO_EPOCHS, PROMPT, TASKS
-from data.batches import Comparison
+import sft
+from bench.shapes import GROWTH, PROMPT, TASKS
+from data.batches import Comparison, Demonstration
 from data.tokenizer import Tokenizer
-from runtime import Run, load, load_reward_model, make_optimizer
+from runtime import Run, load, load_reward_model, make_optimizer, processes
 from runtime.run import peak_memory
 
 
@@ -20,24 +22,45 @@ def random_ids(n):
     return torch.randint(0, 256, (n,)).tolist()
 
 
-def run_ppo(task, folder, flags, repeats):
-    cfg = ppo.Config(steps=repeats, batch=task.rows, max_new_tokens=ANSWER, epochs=PPO_EPOCHS, minibatches=1,
-                     update_kl=0.0, lr=1e-5, critic_lr=1e-5, data="bench", **flags)
+def prepare_ppo(task, folder, flags, repeats):
+    """All that a step of PPO needs: (cfg, run, nets, optimizers, tokenizer, prompts)."""
+    cfg = ppo.Config(steps=repeats, batch=task.rows, max_new_tokens=task.answer, epochs=task.epochs,
+                     minibatches=1, update_kl=0.0, lr=1e-5, critic_lr=1e-5, data="bench", **flags)
     nets = {"actor": load(f"{folder}/lm"), "reference": load(f"{folder}/lm").requires_grad_(False),
             "critic": load_reward_model(f"{folder}/scalar"),
             "reward": load_reward_model(f"{folder}/scalar").requires_grad_(False)}
     run = Run(cfg, repeats)
     run.place(*nets.values())
     optimizers = {name: make_optimizer(nets[name], 1e-5) for name in ("actor", "critic")}
-    controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(**nets)
     end = Tokenizer.load(f"{folder}/lm").end
     tokenizer = types.SimpleNamespace(prompt=lambda ids: ids, end=end if task.uneven else -1)
-    prompts = [random_ids(PROMPT) for _ in range(task.rows)]
+    return cfg, run, nets, optimizers, tokenizer, [random_ids(PROMPT) for _ in range(task.rows)]
+
+
+def run_ppo(task, folder, flags, repeats):
+    cfg, run, nets, optimizers, tokenizer, prompts = prepare_ppo(task, folder, flags, repeats)
+    controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     for _ in range(repeats):
         began = time.time()
         metrics = ppo.step(cfg, run, prompts, nets, optimizers, controller, tokenizer, None)
         yield time.time() - began, float(metrics["length"])
+
+
+def run_sft(task, folder, flags, repeats):
+    cfg = sft.Config(batch=task.rows, lr=1e-5, **flags)
+    model = load(f"{folder}/lm")
+    run = Run(cfg, repeats)
+    run.place(model)
+    optimizer = make_optimizer(model, cfg.lr)
+    run.resume(model=model)
+    for _ in range(repeats):
+        rows = [Demonstration(random_ids(PROMPT + task.answer), [False] * PROMPT + [True] * task.answer)
+                for _ in range(task.rows)]
+        began = time.time()
+        loss = sft.mean_loss(run.accumulate, model, run, rows)
+        run.optimizer_step(optimizer, cfg.lr, loss, "bench")
+        yield time.time() - began, task.answer
 
 
 def run_dpo(task, folder, flags, repeats):
@@ -51,13 +74,13 @@ def run_dpo(task, folder, flags, repeats):
         pairs = []
         for _ in range(task.rows):
             prompt = random_ids(PROMPT)
-            answers = [prompt + random_ids(ANSWER) for _ in range(2)]
+            answers = [prompt + random_ids(task.answer) for _ in range(2)]
             pairs.append(Comparison(answers, PROMPT, [1, 2], 0.0))
         began = time.time()
         dpo.add_reference(model, run, pairs)
         metrics = dpo.mean_loss(run.accumulate, model, run, pairs)
         run.optimizer_step(optimizer, cfg.lr, metrics["loss"], "bench")
-        yield time.time() - began, ANSWER
+        yield time.time() - began, task.answer
 
 
 def run_sample(task, folder, flags, repeats):
@@ -67,15 +90,21 @@ def run_sample(task, folder, flags, repeats):
     for _ in range(repeats):
         prompts = [random_ids(PROMPT) for _ in range(task.rows)]
         began = time.time()
-        run.sample(model, prompts, run.seeds(task.rows), ANSWER, 1.0, -1)
-        yield time.time() - began, ANSWER
+        run.sample(model, prompts, run.seeds(task.rows), task.answer, 1.0, -1)
+        yield time.time() - began, task.answer
 
 
 if __name__ == "__main__":
-    name, precision, folder, repeats = sys.argv[1:]
-    task, said = TASKS[name], sys.stdout
+    name, precision, folder, repeats, *more = sys.argv[1:]
+    task, said = (TASKS | GROWTH)[name], sys.stdout
     sys.stdout = open(os.devnull, "w")                              # progress is not what is asked for
     flags = dict(out=f"{folder}/out", precision=precision, lora_rank=task.lora_rank, save_seconds=1e6)
-    work = {"ppo": run_ppo, "dpo": run_dpo, "sample": run_sample}[task.kind]
+    for text in more:
+        key, value = text.split("=")
+        flags[key] = int(value) if value.isdigit() else value
+    processes.start("cpu", 300)
+    torch.manual_seed(0)                                            # all processes draw the same rows
+    work = {"ppo": run_ppo, "sft": run_sft, "dpo": run_dpo, "sample": run_sample}[task.kind]
     seconds, lengths = zip(*work(task, folder, flags, int(repeats)))
-    print(json.dumps({"seconds": seconds, "lengths": lengths, "peak": peak_memory("cpu")}), file=said)
+    if processes.is_first():
+        print(json.dumps({"seconds": seconds, "lengths": lengths, "peak": peak_memory("cpu")}), file=said)

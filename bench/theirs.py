@@ -17,7 +17,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from bench.shapes import ANSWER, PPO_EPOCHS, PROMPT, TASKS
+from bench.shapes import PROMPT, TASKS
 
 
 class Clock(TrainerCallback):
@@ -58,7 +58,8 @@ def common(folder, precision):
 def run_ppo(task, folder, precision, dtype, repeats):
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/lm", padding_side="left")
     args = PPOConfig(per_device_train_batch_size=task.rows, gradient_accumulation_steps=1, num_mini_batches=1,
-                     num_ppo_epochs=PPO_EPOCHS, total_episodes=task.rows * repeats, response_length=ANSWER,
+                     num_ppo_epochs=task.epochs, total_episodes=task.rows * repeats,
+                     response_length=task.answer,
                      local_rollout_forward_batch_size=task.rows, temperature=1.0, num_sample_generations=0,
                      stop_token_id=tokenizer.eos_token_id if task.uneven else None,
                      **common(folder, precision))
@@ -76,10 +77,10 @@ def run_ppo(task, folder, precision, dtype, repeats):
 
 def run_dpo(task, folder, precision, dtype, repeats):
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/lm")
-    args = DPOConfig(per_device_train_batch_size=task.rows, max_steps=repeats, max_length=PROMPT + ANSWER,
-                     **common(folder, precision))
-    rows = [{"prompt": random_text(PROMPT), "chosen": random_text(ANSWER - 1),
-             "rejected": random_text(ANSWER - 1)} for _ in range(task.rows * repeats)]
+    args = DPOConfig(per_device_train_batch_size=task.rows, max_steps=repeats,
+                     max_length=PROMPT + task.answer, **common(folder, precision))
+    rows = [{"prompt": random_text(PROMPT), "chosen": random_text(task.answer - 1),
+             "rejected": random_text(task.answer - 1)} for _ in range(task.rows * repeats)]
     clock = Clock()
     trainer = DPOTrainer(
         model=load(folder, "lm", dtype), ref_model=None if task.lora_rank else load(folder, "lm", dtype),
@@ -96,9 +97,9 @@ def run_sample(task, folder, precision, dtype, repeats):
         began = time.time()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-                                   max_new_tokens=ANSWER, min_new_tokens=ANSWER)
+                                   max_new_tokens=task.answer, min_new_tokens=task.answer)
         seconds.append(time.time() - began)
-        assert found.shape[1] == PROMPT + ANSWER
+        assert found.shape[1] == PROMPT + task.answer
     return seconds
 
 

@@ -114,10 +114,12 @@ class Compute:
         self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
         if self.device == "cpu":
             keep_freed_memory()
+        if self.device == "cuda" and self.bfloat16:
+            torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembed
         self.kind = None                # "ddp" or "fsdp", from the first networks on that are placed
         self.stand_ins = []             # of the trained networks, in bfloat16
         self.frozen = {}                # what networks share that nothing trains: see to_device
-        self.fetched = []             # networks that --offload keeps on the CPU, while they are on the device
+        self.fetched = {}               # networks that --offload has brought to the device: where they wait
 
     def place(self, *models):
         """Put networks on the device, spread over the processes, compiled and economical as the flags say.
@@ -126,9 +128,12 @@ class Compute:
         self.kind = self.kind or choose(cfg.parallel, models, self.device)
         bases = {model.folder for model in models if not is_frozen(model) and model.adapted()}
         for model in models:
+            model.look_every = 8 if self.device == "cuda" else 1
             if not is_frozen(model):
                 model.checkpoint_blocks = cfg.checkpoint_blocks
             if cfg.compile:
+                # A graph for each use: with gradients, a cache or neither, of one row or token or more.
+                torch.compiler.config.recompile_limit = 32
                 for block in model.blocks:
                     block.compile(dynamic=True)
             if is_distributed() and self.kind == "fsdp":
@@ -136,6 +141,9 @@ class Compute:
                 continue
             if cfg.offload and is_frozen(model) and model.folder not in bases:    # a base is there anyway
                 to_device(model, "cpu", None, self.bfloat16)
+                if self.device == "cuda":                   # from pinned memory a copy need not be waited for
+                    for p in model.parameters():
+                        p.data = p.data.pin_memory()
                 model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
@@ -145,12 +153,15 @@ class Compute:
     def fetch(self, model):
         """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""
         if model not in self.fetched:
-            self.fetched.append(model.to(self.device))
+            self.fetched[model] = [p.data for p in model.parameters()]
+            for p in model.parameters():
+                p.data = p.data.to(self.device, non_blocking=True)
 
     def send_back(self):
-        """Return the networks that were fetched to the CPU."""
-        for model in self.fetched:
-            model.to("cpu")
+        """Forget the copies on the device: what waits on the CPU is what it was."""
+        for model, waiting in self.fetched.items():
+            for p, x in zip(model.parameters(), waiting):
+                p.data = x
         self.fetched.clear()
 
     @contextlib.contextmanager

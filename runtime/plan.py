@@ -30,6 +30,7 @@ import torch
 from model import GPT, GPTConfig
 from runtime.flags import flag
 from runtime.launch import main
+from runtime.sharding import LOGITS, cached_numbers
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
@@ -199,11 +200,10 @@ class Plan:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
         if stage == "sft":                                              # a few answers, one at a time
             return weights
-        kv = shape.n_kv_head * (shape.n_embd // shape.n_head)
-        cache = rows * (prompt + answer) * shape.n_layer * 2 * kv * b
+        cache = rows * (prompt + answer) * cached_numbers(shape) * b
         hidden = shape.mlp_hidden * (4 if shape.mlp == "swiglu" else 2)
         reading = rows * prompt * (hidden + 4 * shape.n_embd) * b
-        return weights + extra + cache + max(reading, 5 * rows * shape.vocab_size * 4)
+        return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
 
     def sent(self):
         """Bytes that each process sends per step: a rollout with its updates, in ppo."""

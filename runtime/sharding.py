@@ -15,6 +15,8 @@ import torch
 from runtime.precision import placed_dtype
 from runtime.processes import total, world_size
 
+LOGITS = 5                  # arrays (rows, V) in float32 that exist at once where tokens are chosen
+
 
 def is_frozen(model):
     return not any(p.requires_grad for p in model.parameters())
@@ -71,10 +73,12 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
     from torch.distributed import fsdp  # takes a second, and one process does without
     from torch.distributed.device_mesh import init_device_mesh
     mesh = init_device_mesh(device, (world_size(),))
-    exact, waiting = fsdp.MixedPrecisionPolicy(), fsdp.OffloadPolicy()
+    # Inputs stay as they are: rotations of late positions would be lost in bfloat16.
+    exact, waiting = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False), fsdp.OffloadPolicy()
     precision = exact
     if bfloat16:
-        precision = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32,
+                                              cast_forward_inputs=False)
     if offload and is_frozen(model):
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     parts = [(block, precision) for block in model.blocks] + [(model, precision)]
@@ -92,28 +96,37 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
     for name in ("logprobs", "score", "generate"):
         fsdp.register_fsdp_forward_method(model, name)
-    whole_bytes = sum(p.numel() for p in model.parameters()) * (2 if bfloat16 else 4)
-    sample_from_shards(model, whole_bytes, gather_at_once)
+    sample_from_shards(model, 2 if bfloat16 else 4, gather_at_once)
 
 
-def sample_from_shards(model, whole_bytes, gather_at_once):
+def sample_from_shards(model, number, gather_at_once):
     """Let `generate` gather each block once for all tokens, where the whole network fits: then parameters
     travel once, not once per token, and no process waits for the others' rows. Where it does not fit, blocks
-    are gathered at every token, and all processes must go on until the last row of all has ended."""
+    are gathered at every token, and all processes must go on until the last row of all has ended. number:
+    bytes of one."""
     generate, rows_left = model.generate, model.rows_left
+    weights = sum(p.numel() for p in model.parameters())
 
-    def generate_together(*args, **kwargs):
-        at_once = gather_at_once and fits(whole_bytes, model.device)
+    def generate_together(prompts, lengths, max_new_tokens, *args, **kwargs):
+        positions = len(prompts) * (int(lengths.max()) + max_new_tokens)
+        size = number * (weights + positions * cached_numbers(model.config))
+        size += 4 * LOGITS * len(prompts) * model.config.vocab_size
+        at_once = gather_at_once and fits(size, model.device)
         for block in model.blocks:
             block.set_reshard_after_forward(not at_once)
         model.rows_left = rows_left if at_once else total
         try:
-            return generate(*args, **kwargs)
+            return generate(prompts, lengths, max_new_tokens, *args, **kwargs)
         finally:
             for block in model.blocks:
                 block.set_reshard_after_forward(True)
                 block.reshard()
     model.generate = generate_together
+
+
+def cached_numbers(config):
+    """Keys and values of one position, in all layers."""
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim
 
 
 def fits(size, device):

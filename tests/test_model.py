@@ -1,10 +1,12 @@
 """The GPT: log-probabilities, sampling, attention, errors and files, in float64 on random tiny networks."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import GPT, Attention, GPTConfig, frequencies, rotate, rotation, sample, uniform
+from model import GPT, Attention, GPTConfig, Places, frequencies, rotate, rotation, sample, uniform
 
 V, STOP = 11, 2
 SHAPES = {
@@ -125,6 +127,24 @@ def test_rows_that_finish_and_leave_the_batch_do_not_disturb_the_others(model):
         assert answer == whole[:cut]
 
 
+@pytest.mark.parametrize("every", [3, 100])
+def test_how_often_one_looks_for_rows_that_have_ended_changes_no_answer(model, every, monkeypatch):
+    how = dict(stop_token=STOP, seeds=torch.arange(40))
+    prompts, lengths = torch.randint(V, (40, 4)), torch.randint(1, 5, (40,))
+    expected = model.generate(prompts, lengths, 18, **how)
+    monkeypatch.setattr(model, "look_every", every)
+    for found, want in zip(model.generate(prompts, lengths, 18, **how), expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-10)
+
+
+def test_on_a_gpu_logits_are_not_rounded_to_bfloat16():
+    """FakeTensorMode knows a GPU's rules without having one."""
+    with FakeTensorMode():
+        x, W = (torch.empty(5, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        model = SimpleNamespace(head_kind="lm", config=GPTConfig(), token_embedding=SimpleNamespace(weight=W))
+        assert GPT.unembed(model, x).dtype == torch.float32
+
+
 def test_greedy_equals_argmax_step_by_step_without_a_cache(model):
     tokens, mask, logprobs = model.generate(PROMPTS, LENGTHS, 8, temperature=0)
     for b in range(len(PROMPTS)):
@@ -234,7 +254,7 @@ def test_top_k_and_top_p_sample_every_token_of_their_set_and_no_other(top_k, top
             allowed[i] = x
         before += x / total
     n = 20000
-    found = sample(logits.expand(n, V), 1.0, top_k, top_p, uniform(torch.arange(n), 0))
+    found = sample(logits.softmax(-1).expand(n, V), top_k, top_p, uniform(torch.arange(n), 0))
     assert set(found.tolist()) == set(allowed)
     for i, x in allowed.items():                        # renormalised over the set, five standard deviations
         q = x / sum(allowed.values())
@@ -246,7 +266,7 @@ def test_the_ends_of_the_uniform_never_pick_a_token_of_probability_zero():
     for dtype in (torch.float32, torch.float64):
         logits = torch.tensor([[-torch.inf, 0.3, -torch.inf, 1.0, -torch.inf]], dtype=dtype)
         ends = torch.tensor([2.0 ** -54, 0.5, 1 - 2.0 ** -53], dtype=torch.float64)
-        assert sample(logits.expand(3, 5), 1.0, 0, 1.0, ends).tolist() == [1, 3, 3]
+        assert sample(logits.softmax(-1).expand(3, 5), 0, 1.0, ends).tolist() == [1, 3, 3]
 
 
 def test_uniform_is_uniform_inside_zero_and_one_and_differs_by_step_and_seed():
@@ -297,7 +317,7 @@ def test_grouped_query_attention_equals_a_slow_one_head_at_a_time(kv, positions)
     attention = Attention(config).double()
     x = torch.randn(2, T, C).double()
     turns = rotation(config, torch.arange(T), x.dtype) if positions == "rotary" else None
-    found = attention(x, torch.arange(T), turns)
+    found = attention(x, Places(torch.arange(T), turns))
     for b in range(2):
         heads = []
         for h in range(H):
@@ -487,7 +507,7 @@ def test_queries_and_keys_are_normed_per_head_where_the_config_says_so():
                        bias=False, qkv_bias=True)
     attention, x = Attention(config).double(), torch.randn(1, 5, 12).double()
     torch.nn.init.normal_(attention.q_norm.weight)
-    found = attention(x, torch.arange(5))
+    found = attention(x, Places(torch.arange(5)))
     assert attention.q.weight.shape == (8, 12) and attention.out.bias is None
     heads = []
     for h in range(2):

@@ -20,6 +20,7 @@ from helpers.start import (
     torchrun,
 )
 
+from model import GPT, GPTConfig
 from runtime import sharding
 from runtime.safetensors import load_tensors, save_tensors
 
@@ -120,6 +121,38 @@ def test_in_bfloat16_a_policy_that_does_not_learn_stays_its_reference(alone, pro
     for line in (alone / out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
         assert metrics["kl"] == 0 and metrics["approx_kl"] < 1e-4
+
+
+def test_under_fsdp_a_network_computes_in_bfloat16_as_it_does_alone(tmp_path):
+    """Late positions too, whose rotations bfloat16 could not tell apart."""
+    config = GPTConfig(vocab_size=13, block_size=512, n_layer=2, n_head=2, n_embd=8, positions="rotary")
+    alone, sharded = GPT(config), GPT(config)
+    sharded.load_state_dict(alone.state_dict())
+    tokens = torch.randint(13, (1, 512), generator=torch.Generator().manual_seed(0))
+    torch.distributed.init_process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharding.shard(sharded, "cpu", bfloat16=True)
+        found = sharded(tokens)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(found, alone.bfloat16()(tokens))
+
+
+def test_whether_all_fits_counts_what_sampling_needs(monkeypatch):
+    asked, config = [], GPTConfig(100, 32, 2, 4, 16, n_kv_head=2)
+    monkeypatch.setattr(sharding, "fits", lambda size, device: asked.append(size) or True)
+    model = GPT(config)
+    for block in model.blocks:
+        block.set_reshard_after_forward = block.reshard = lambda *_: None
+    sharding.sample_from_shards(model, 2, gather_at_once=True)
+    sizes = {}
+    for rows, new in ((1, 1), (5, 1), (1, 9)):
+        model.generate(torch.ones(rows, 3, dtype=torch.long), torch.full((rows,), 3), new)
+        sizes[rows, new] = asked.pop()
+    cached = 2 * 2 * 2 * 4                                      # keys and values, layers, heads, channels
+    assert sizes[1, 9] - sizes[1, 1] == 2 * 8 * cached
+    assert sizes[5, 1] - sizes[1, 1] == 4 * (2 * 4 * cached + 4 * sharding.LOGITS * 100)
+    assert sizes[1, 1] > 2 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.slow
