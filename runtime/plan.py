@@ -16,7 +16,8 @@ Bytes, with P parameters, N processes and b bytes per number in matrix products:
                   --checkpoint_blocks only a block's input
     logits        V numbers of 4 bytes per token that is learnt, 16 million at a time: log-probabilities, and
                   two gradients
-    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes
+    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes; ddp: 4 million
+                  gradients, twice
     cache         keys and values of every row that is sampled, in b
     sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients
                   up; ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and
@@ -30,7 +31,7 @@ import torch
 from model import GPT, GPTConfig
 from runtime.flags import flag
 from runtime.launch import main
-from runtime.sharding import LOGITS, cached_numbers
+from runtime.sharding import BUCKET, LOGITS, cached_numbers
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
@@ -110,11 +111,19 @@ class Plan:
         self.embedding = cfg.shape.vocab_size * cfg.shape.n_embd * self.b
 
     def numbers(self):
-        """{what: bytes}. The peak is the largest of three: in a backward pass, at its end, where the
-        embeddings' gradients are, and while sampling."""
+        """{what: bytes}. The peak is the largest of four: in a backward pass, at its end, where the
+        embeddings' gradients are, while they are added up, and while sampling."""
         backward, end, sampling = self.backward(), self.end_of_backward(), self.sampling()
         return {"state": self.without_gradients + self.gradients, "backward": backward, "sampling": sampling,
-                "peak": self.without_gradients + max(backward, end, sampling), "sent per step": self.sent()}
+                "peak": self.without_gradients + max(backward, end, sampling, self.adding_up()),
+                "sent per step": self.sent()}
+
+    def adding_up(self):
+        """ddp: all gradients, and those in transit, as they are sent and as they come."""
+        if self.is_sharded or self.N == 1:
+            return 0
+        at_once = max(BUCKET, self.shape.vocab_size * self.shape.n_embd)        # a parameter is not parted
+        return self.gradients + 2 * 4 * min(at_once, max(net.all for net in self.trained))
 
     def activations(self):
         """Bytes that the backward pass needs per token: (of a block, of a block's input)."""

@@ -38,16 +38,12 @@ def is_first():
 # ------------------------------------------------------------------------ what they tell each other
 
 def total(x):
-    """The sum over all processes of a tensor, or of a number."""
+    """The sum over all processes of a number, or of a tensor, which it takes the place of."""
     if world_size() == 1:
         return x
-    if isinstance(x, torch.Tensor):
-        out = x.detach().clone()
-        dist.all_reduce(out)
-        return out
-    out = torch.tensor(x, dtype=torch.float64)
+    out = x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
     dist.all_reduce(out)
-    return out.item()
+    return out if out is x else out.item()
 
 
 def barrier():

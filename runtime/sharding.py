@@ -15,6 +15,7 @@ import torch
 from runtime.precision import placed_dtype
 from runtime.processes import total, world_size
 
+BUCKET = 4e6                # numbers that travel between processes at once
 LOGITS = 5                  # arrays (rows, V) in float32 that exist at once where tokens are chosen
 
 
@@ -54,11 +55,11 @@ def to_device(model, device, frozen=None, bfloat16=False):
 
 
 def add_up(parameters):
-    """Make each gradient the sum of all processes', some 4 million numbers at a time."""
+    """Make each gradient the sum of all processes', about BUCKET numbers at a time."""
     gradients = [p.grad for p in parameters if p.grad is not None and world_size() > 1]
     while gradients:
         some = [gradients.pop(0)]
-        while gradients and sum(x.numel() for x in some) + gradients[0].numel() <= 4e6:
+        while gradients and sum(x.numel() for x in some) + gradients[0].numel() <= BUCKET:
             some.append(gradients.pop(0))
         flat = total(torch.cat([x.flatten() for x in some]))
         for x, part in zip(some, flat.split([x.numel() for x in some])):

@@ -17,10 +17,11 @@ from runtime import processes, sharding  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
 processes.start("cpu", 60)
-processes.stop = lambda: None                       # the processes stay together from script to script
+stop, processes.stop = processes.stop, lambda: None     # they stay together from script to script
 for command in sys.argv[1:]:
     if command == "nothing fits":
         sharding.fits = lambda size, device: False
         continue
     sys.argv = command.split()
     runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
+stop()
