@@ -59,7 +59,7 @@ class Config(Training):
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
     length_normalize: bool = flag(False, "compare log-probabilities per token, so that length decides "
                                   "less; β must then be larger, by about an answer's length")
-    records: int = flag(3000, "preferences to learn from, the first of the file; 0 takes all", 0)
+    records: int = flag(0, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)

@@ -8,7 +8,7 @@ from runtime.launch import warn
 from runtime.processes import barrier, is_first
 
 # Records of the world to train on, and how many more of either kind are held out.
-DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 7000, 500
+DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 10000, 500
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
            "prompts": records.read_prompts}
 
