@@ -1,6 +1,6 @@
 """How cost grows: with the answers and their length, with the vocabulary, and what a second process loses.
 
-    python -m bench.growth              everything, about ten minutes on two cores
+    python -m bench.growth              everything, a quarter of an hour on two cores
     python -m bench.growth time         one of: time, memory, processes
 
 Each comparison is made in turn, in processes of their own; what is printed are medians.
@@ -32,14 +32,14 @@ def measure(name, folder, precision="bfloat16", processes=1, **flags):
     return statistics.median(found["seconds"][1:]), found["peak"]
 
 
-def in_turn(runs):
+def in_turn(runs, rounds=ROUNDS):
     """{name: (seconds, bytes)}, medians over rounds in which every run has its turn. runs: {name: (task,
     arguments of measure)}."""
     found = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
         for task in {task for task, _ in runs.values()}:
             make((TASKS | GROWTH)[task], f"{folder}/{task}")
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, (task, how) in runs.items():
                 found[name].append(measure(task, f"{folder}/{task}", **how))
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in found.items()}
@@ -57,7 +57,7 @@ def memory():
     for stage in ("sft", "dpo", "ppo"):
         runs = {(size, rows): (f"{stage}-{size}", {"micro_batch": rows})
                 for size in ("4k", "64k") for rows in (8, 64)}
-        found = in_turn(runs)
+        found = in_turn(runs, rounds=1)                             # memory hardly varies
         more = {size: (found[size, 64][1] - found[size, 8][1]) / 1e9 for size in ("4k", "64k")}
         print(f"{stage}: micro-batches of 64 sequences take {more['4k']:.2f} GB more than of 8; "
               f"with 16 times the vocabulary {more['64k']:.2f} GB", flush=True)
