@@ -81,7 +81,8 @@ def distinct2(texts):
 def win_rate(mine, theirs, n, resamples=2000):
     """How often mine scores above theirs, a tie counting half, answer by answer: (rate, low, high), with a 95
     % interval by the bootstrap over prompts (n answers each), since answers to one prompt are alike."""
-    points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine, theirs)]
+    # The same answer, scored among others, may differ in rounding: that wins nothing.
+    points = [0.5 if abs(a - b) < 1e-5 else float(a > b) for a, b in zip(mine, theirs)]
     wins = torch.tensor(points).view(-1, n).mean(1)
     picks = torch.randint(len(wins), (resamples, len(wins)), generator=torch.Generator().manual_seed(0))
     low, high = wins[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()

@@ -22,6 +22,7 @@ def test_win_rate_counts_ties_as_half():
     assert evaluate.win_rate([1.0, 2.0, 3.0, 1.0], [0.0, 2.0, 4.0, 0.0], 2)[0] == 0.625
     assert evaluate.win_rate([1.0] * 6, [1.0] * 6, 3) == (0.5, 0.5, 0.5)
     assert evaluate.win_rate([2.0] * 6, [1.0] * 6, 3) == (1.0, 1.0, 1.0)
+    assert evaluate.win_rate([1.0, 1.0], [1.0 + 1e-12, 1.0 - 1e-12], 1)[0] == 0.5      # but for rounding
 
 
 def test_win_rates_interval_contains_the_rate_and_has_the_width_of_its_standard_error():

@@ -45,6 +45,7 @@ def test_new_tokens_start_as_the_mean_of_the_others_and_leave_these_as_they_were
     old, new = before.token_embedding.weight, after.token_embedding.weight
     torch.testing.assert_close(new, torch.cat([old, old.mean(0, keepdim=True).expand(2, -1)]))
     x = torch.randint(10, (2, 8))
-    assert torch.equal(after(x)[..., :10], before(x)) if head == "lm" else torch.equal(after(x), before(x))
+    found = after(x)[..., :10] if head == "lm" else after(x)        # a wider product may round differently
+    torch.testing.assert_close(found, before(x))
     after.save(tmp_path / "new")
     assert GPT.load(tmp_path / "new").config.vocab_size == 12

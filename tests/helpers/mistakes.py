@@ -245,7 +245,7 @@ MISTAKES = {
          'run.resume(actor=nets["actor"],'),
     ],
     "evaluate.py": [
-        ("a tie counts as a win", "1.0 if a > b else 0.5 if a == b else 0.0", "1.0 if a >= b else 0.0"),
+        ("a tie counts as a win", "0.5 if abs(a - b) < 1e-5 else float(a > b)", "float(a >= b)"),
         ("interval of 90 %", "torch.tensor([0.025, 0.975])", "torch.tensor([0.05, 0.95])"),
         ("answers resampled in place of prompts", ".view(-1, n).mean(1)", ".view(-1, 1).mean(1)"),
         ("the worst of n", "[max(answers[k * n:(k + 1) * n])[1]", "[min(answers[k * n:(k + 1) * n])[1]"),
