@@ -383,7 +383,7 @@ class GPT(nn.Module):
         if self.head_kind != "lm":
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         W = self.token_embedding.weight if self.config.tied else self.head.weight
-        if x.is_cuda:       # TF32 holds bfloat16's numbers exactly: sums end in float32, and are not rounded
+        if x.is_cuda:       # as TF32, which holds bfloat16 exactly: sums in float32, not rounded at the end
             x, W = at_least_float32(x), at_least_float32(W)
         return F.linear(x, W)
 
@@ -546,7 +546,7 @@ def uniform(seeds, step):
 
 def sample(p, top_k, top_p, u):
     """One token per row from probabilities p (b, V): where their cumulative sum passes u (b,), in (0, 1).
-    top_k keeps the k likeliest; top_p then the fewest that hold such a share (Holtzman et al. 2020)."""
+    top_k keeps the k likeliest; top_p then the fewest that hold that share of them (Holtzman et al. 2020)."""
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
         if top_k:

@@ -21,9 +21,6 @@ from bench.shapes import PROMPT, SHAPES, Task, make
 from model import GPT, GPTConfig
 
 SECONDS = 450                       # after which nothing new is begun
-SHAPES["llama-1b"] = dict(vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048,
-                          mlp_hidden=5632, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False,
-                          tied=False)                                               # TinyLlama's
 
 
 def now():

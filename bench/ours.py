@@ -47,13 +47,19 @@ def run_ppo(task, folder, flags, repeats):
         yield time.time() - began, float(metrics["length"])
 
 
-def run_sft(task, folder, flags, repeats):
-    cfg = sft.Config(batch=task.rows, lr=1e-5, **flags)
+def prepare(cfg, folder, repeats):
+    """(run, model, optimizer) to train the language model alone."""
     model = load(f"{folder}/lm")
     run = Run(cfg, repeats)
     run.place(model)
     optimizer = make_optimizer(model, cfg.lr)
     run.resume(model=model)
+    return run, model, optimizer
+
+
+def run_sft(task, folder, flags, repeats):
+    cfg = sft.Config(batch=task.rows, lr=1e-5, **flags)
+    run, model, optimizer = prepare(cfg, folder, repeats)
     for _ in range(repeats):
         rows = [Demonstration(random_ids(PROMPT + task.answer), [False] * PROMPT + [True] * task.answer)
                 for _ in range(task.rows)]
@@ -65,11 +71,7 @@ def run_sft(task, folder, flags, repeats):
 
 def run_dpo(task, folder, flags, repeats):
     cfg = dpo.Config(batch=task.rows, nll_coef=0.0, lr=1e-5, **flags)
-    model = load(f"{folder}/lm")
-    run = Run(cfg, repeats)
-    run.place(model)
-    optimizer = make_optimizer(model, cfg.lr)
-    run.resume(model=model)
+    run, model, optimizer = prepare(cfg, folder, repeats)
     for _ in range(repeats):
         pairs = []
         for _ in range(task.rows):

@@ -14,6 +14,9 @@ SHAPES = {
                         mlp_hidden=1024, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False),
     "gpt2-small": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
     "world": dict(vocab_size=1024, block_size=128, n_layer=4, n_head=3, n_embd=96, mlp="gelu")}
+SHAPES["llama-1b"] = dict(vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048,
+                          mlp_hidden=5632, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False,
+                          tied=False)                                               # TinyLlama's
 SHAPES["gpt2-64k"] = SHAPES["gpt2-6x384"] | {"vocab_size": 65536}
 PROMPT = 64                         # tokens
 MEAN_LENGTH = 24                    # of an answer, where answers end by themselves

@@ -132,7 +132,7 @@ class Compute:
             if not is_frozen(model):
                 model.checkpoint_blocks = cfg.checkpoint_blocks
             if cfg.compile:
-                # A graph for each use: with gradients, a cache or neither, of one row or token or more.
+                # A graph for each use: with gradients, a cache or neither, and for a single row or token.
                 torch.compiler.config.recompile_limit = 32
                 for block in model.blocks:
                     block.compile(dynamic=True)

@@ -100,17 +100,17 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
     sample_from_shards(model, 2 if bfloat16 else 4, gather_at_once)
 
 
-def sample_from_shards(model, number, gather_at_once):
+def sample_from_shards(model, itemsize, gather_at_once):
     """Let `generate` gather each block once for all tokens, where the whole network fits: then parameters
     travel once, not once per token, and no process waits for the others' rows. Where it does not fit, blocks
-    are gathered at every token, and all processes must go on until the last row of all has ended. number:
-    bytes of one."""
+    are gathered at every token, and all processes must go on until the last row of all has ended. itemsize:
+    bytes per number."""
     generate, rows_left = model.generate, model.rows_left
     weights = sum(p.numel() for p in model.parameters())
 
     def generate_together(prompts, lengths, max_new_tokens, *args, **kwargs):
         positions = len(prompts) * (int(lengths.max()) + max_new_tokens)
-        size = number * (weights + positions * cached_numbers(model.config))
+        size = itemsize * (weights + positions * cached_numbers(model.config))
         size += 4 * LOGITS * len(prompts) * model.config.vocab_size
         at_once = gather_at_once and fits(size, model.device)
         for block in model.blocks:
