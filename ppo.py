@@ -2,6 +2,7 @@
 
     python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same with nothing to hold it back
+    python ppo.py --advantage rloo --out out/rloo                     without a critic (or: grpo)
 
 Four networks. The policy π ("actor") and the frozen reference π_ref both start as the model of supervised
 fine-tuning (SFT). The frozen reward model scores answers. The critic V predicts what an answer will earn, and
@@ -10,7 +11,8 @@ never seen a score. An action is one token, a state all tokens before it. One st
 
     1. rollout      the policy answers a batch of prompts, and the other networks read the answers
     2. rewards      each token earns −β·(log π − log π_ref), a KL penalty; the last one also earns the score
-    3. advantages   compare what followed each token with what the critic expected (GAE)
+    3. advantages   compare what followed each token with what the critic expected (GAE), or each answer with
+                    others to the same prompt (RLOO, GRPO: no critic is made)
     4. update       a few epochs of clipped optimiser steps on these answers
     5. β            adapts, so that π stays about `kl_target` nats per answer away from π_ref
 
@@ -48,7 +50,10 @@ class Config(Training):
     reward: str = flag("out/reward_model", "reward model: the score, and where the critic starts")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
     steps: int = flag(54, "steps of rollout and update", 1)
-    batch: int = flag(128, "prompts per rollout", 2)
+    batch: int = flag(128, "answers per rollout", 2)
+    advantage: str = flag("gae", "judge an action by a critic, or an answer among others to its prompt",
+                          choices=("gae", "rloo", "grpo"))
+    group: int = flag(None, "answers per prompt; none is 1 with gae, 4 with rloo and grpo", 1)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of the answers' log-probabilities", 0.01)
     no_end_score: float = flag(-3.0, "score of an answer that does not end, in place of the reward model's")
@@ -68,13 +73,21 @@ class Config(Training):
     value_clip: float = flag(0.2, "a value may be pushed this far from the old one", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy", 0)
     whiten_rewards: bool = flag(False, "scale rewards around their mean to standard deviation 1")
-    whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
+    whiten_advantages: bool = flag(True, "with gae: give advantages mean 0 and standard deviation 1")
+    divide_by_std: bool = flag(True, "with grpo: divide advantages by their group's standard deviation")
+    divide_by_length: bool = flag(True, "with grpo: each answer counts alike, not each token")
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
     ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
 
     def __post_init__(self):
+        if self.group is None:
+            self.group = 1 if self.advantage == "gae" else 4
+        if self.advantage != "gae" and self.group < 2:
+            raise ValueError(f"--advantage {self.advantage} compares answers: --group must be above 1")
+        if self.batch % self.group:
+            raise ValueError(f"--batch {self.batch} is not a multiple of --group {self.group}")
         if 0.2 * self.batch >= self.kl_horizon:
             raise ValueError("--kl_horizon must exceed --batch/5, or β could turn negative")
 
@@ -109,7 +122,8 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
 
     Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, old_values
-    and (B,) scores, lengths (prompt and answer, in tokens), ended (whether the end token is there)."""
+    (with a critic), and (B,) scores, lengths (prompt and answer, in tokens), ended (whether the end token is
+    there)."""
     batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
                        stop_token=tokenizer.end)
     # π_old is the policy that sampled. At temperature τ that is softmax(logits/τ): log-probabilities at
@@ -120,8 +134,9 @@ def rollout(cfg, run, prompts, nets, tokenizer):
         b = select(batch, rows)
         tokens, mask = b["tokens"], b["mask"]
         found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature),
-                 "old_values": state_values(nets["critic"], tokens, mask),
                  "scores": nets["reward"].score(tokens, b["lengths"])}
+        if "critic" in nets:
+            found["old_values"] = state_values(nets["critic"], tokens, mask)
         if run.bfloat16:
             # Sampling one token at a time rounds differently from reading whole answers, as the update does.
             # In float32 that is nothing, in bfloat16 a percent or so: π/π_old would not be 1 before the
@@ -184,16 +199,58 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def rloo(returns, group):
+    """REINFORCE, leave one out (Kool et al. 2019; Ahmadian et al. 2024, eq. 8): how much better each answer
+    did than the other answers to its prompt, on average,
+
+        A_i = R_i − (Σ_{j≠i} R_j) / (k − 1)
+
+    returns (B,): what whole answers earn, the k = group answers to one prompt after each other. Returns (B,).
+
+    A baseline that does not depend on the action leaves the policy gradient as it is on average, and takes
+    noise from it. Others' returns are such a baseline; with one's own among them it would not be."""
+    R = returns.view(-1, group)
+    return (R - (R.sum(1, keepdim=True) - R) / (group - 1)).flatten()
+
+
+def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
+    """Group-relative advantages (GRPO: Shao et al. 2024, section 4.1.2): A_i = (R_i − mean R) / std R, over
+    the answers to a prompt. returns, lengths (B,), in groups as in `rloo`. Returns (B,).
+
+    Two biases are part of it (Liu et al. 2025, "Dr. GRPO", which is left with both switched off). Divided by
+    the standard deviation, prompts whose answers earn almost the same count as much as those where there is
+    something to learn. Divided by its own length, as a mean over each answer's tokens is, a long bad answer
+    is punished less per token than a short one, and answers that fail grow.
+
+    As published the KL is a term of the loss, estimated by k3 (see approximate_kl). Its gradient is that of
+    the KL the other way round, KL(π_ref ‖ π). Here it is part of the reward for all kinds of advantage."""
+    R = returns.view(-1, group)
+    advantages = R - R.mean(1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (R.std(1, keepdim=True) + 1e-4)
+    if divide_by_length:                # the loss is a mean over all tokens; so each answer counts alike
+        lengths = lengths.to(R.dtype)
+        advantages = advantages * (lengths.mean() / lengths).view(-1, group)
+    return advantages.flatten()
+
+
 def estimate(cfg, batch, kl_coef):
-    """A rollout together with what the update learns from: advantages and returns, both (B, T)."""
+    """A rollout together with what the update learns from: advantages, and with a critic returns, (B, T)."""
     mask = batch["mask"]
     rewards = kl_rewards(batch["scores"], batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
-    if cfg.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return batch | {"advantages": advantages, "returns": returns}
+    if cfg.advantage == "gae":
+        advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
+        if cfg.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return batch | {"advantages": advantages, "returns": returns}
+    # A whole answer is one action here: all of its tokens share what it earned, and γ has no part in it.
+    if cfg.advantage == "rloo":
+        advantages = rloo(rewards.sum(1), cfg.group)
+    else:
+        advantages = grpo(rewards.sum(1), cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
+    return batch | {"advantages": advantages[:, None] * mask}
 
 
 # ---------------------------------------------------------------------------------------- 4. update
@@ -271,7 +328,7 @@ def ptx_loss(cfg, run, actor, demonstrations):
 
 
 def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
-    """One optimiser step of both networks on some rows of a rollout. Returns {name: mean over the rows'
+    """One optimiser step of policy and critic on some rows of a rollout. Returns {name: mean over the rows'
     tokens}, and whether the step was taken.
 
     It is not, if the policy is already more than update_kl from the one that sampled. The clip does not
@@ -282,12 +339,13 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
     weights, lengths = batch["mask"][rows].sum(1), batch["lengths"][rows]
     stats = run.accumulate(lambda some: actor_loss(cfg, nets["actor"], select(batch, some)), rows,
                            weights, lengths)
-    stats |= run.accumulate(lambda some: critic_loss(cfg, nets["critic"], select(batch, some)), rows,
-                            weights, lengths)
-    del stats["loss"]                                   # the critic's, which is value_loss
+    if "critic" in nets:
+        stats |= run.accumulate(lambda some: critic_loss(cfg, nets["critic"], select(batch, some)), rows,
+                                weights, lengths)
+    del stats["loss"]                                   # which is policy_loss or value_loss
     if cfg.update_kl > 0 and stats["approx_kl"] > cfg.update_kl:
-        optimizers["actor"].zero_grad()
-        optimizers["critic"].zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         return stats, False
     if cfg.ptx_coef > 0:
         chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
@@ -295,7 +353,9 @@ def optimizer_step(cfg, run, batch, rows, nets, optimizers, demonstrations):
                        weights=[sum(d.learn) for d in chosen], lengths=[len(d.ids) for d in chosen])
     factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
     run.optimizer_step(optimizers["actor"], cfg.lr * factor, stats["policy_loss"], f"actor on {rows}")
-    run.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, stats["value_loss"], f"critic on {rows}")
+    if "critic" in nets:
+        run.optimizer_step(optimizers["critic"], cfg.critic_lr * factor, stats["value_loss"],
+                           f"critic on {rows}")
     return stats, True
 
 
@@ -364,9 +424,10 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
     mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
     metrics = {"score": batch["scores"].mean(), "kl": log_ratio.sum(1).mean().item(),   # nats per answer
                "kl_coef": controller.coef, **stats,
-               "explained_variance": explained_variance(batch["old_values"], batch["returns"], mask),
                "length": mask.sum() / len(prompts), "ended": batch["ended"].float().mean(),
                "tokens_per_second": mask.sum() / (time.time() - began)}
+    if "critic" in nets:
+        metrics["explained_variance"] = explained_variance(batch["old_values"], batch["returns"], mask)
     if cfg.data == "world":             # the true reward, to be seen beside the score: training never uses it
         answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], mask)]
         metrics["judge"] = sum(world.judge(p, a) for p, a in zip(prompts, answers)) / len(prompts)
@@ -380,8 +441,9 @@ def train(cfg):
     tokenizer.check_same(cfg.reward)
     nets = {"actor": load(cfg.init, "lm", tokenizer.vocab_size),
             "reference": load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False),
-            "critic": load_reward_model(cfg.reward),
             "reward": load_reward_model(cfg.reward).requires_grad_(False)}
+    if cfg.advantage == "gae":
+        nets["critic"] = load_reward_model(cfg.reward)
     block_size, demonstrations = nets["actor"].config.block_size, None
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
@@ -393,13 +455,14 @@ def train(cfg):
 
     run = Run(cfg, cfg.steps)
     run.place(*nets.values())
-    optimizers = {"actor": make_optimizer(nets["actor"], cfg.lr, eps=1e-5),
-                  "critic": make_optimizer(nets["critic"], cfg.critic_lr, eps=1e-5)}
+    optimizers = {name: make_optimizer(nets[name], cfg.lr, eps=1e-5)
+                  for name in ("actor", "critic") if name in nets}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    run.resume(actor=nets["actor"], critic=nets["critic"], actor_optimizer=optimizers["actor"],
-               critic_optimizer=optimizers["critic"], controller=controller)
+    run.resume(controller=controller, **{name: nets[name] for name in optimizers},
+               **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()})
     while run.step < cfg.steps:
-        chosen = run.rng.choices(prompts, k=cfg.batch)
+        chosen = run.rng.choices(prompts, k=cfg.batch // cfg.group)
+        chosen = [prompt for prompt in chosen for _ in range(cfg.group)]        # a group stands together
         metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations)
         run.warn(warnings(cfg, metrics))
         run.log(metrics)

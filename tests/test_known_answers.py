@@ -91,7 +91,9 @@ def test_every_answer_is_listed_once():
 
 
 # Choices of PPO that leave the optimum where it is: settings of ppo.Config.
-PPO_CHOICES = [dict(), dict(lam=0.8, whiten_advantages=False, minibatches=1, epochs=4)]
+PPO_CHOICES = [dict(), dict(lam=0.8, whiten_advantages=False, minibatches=1, epochs=4),
+               dict(advantage="rloo", group=4), dict(advantage="grpo", group=8),
+               dict(advantage="grpo", group=4, divide_by_std=False, divide_by_length=False)]
 
 
 @pytest.mark.parametrize("choices", PPO_CHOICES, ids=str)
@@ -99,10 +101,13 @@ def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, choice
     """Within a total variation distance of 0.05 (0.5 at the start),
     by rollouts, estimates and updates alone."""
     cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=80, batch=384, lr=4e-3, critic_lr=1e-2, **choices)
-    optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic")}
+    if cfg.advantage != "gae":
+        del nets["critic"]
+    optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic") if k in nets}
     for step in range(cfg.steps):
         run.begin(step)
-        batch = ppo.rollout(cfg, run, PROMPTS * (cfg.batch // 2), nets, tokenizer)
+        prompts = [p for p in PROMPTS * (cfg.batch // 2 // cfg.group) for _ in range(cfg.group)]
+        batch = ppo.rollout(cfg, run, prompts, nets, tokenizer)
         ppo.update(cfg, run, ppo.estimate(cfg, batch, cfg.kl_coef), nets, optimizers, None)
     best = optimum(nets["reference"], true_reward())
     distance = total_variation(answer_logprobs(nets["actor"]).exp(), best)
@@ -188,11 +193,11 @@ def test_the_reward_model_recovers_the_true_differences():
         f"a score is {error:.2f} off r: the Bradley-Terry loss or the place of the score is wrong")
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.5])
-def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
+@pytest.mark.parametrize("choices", [dict(lam=1.0), dict(lam=0.5), dict(advantage="rloo", group=4)], ids=str)
+def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, choices):
     """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With
     exact values in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
-    cfg, run, nets, tokenizer = small_ppo(tmp_path, batch=2, whiten_advantages=False, lam=lam)
+    cfg, run, nets, tokenizer = small_ppo(tmp_path, batch=4, whiten_advantages=False, **choices)
     for net in ("actor", "reference"):
         nets[net] = nets[net].double()
     with torch.no_grad():                               # the actor has moved already, so that the KL counts
@@ -227,10 +232,11 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam):
         return torch.tensor(found, dtype=torch.float64)
 
     nets["critic"] = critic
+    prompts = [p for p in PROMPTS * (256 // cfg.group) for _ in range(cfg.group)]
     torch.manual_seed(11)
     estimates = []
     for _ in range(40):
-        batch = ppo.estimate(cfg, ppo.rollout(cfg, run, PROMPTS * 256, nets, tokenizer), BETA)
+        batch = ppo.estimate(cfg, ppo.rollout(cfg, run, prompts, nets, tokenizer), BETA)
         logprobs = nets["actor"].logprobs(batch["tokens"], batch["mask"])
         loss, clipped = ppo.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
                                         cfg.clip)

@@ -1,6 +1,7 @@
 """PPO's formulas against slow loops written from the papers, in float64 on random ragged batches,
 and its loop."""
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,27 @@ def test_whiten_of_equal_numbers_is_finite():
 
 
 # --------------------------------------------------------------------------- rewards and advantages
+
+@seeds
+@pytest.mark.parametrize("group", [2, 3])
+def test_advantages_in_groups_are_those_of_a_slow_loop(seed, group):
+    torch.manual_seed(seed)
+    R, lengths = torch.randn(4 * group).double() * 3 + 5, torch.randint(1, 9, (4 * group,))
+    one_out, whole = ppo.rloo(R, group), ppo.grpo(R, group, lengths)
+    for i, x in enumerate(R.tolist()):
+        start = i - i % group
+        group_of_i = R[start:start + group].tolist()
+        others = [y for j, y in enumerate(group_of_i, start) if j != i]
+        near(one_out[i], x - sum(others) / len(others))
+        want = (x - sum(group_of_i) / group) / (statistics.stdev(group_of_i) + 1e-4)
+        near(whole[i], want * lengths.double().mean().item() / lengths[i].item())
+    # Without its two divisions GRPO is RLOO, but for a factor.
+    near(ppo.grpo(R, group, lengths, False, False), one_out * (group - 1) / group)
+
+
+def test_a_group_whose_answers_earn_the_same_teaches_nothing():
+    near(ppo.grpo(torch.full((4,), 3.0).double(), 2, torch.ones(4)), torch.zeros(4))
+
 
 @seeds
 def test_kl_rewards_charge_every_action_and_pay_the_score_on_the_last(seed):
@@ -307,6 +329,21 @@ def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(change, sai
     assert not ppo.warnings(no_target, {"entropy": 0.4, "kl": 50.0, "ended": 1.0})
 
 
+@pytest.mark.parametrize("flags, said", [
+    (dict(advantage="rloo", group=1), "--group must be above 1"),
+    (dict(batch=10, group=4), "not a multiple")])
+def test_groups_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        ppo.Config(**flags)
+
+
+def test_without_a_critic_none_is_made_or_loaded(trained, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(ppo, "load_reward_model", lambda folder: loaded.append(folder) or GPT.load(folder))
+    trained(ppo, **SHARED | dict(advantage="rloo"))
+    assert loaded == ["out/reward_model"]
+
+
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
@@ -321,6 +358,10 @@ CASES = [                                       # each flag of the stage is set 
          steps=4),
     dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150),
     dict(precision="bfloat16", temperature=0.7, update_kl=0.01),
+    dict(advantage="rloo", group=3, whiten_rewards=True),
+    dict(advantage="grpo", micro_batch=5, entropy_coef=0.05),
+    dict(advantage="grpo", group=2, divide_by_std=False, divide_by_length=False, ptx_coef=0.2),
+    dict(group=2),
 ]
 
 

@@ -6,6 +6,7 @@ row (model.uniform), the tokenizer, the order of batches, and the world's judge.
 """
 import math
 import random
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -340,13 +341,17 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta):
             for name, net in (("old", "actor"), ("ref", "reference")):
                 whole = token_logprobs(nets[net], prompt + ids, cfg.temperature)
                 a[name] = [x.item() for x in whole[len(prompt) - 1:]]
-            a["values"] = nets["critic"](torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].tolist()
+            if cfg.advantage == "gae":
+                a["values"] = nets["critic"](torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].tolist()
             a["score"] = score(nets["reward"], prompt + ids).item() if a["ended"] else cfg.no_end_score
         a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
         a["rewards"][-1] += a["score"]
         answers.append(a)
     if cfg.whiten_rewards:
         whitened(answers, "rewards", shift=False)
+    if cfg.advantage != "gae":
+        group_advantages(cfg, answers)
+        return answers
     for a in answers:
         r, v, n = a["rewards"], a["values"] + [0.0], len(a["ids"])
         delta = [r[t] + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
@@ -358,6 +363,27 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta):
     return answers
 
 
+# A group's advantages, by name: from what answer i and all answers earned.
+GROUPS = {
+    "gae": None,
+    "rloo": lambda cfg, i, R: R[i] - mean(R[:i] + R[i + 1:]),
+    "grpo": lambda cfg, i, R: (R[i] - mean(R)) / (statistics.stdev(R) + 1e-4 if cfg.divide_by_std else 1),
+}
+
+
+def group_advantages(cfg, answers):
+    """In place: the same for all tokens of an answer."""
+    average = mean([float(len(a["ids"])) for a in answers])
+    for start in range(0, len(answers), cfg.group):
+        group = answers[start:start + cfg.group]
+        R = [sum(a["rewards"]) for a in group]
+        for i, a in enumerate(group):
+            advantage = GROUPS[cfg.advantage](cfg, i, R)
+            if cfg.advantage == "grpo" and cfg.divide_by_length:
+                advantage *= average / len(a["ids"])
+            a["advantages"] = [advantage] * len(a["ids"])
+
+
 def ppo_minibatch(cfg, nets, answers):
     """(policy's loss, critic's loss, what is logged) of some answers, means over their tokens."""
     policy, value, entropies, policy_clipped, value_clipped, kls = [], [], [], [], [], []
@@ -365,7 +391,7 @@ def ppo_minibatch(cfg, nets, answers):
         ids = torch.tensor([a["prompt"] + a["ids"]])
         start = len(a["prompt"])
         logp = (nets["actor"](ids)[0] / cfg.temperature).log_softmax(-1)
-        out = nets["critic"](ids)[0]
+        out = nets["critic"](ids)[0] if cfg.advantage == "gae" else None
         for t, token in enumerate(a["ids"]):
             now = logp[start + t - 1]
             ratio, advantage = (now[token] - a["old"][t]).exp(), a["advantages"][t]
@@ -375,27 +401,34 @@ def ppo_minibatch(cfg, nets, answers):
             policy_clipped.append(float(is_clipped))
             entropies.append(-(now.exp() * now).sum())
             kls.append(ratio.item() - 1 - math.log(ratio.item()))
+            if out is None:
+                continue
             v, old, wanted = out[start + t - 1], a["values"][t], a["returns"][t]
             near = min(max(v.item(), old - cfg.value_clip), old + cfg.value_clip)
             clip_counts = (near - wanted) ** 2 > (v.item() - wanted) ** 2
             value.append(0.5 * ((near - wanted) ** 2 if clip_counts else (v - wanted) ** 2))
             value_clipped.append(float(abs(v.item() - old) > cfg.value_clip))
-    stats = {"policy_loss": mean(policy), "value_loss": mean(value), "entropy": mean(entropies),
-             "clipped": mean(policy_clipped), "value_clipped": mean(value_clipped), "approx_kl": mean(kls)}
+    stats = {"policy_loss": mean(policy), "entropy": mean(entropies), "clipped": mean(policy_clipped),
+             "approx_kl": mean(kls)}
+    if value:
+        stats |= {"value_loss": mean(value), "value_clipped": mean(value_clipped)}
     stats = {name: float(torch.as_tensor(x).detach()) for name, x in stats.items()}
-    return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value), stats
+    return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value) if value else None, stats
 
 
 def ppo(cfg, nets, tokenizer, prompts, demonstrations):
-    """Trains actor and critic. Returns a line {name: number} per step."""
-    actor, critic = (AdamW(nets[name], eps=1e-5, max_norm=cfg.max_norm) for name in ("actor", "critic"))
+    """Trains actor and, with gae, critic. Returns a line {name: number} per step."""
+    actor = AdamW(nets["actor"], eps=1e-5, max_norm=cfg.max_norm)
+    if cfg.advantage == "gae":
+        critic = AdamW(nets["critic"], eps=1e-5, max_norm=cfg.max_norm)
     beta, lines = cfg.kl_coef, []
     prompts = that_fit(prompts, lambda p: len(tokenizer.prompt(p)) + cfg.max_new_tokens,
                        nets["actor"].config.block_size)
     demonstrations = conversations_that_fit(nets["actor"], tokenizer, demonstrations)
     for step in range(cfg.steps):
         rng = begin(cfg, step)
-        chosen = rng.choices(prompts, k=cfg.batch)
+        chosen = rng.choices(prompts, k=cfg.batch // cfg.group)
+        chosen = [prompt for prompt in chosen for _ in range(cfg.group)]
         answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta)
         stats, updates = [], 0
         minibatches = []
@@ -411,16 +444,19 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations):
                 logprobs = [x for c in some for x in learnt_logprobs(nets["actor"], c)]
                 policy = policy - cfg.ptx_coef * mean(logprobs)
             actor.step(policy, rate(cfg, step, cfg.steps, cfg.lr))
-            critic.step(value, rate(cfg, step, cfg.steps, cfg.critic_lr))
+            if value is not None:
+                critic.step(value, rate(cfg, step, cfg.steps, cfg.critic_lr))
             updates += 1
         kl = mean([sum(a["old"]) - sum(a["ref"]) for a in answers])
         texts = [tokenizer.decode(a["ids"]) for a in answers]
-        returns = torch.tensor(flat(answers, "returns"))
-        errors = returns - torch.tensor(flat(answers, "values"))
+        fit = {}
+        if cfg.advantage == "gae":
+            returns = torch.tensor(flat(answers, "returns"))
+            errors = returns - torch.tensor(flat(answers, "values"))
+            fit = {"explained_variance": (1 - errors.var() / returns.var()).item()}
         lines.append({
             "step": step + 1, "score": mean([a["score"] for a in answers]), "kl": kl, "kl_coef": beta,
-            **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates,
-            "explained_variance": (1 - errors.var() / returns.var()).item(),
+            **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates, **fit,
             "length": mean([len(a["ids"]) for a in answers]),
             "ended": mean([float(a["ended"]) for a in answers]),
             "judge": mean([world.judge(p, text) for p, text in zip(chosen, texts)])})
