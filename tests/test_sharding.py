@@ -73,6 +73,17 @@ def test_several_processes_write_the_report_of_one(together, kind):
                 assert value == pytest.approx(theirs["models"][name][key], abs=2e-3), (name, key)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_of_answers_may_be_spread_over_processes(alone, kind):
+    """Three answers to one prompt and rows that do not divide by two: groups are compared as they are alone."""
+    flags = "--steps 3 --batch 15 --group 3 --advantage grpo --max_new_tokens 12 --micro_batch 4 --device cpu"
+    out = alone / "out/groups"
+    if not out.exists():
+        in_float64([f"ppo.py {flags} --out {out}"], alone)
+    in_float64([f"ppo.py {flags} --parallel {kind} --out {out}_{kind}"], alone, 2)
+    assert_close(alone / f"out/groups_{kind}", out)
+
+
 def test_only_the_first_process_speaks(together):
     assert together[2].count("wrote out/") == 3 * len(FLAGS) + 3
 
