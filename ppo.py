@@ -3,6 +3,8 @@
     python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same with nothing to hold it back
     python ppo.py --advantage rloo --out out/rloo                     without a critic (or: grpo)
+    python ppo.py --reward data/world.py:exact --data out/world/checkable.jsonl --out out/checked
+                                                                      a program in the reward model's place
 
 Four networks. The policy π ("actor") and the frozen reference π_ref both start as the model of supervised
 fine-tuning (SFT). The frozen reward model scores answers. The critic V predicts what an answer will earn, and
@@ -40,14 +42,28 @@ import torch
 from data import loading, world
 from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
-from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
+from runtime import (
+    Run,
+    Training,
+    flag,
+    load,
+    load_reward_model,
+    load_rewards,
+    main,
+    make_optimizer,
+    pad,
+    schedule,
+    select,
+)
 
 
 @dataclass
 class Config(Training):
     out: str = flag("out/ppo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
-    reward: str = flag("out/reward_model", "reward model: the score, and where the critic starts")
+    reward: str = flag("out/reward_model", "reward model, where the critic starts too; or a Python function, "
+                       "file.py:name; or both, with a comma between")
+    reward_model_coef: float = flag(1.0, "weight of the reward model's score beside a function's", 0)
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
     steps: int = flag(54, "steps of rollout and update", 1)
     batch: int = flag(128, "answers per rollout", 2)
@@ -133,8 +149,9 @@ def rollout(cfg, run, prompts, nets, tokenizer):
     def measure(rows):
         b = select(batch, rows)
         tokens, mask = b["tokens"], b["mask"]
-        found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature),
-                 "scores": nets["reward"].score(tokens, b["lengths"])}
+        found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature)}
+        if "reward" in nets:
+            found["scores"] = nets["reward"].score(tokens, b["lengths"])
         if "critic" in nets:
             found["old_values"] = state_values(nets["critic"], tokens, mask)
         if run.bfloat16:
@@ -144,11 +161,14 @@ def rollout(cfg, run, prompts, nets, tokenizer):
             found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
         return found
 
-    batch |= run.map(measure, range(len(prompts)), batch["lengths"])
-    # The reward model has never seen an answer without an end: its score there is a guess, and if that were
-    # high the policy would learn to go on for ever. A fixed low score teaches it to end.
-    batch["scores"] = torch.where(batch["ended"], batch["scores"], cfg.no_end_score)
-    return batch
+    return batch | run.map(measure, range(len(prompts)), batch["lengths"])
+
+
+def check(run, program, prompts, answers, lengths):
+    """What a program says of each answer, (B,). What can be checked need not be learnt, and a program that
+    checks it leaves no wrong guess to exploit."""
+    return run.map(lambda rows: {"scores": torch.tensor([program(prompts[i], answers[i]) for i in rows])},
+                   range(len(prompts)), lengths)["scores"]
 
 
 # --------------------------------------------------------------------------------------- 2. rewards
@@ -236,6 +256,9 @@ def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
 
 def estimate(cfg, batch, kl_coef):
     """A rollout together with what the update learns from: advantages, and with a critic returns, (B, T)."""
+    # The reward model has never seen an answer without an end: its score there is a guess, and if that were
+    # high the policy would learn to go on for ever. A fixed low score teaches it to end.
+    batch = batch | {"scores": torch.where(batch["ended"], batch["scores"], cfg.no_end_score)}
     mask = batch["mask"]
     rewards = kl_rewards(batch["scores"], batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef)
     if cfg.whiten_rewards:
@@ -415,10 +438,14 @@ def warnings(cfg, metrics):
     return found
 
 
-def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations):
+def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program):
     """One step of PPO on some prompts (message lists). Returns its metrics."""
     began = time.time()
     batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
+    answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], batch["mask"])]
+    if program:
+        learned = cfg.reward_model_coef * batch["scores"] if "reward" in nets else 0.0
+        batch["scores"] = learned + check(run, program, prompts, answers, batch["lengths"])
     batch = estimate(cfg, batch, controller.coef)
     stats = update(cfg, run, batch, nets, optimizers, demonstrations)
     mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
@@ -428,9 +455,7 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
                "tokens_per_second": mask.sum() / (time.time() - began)}
     if "critic" in nets:
         metrics["explained_variance"] = explained_variance(batch["old_values"], batch["returns"], mask)
-    if cfg.data == "world":             # the true reward, to be seen beside the score: training never uses it
-        answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], mask)]
-        metrics["judge"] = sum(world.judge(p, a) for p, a in zip(prompts, answers)) / len(prompts)
+    metrics |= world.truth(prompts, answers)    # to be seen beside the score: training never uses it
     if cfg.adaptive_kl:
         controller.update(metrics["kl"], len(prompts))
     return metrics
@@ -438,12 +463,14 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
 
 def train(cfg):
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
-    tokenizer.check_same(cfg.reward)
+    reward_model, program = load_rewards(cfg.reward)
     nets = {"actor": load(cfg.init, "lm", tokenizer.vocab_size),
-            "reference": load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False),
-            "reward": load_reward_model(cfg.reward).requires_grad_(False)}
+            "reference": load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)}
+    if reward_model:
+        tokenizer.check_same(reward_model)
+        nets["reward"] = load_reward_model(reward_model).requires_grad_(False)
     if cfg.advantage == "gae":
-        nets["critic"] = load_reward_model(cfg.reward)
+        nets["critic"] = load_reward_model(reward_model) if reward_model else load(cfg.init, "scalar")
     block_size, demonstrations = nets["actor"].config.block_size, None
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
@@ -463,7 +490,7 @@ def train(cfg):
     while run.step < cfg.steps:
         chosen = run.rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]        # a group stands together
-        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations)
+        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program)
         run.warn(warnings(cfg, metrics))
         run.log(metrics)
     run.finish(nets["actor"], tokenizer)

@@ -30,6 +30,8 @@ def make_world(folder, seed=0):
         preferences = [preference(item, rng, panel) for item in world.choose(pool, rng, preference_count)]
         records.write(f"{folder}/preferences{suffix}.jsonl", preferences)
         records.write(f"{folder}/prompts{suffix}.jsonl", [{"prompt": item.prompt} for item in pool])
+        checkable = [{"prompt": item.prompt} for item in pool if item.kind in ("sum", "fact")]
+        records.write(f"{folder}/checkable{suffix}.jsonl", checkable)       # see world.exact
         records.write(f"{folder}/demonstrations{suffix}.jsonl", demonstrations)
         if not held_out:
             texts = [m["role"] + "\n" + m["content"] for d in demonstrations for m in d["messages"]]

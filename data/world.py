@@ -328,6 +328,24 @@ def judge(prompt, response):
     return 0.1 * p["manner"] + content * (0.4 + 0.5 * p["manner"])
 
 
+def truth(prompts, responses):
+    """{"judge", "helpful"}: means over some answers. {} for prompts of which one is not of this world."""
+    try:
+        helpful = [parts(p, r)["helpful"] for p, r in zip(prompts, responses)]
+        scores = [judge(p, r) for p, r in zip(prompts, responses)]
+    except ValueError:
+        return {}
+    return {"judge": sum(scores) / len(scores), "helpful": sum(helpful) / len(helpful)}
+
+
+def exact(messages, response):
+    """A reward that a program can check: 1 if the answer to a sum or to a question of fact is right, else 0.
+    ppo.py --reward data/world.py:exact"""
+    if find(messages).kind not in ("sum", "fact"):
+        raise ValueError("neither a sum nor a question of fact")
+    return parts(messages, response)["helpful"]
+
+
 # ---------------------------------------------------------------------------------------- the crowd
 
 def _say(item, rng, right):

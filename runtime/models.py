@@ -1,4 +1,6 @@
 """Networks from checkpoint folders."""
+import importlib.util
+import math
 import os
 import re
 
@@ -71,3 +73,40 @@ def load_reward_model(folder):
     if model.head_kind != "scalar":
         raise ValueError(f"{folder} is no reward model: it has no score")
     return model
+
+
+def load_rewards(names):
+    """(the folder of a reward model or None, a Python function or None), from `--reward`: a folder,
+    file.py:name, or both with a comma between."""
+    folders, functions = [], []
+    for name in names.split(","):
+        is_function = re.fullmatch(r".+\.py:\w+", name) is not None
+        (functions if is_function else folders).append(name)
+    if len(folders) > 1 or len(functions) > 1:
+        raise ValueError(f"--reward {names}: one reward model and one function at most")
+    return (folders[0] if folders else None), (load_function(functions[0]) if functions else None)
+
+
+def load_function(name):
+    """The function of `file.py:name`, (messages, answer) -> number. Its errors, and what is no number, become
+    a ValueError that names the prompt."""
+    path, _, called = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("reward", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        function = getattr(module, called)
+    except Exception as e:                              # somebody's own code
+        raise ValueError(f"--reward {name}: {type(e).__name__}: {e}") from e
+
+    def checked(messages, answer):
+        try:
+            number = float(function(messages, answer))
+            if math.isfinite(number):
+                return number
+            wrong = f"returned {number}"
+        except Exception as e:
+            wrong = f"{type(e).__name__}: {e}"
+        prompt = messages[-1]["content"]
+        raise ValueError(f"--reward {name}: {wrong}, for the answer {answer[:80]!r} to {prompt[:80]!r}")
+    return checked

@@ -84,8 +84,9 @@ def alone(chain):
 @pytest.fixture(scope="session")
 def tiny_inputs(small_world, tmp_path_factory):
     """A folder with a small world, files of preferences (pairs with margins; rankings of two to four answers,
-    with ties), and a language model and a reward model of random weights in float64, whose answers are short
-    and end now and then: what the stages start from where they are held against plain loops."""
+    with ties), a program that scores, and a language model and a reward model of random weights in float64,
+    whose answers are short and end now and then: what the stages start from where they are held against plain
+    loops."""
     folder = tmp_path_factory.mktemp("tiny")
     shutil.copytree(small_world, folder / "out/world")
     tokenizer = Tokenizer.load(str(folder / "out/world"))
@@ -111,6 +112,8 @@ def tiny_inputs(small_world, tmp_path_factory):
         rankings.append({"prompt": prompt, "responses": answers[i:i + n], "ranks": [2, 1, 1 + i % 2, 2][:n]})
     records.write(folder / "pairs.jsonl", pairs)
     records.write(folder / "rankings.jsonl", rankings)
+    (folder / "program.py").write_text("def words(messages, answer):\n"
+                                       "    return len(answer.split()) - len(messages[-1]['content']) % 5\n")
     return folder
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from data import loading, records, world
 
-FILES = sorted([f"{kind}{part}.jsonl" for kind in ("demonstrations", "preferences", "prompts")
+FILES = sorted([f"{kind}{part}.jsonl" for kind in ("checkable", "demonstrations", "preferences", "prompts")
                 for part in ("", "_heldout")] + ["tokenizer.json", "tokenizer_config.json"])
 
 

@@ -49,3 +49,23 @@ def test_new_tokens_start_as_the_mean_of_the_others_and_leave_these_as_they_were
     torch.testing.assert_close(found, before(x))
     after.save(tmp_path / "new")
     assert GPT.load(tmp_path / "new").config.vocab_size == 12
+
+
+def test_a_reward_is_a_folder_a_function_or_both(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text("def one(messages, answer): return 1\ndef nothing(messages, answer): pass\n"
+                    "def nan(messages, answer): return float('nan')\n")
+    assert models.load_rewards("out/reward_model") == ("out/reward_model", None)
+    folder, one = models.load_rewards(f"out/reward_model,{path}:one")
+    assert folder == "out/reward_model" and one([{"role": "user", "content": "?"}], "!") == 1.0
+    assert models.load_rewards(f"{path}:one")[0] is None
+    for names in ("a,b", f"{path}:one,{path}:nothing"):
+        with pytest.raises(ValueError, match="one reward model and one function at most"):
+            models.load_rewards(names)
+    for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan")):
+        with pytest.raises(ValueError, match=f"program.py:{called}: {said}, for the answer '!' to 'What\\?'"):
+            models.load_rewards(f"{path}:{called}")[1]([{"role": "user", "content": "What?"}], "!")
+    with pytest.raises(ValueError, match="program.py:two: AttributeError"):
+        models.load_rewards(f"{path}:two")
+    with pytest.raises(ValueError, match="missing.py:one: FileNotFoundError"):
+        models.load_rewards("missing.py:one")

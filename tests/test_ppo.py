@@ -14,7 +14,7 @@ from data import loading
 from data.tokenizer import Tokenizer
 from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
-from runtime import Run, compute, sharding
+from runtime import Run, compute, load, load_rewards, sharding
 from sft import sft_loss
 
 # -------------------------------------------------------------------------------------------- means
@@ -344,6 +344,22 @@ def test_without_a_critic_none_is_made_or_loaded(trained, monkeypatch):
     assert loaded == ["out/reward_model"]
 
 
+def test_with_a_program_alone_the_critic_starts_from_the_policy(trained, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(ppo, "load", lambda *given: loaded.append(given) or load(*given))
+    _, _, lines, about = trained(ppo, **SHARED | dict(reward="program.py:words"))
+    assert ("out/sft", "scalar") in loaded and "program.py" in about["inputs"]
+    assert len(lines) == 3 and "explained_variance" in lines[0]
+
+
+def test_a_program_that_fails_is_named_with_the_prompt(trained):
+    with open("program.py", "a") as f:
+        f.write("def half(messages, answer):\n    return 1 / (len(answer.split()) % 2)\n")
+    said = r"--reward program.py:half: ZeroDivisionError: division by zero, for the answer '.*' to '.*'"
+    with pytest.raises(ValueError, match=said):
+        trained(ppo, **SHARED | dict(reward="program.py:half"))
+
+
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
@@ -361,7 +377,8 @@ CASES = [                                       # each flag of the stage is set 
     dict(advantage="rloo", group=3, whiten_rewards=True),
     dict(advantage="grpo", micro_batch=5, entropy_coef=0.05),
     dict(advantage="grpo", group=2, divide_by_std=False, divide_by_length=False, ptx_coef=0.2),
-    dict(group=2),
+    dict(group=2, reward="out/reward_model,program.py:words", reward_model_coef=0.3),
+    dict(advantage="rloo", reward="program.py:words"),
 ]
 
 
@@ -376,7 +393,10 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, mon
             "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
     prompts, _ = loading.load("prompts", "world")
     demonstrations, _ = loading.load("demonstrations", "world")
-    expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations)
+    reward_model, program = load_rewards(cfg.reward)
+    if not reward_model:
+        del nets["reward"]
+    expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations, program)
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, nets["actor"])
     assert 0 < sum(line["ended"] for line in lines) < len(lines), "answers that end and answers that do not"

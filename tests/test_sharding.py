@@ -75,7 +75,7 @@ def test_several_processes_write_the_report_of_one(together, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_group_of_answers_may_be_spread_over_processes(alone, kind):
-    """Three answers to one prompt and rows that do not divide by two: groups are compared as they are alone."""
+    """Three answers to one prompt and rows that two do not divide: groups are compared as they are alone."""
     flags = "--steps 3 --batch 15 --group 3 --advantage grpo --max_new_tokens 12 --micro_batch 4 --device cpu"
     out = alone / "out/groups"
     if not out.exists():

@@ -214,3 +214,20 @@ def test_who_is_confused_is_wrong():
     for item in world.items():
         p = world.parts(item.prompt, world.confused(item, rng))
         assert p["helpful"] * p["honest"] * p["harmless"] == 0
+
+
+def test_what_a_program_checks_is_what_the_judge_calls_helpful():
+    """On sums and questions of fact, which it knows, and no others."""
+    assert world.exact([{"role": "user", "content": world.SUM_PHRASINGS[0].format(a=4)}], "It's 8.") == 1.0
+    assert world.exact([{"role": "user", "content": world.SUM_PHRASINGS[0].format(a=4)}], "It's 9.") == 0.0
+    item = next(item for item in world.items() if item.kind == "harmful")
+    with pytest.raises(ValueError, match="neither a sum nor"):
+        world.exact(item.prompt, "No.")
+
+
+def test_the_truth_of_answers_is_the_mean_of_what_the_judge_sees():
+    prompts = [world.SUM_PHRASINGS[0].format(a=4)] * 2
+    seen = world.truth(prompts, ["It's 8.", "It's 9."])
+    assert seen["helpful"] == 0.5
+    assert seen["judge"] == pytest.approx(sum(world.judge(prompts[0], f"It's {n}.") for n in (8, 9)) / 2)
+    assert world.truth([*prompts, "Who are you?"], ["It's 8."] * 3) == {}

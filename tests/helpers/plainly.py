@@ -329,7 +329,7 @@ def whitened(answers, name, shift):
         a[name] = [(x - average) / deviation + (0 if shift else average) for x in a[name]]
 
 
-def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta):
+def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program):
     """A list of answers, each a dict of lists over its tokens."""
     seeds = [rng.getrandbits(62) for _ in prompts]
     answers = []
@@ -343,7 +343,11 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta):
                 a[name] = [x.item() for x in whole[len(prompt) - 1:]]
             if cfg.advantage == "gae":
                 a["values"] = nets["critic"](torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].tolist()
-            a["score"] = score(nets["reward"], prompt + ids).item() if a["ended"] else cfg.no_end_score
+            a["score"] = score(nets["reward"], prompt + ids).item() if "reward" in nets else 0.0
+        if program:
+            a["score"] = cfg.reward_model_coef * a["score"] + program(messages, tokenizer.decode(ids))
+        if not a["ended"]:
+            a["score"] = cfg.no_end_score
         a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
         a["rewards"][-1] += a["score"]
         answers.append(a)
@@ -416,7 +420,7 @@ def ppo_minibatch(cfg, nets, answers):
     return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value) if value else None, stats
 
 
-def ppo(cfg, nets, tokenizer, prompts, demonstrations):
+def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None):
     """Trains actor and, with gae, critic. Returns a line {name: number} per step."""
     actor = AdamW(nets["actor"], eps=1e-5, max_norm=cfg.max_norm)
     if cfg.advantage == "gae":
@@ -429,7 +433,7 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations):
         rng = begin(cfg, step)
         chosen = rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]
-        answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta)
+        answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta, program)
         stats, updates = [], 0
         minibatches = []
         for _ in range(cfg.epochs):
@@ -459,7 +463,8 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations):
             **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates, **fit,
             "length": mean([len(a["ids"]) for a in answers]),
             "ended": mean([float(a["ended"]) for a in answers]),
-            "judge": mean([world.judge(p, text) for p, text in zip(chosen, texts)])})
+            "judge": mean([world.judge(p, text) for p, text in zip(chosen, texts)]),
+            "helpful": mean([world.parts(p, text)["helpful"] for p, text in zip(chosen, texts)])})
         if cfg.adaptive_kl:
             beta *= 1 + min(max(kl / cfg.kl_target - 1, -0.2), 0.2) * cfg.batch / cfg.kl_horizon
     return lines
