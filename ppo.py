@@ -42,19 +42,8 @@ import torch
 from data import loading, world
 from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
-from runtime import (
-    Run,
-    Training,
-    flag,
-    load,
-    load_reward_model,
-    load_rewards,
-    main,
-    make_optimizer,
-    pad,
-    schedule,
-    select,
-)
+from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
+from runtime.models import load_rewards
 
 
 @dataclass

@@ -19,9 +19,9 @@
 from runtime.compute import Compute, pad, select
 from runtime.flags import Settings, Training, flag
 from runtime.launch import main
-from runtime.models import find, load, load_reward_model, load_rewards
+from runtime.models import find, load, load_reward_model
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
 
-__all__ = ["Compute", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model",
-           "load_rewards", "main", "make_optimizer", "pad", "schedule", "select"]
+__all__ = ["Compute", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model", "main",
+           "make_optimizer", "pad", "schedule", "select"]

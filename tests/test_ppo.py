@@ -14,7 +14,8 @@ from data import loading
 from data.tokenizer import Tokenizer
 from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
-from runtime import Run, compute, load, load_rewards, sharding
+from runtime import Run, compute, load, sharding
+from runtime.models import load_rewards
 from sft import sft_loss
 
 # -------------------------------------------------------------------------------------------- means
