@@ -153,6 +153,12 @@ def pair_loss(cfg, model, run, comparisons):
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[b, chosen], policy[b, rejected], reference[b, chosen], reference[b, rejected],
         cfg.beta, cfg.loss, cfg.label_smoothing)
+    swapped, _, _ = dpo_loss(
+        policy[b, rejected], policy[b, chosen], reference[b, rejected], reference[b, chosen],
+        cfg.beta, cfg.loss, cfg.label_smoothing)
+    # A soft label says how likely it is right: the loss is its mean over both labels.
+    p = torch.tensor([comparisons[b].probability for b, _, _ in pairs]).to(logprobs)
+    losses = p * losses + (1 - p) * swapped
     nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, as in SFT
     losses = losses + cfg.nll_coef * torch.where(is_best, nll, 0)
     return {"loss": losses.mean(), "accuracy": (chosen_rewards > rejected_rewards).float().mean(),

@@ -60,21 +60,26 @@ def pairwise_loss(chosen, rejected, margin=0.0):
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
-def ranking_loss(scores, ranks, margin=None):
+def ranking_loss(scores, ranks, margin=None, probability=None):
     """K-way: −log σ(r_i − r_j) over every pair that the ranking orders, averaged per prompt, then over
     prompts (Ouyang et al. 2022, eq. 1). With K = 2 it is the pairwise loss. In a mean over all pairs at once,
     a prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
 
-    scores (B, K); ranks (B, K) int64, 1 is best, 0 marks an answer that is not there; margin (B,) or None.
+    scores (B, K); ranks (B, K) int64, 1 is best, 0 marks an answer that is not there; margin (B,) or None;
+    probability (B,) or None: that a label is right, where it is soft (an AI judge's). The loss is then its
+    mean over both labels, p·loss(i over j) + (1 − p)·loss(j over i), least where σ(r_i − r_j) = p.
     Equal ranks are ties and give no pair: Bradley & Terry's model knows only choices. Each row must order at
     least one pair. Returns a scalar in nats."""
     scores = torch.where(ranks > 0, scores, 0)          # an absent answer's NaN would survive · 0 below
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
-    if margin is not None:
-        gaps = gaps - margin[:, None, None]
+    margin = 0.0 if margin is None else margin[:, None, None]
+    losses = -F.logsigmoid(gaps - margin)
+    if probability is not None:
+        p = probability[:, None, None]
+        losses = p * losses - (1 - p) * F.logsigmoid(-gaps - margin)
     present = (ranks > 0)[:, :, None]                   # of i; an absent j has rank 0, so no i is better
     better = present & (ranks[:, :, None] < ranks[:, None, :])
-    return -((F.logsigmoid(gaps) * better).sum((1, 2)) / better.sum((1, 2))).mean()
+    return ((losses * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
 
 def best_beats_worst(scores, ranks):
@@ -173,7 +178,8 @@ def learn(model, run, examples, steps):
     def loss(rows):
         scores, ranks = score_answers(model, run, rows)
         margin = torch.tensor([c.margin for c in rows], device=run.device)
-        return {"loss": ranking_loss(scores, ranks, margin),
+        probability = torch.tensor([c.probability for c in rows], device=run.device)
+        return {"loss": ranking_loss(scores, ranks, margin, probability),
                 "best_beats_worst": best_beats_worst(scores, ranks)}
 
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):

@@ -34,7 +34,8 @@ class Comparison:
     sequences: list             # K lists of ids, prompt and answer
     start: int                  # where the answers begin
     ranks: list                 # K whole numbers, 1 for the best; equal numbers are ties
-    margin: float               # how much the better one should win by
+    margin: float = 0.0         # how much the better one should win by
+    probability: float = 1.0    # that it is the better one: below 1 a soft label
     ref_logprobs: list = None   # K numbers, for DPO: the reference's log-probability of each answer
 
     @property
@@ -67,7 +68,7 @@ def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0
     for p in fit(preferences, length, block_size, what, shorter, max_dropped):
         prompt = tokenizer.prompt(p.prompt)
         sequences = [prompt + tokenizer.response(response) for response in p.responses]
-        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin))
+        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability))
     return examples
 
 

@@ -14,7 +14,8 @@
                      "messages", "conversations" or "chosen"
 
 A prompt is text or a list of messages whose last is the user's, an answer text or a list with the assistant's
-message. "input" is optional, and so is a "margin" beside "chosen" and "rejected". Files may also be .parquet,
+message. "input" is optional, and so are a "margin" and a "probability" (that the chosen one is the better: a
+soft label, 1 where it is not said) beside "chosen" and "rejected". Files may also be .parquet,
 where pyarrow is installed.
 
 Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fields) say that the file is not
@@ -43,6 +44,7 @@ class Preference:
     responses: list         # K ≥ 2 texts
     ranks: list             # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0     # how much the chosen one should win by (pairs only)
+    probability: float = 1.0        # that the chosen one is the better (pairs only)
 
 
 class UnknownShape(RecordError):
@@ -315,8 +317,11 @@ def _preference(record):
     margin = record.get("margin", 0.0)
     if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
         raise RecordError('field "margin": expected a number from 0 to 1000000')
+    probability = record.get("probability", 1.0)
+    if type(probability) not in (int, float) or not 0 <= probability <= 1:
+        raise RecordError('field "probability": expected a number from 0 to 1')
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return Preference(chosen[:-1], answers, [1, 2], float(margin))
+    return Preference(chosen[:-1], answers, [1, 2], float(margin), float(probability))
 
 
 def _conversation(record, field):

@@ -83,10 +83,10 @@ def alone(chain):
 
 @pytest.fixture(scope="session")
 def tiny_inputs(small_world, tmp_path_factory):
-    """A folder with a small world, files of preferences (pairs with margins; rankings of two to four answers,
-    with ties), a program that scores, and a language model and a reward model of random weights in float64,
-    whose answers are short and end now and then: what the stages start from where they are held against plain
-    loops."""
+    """A folder with a small world, files of preferences (pairs with margins and soft labels; rankings of two
+    to four answers, with ties), a program that scores, and a language model and a reward model of random
+    weights in float64, whose answers are short and end now and then: what the stages start from where they
+    are held against plain loops."""
     folder = tmp_path_factory.mktemp("tiny")
     shutil.copytree(small_world, folder / "out/world")
     tokenizer = Tokenizer.load(str(folder / "out/world"))
@@ -108,7 +108,7 @@ def tiny_inputs(small_world, tmp_path_factory):
     for i in range(60):
         prompt, n = f"What is {i} plus {i}?", 2 + i % 3
         pairs.append({"prompt": prompt, "chosen": answers[i], "rejected": answers[7 * i % 100],
-                      "margin": i % 3 / 2})
+                      "margin": i % 3 / 2, "probability": 1.0 if i % 4 else 0.7})
         rankings.append({"prompt": prompt, "responses": answers[i:i + n], "ranks": [2, 1, 1 + i % 2, 2][:n]})
     records.write(folder / "pairs.jsonl", pairs)
     records.write(folder / "rankings.jsonl", rankings)

@@ -65,6 +65,20 @@ def test_ranking_loss_is_the_mean_per_prompt_over_ordered_pairs_without_ties_and
     near(scores.grad.sum(1), torch.zeros(7))                    # only differences count
 
 
+@seeds
+def test_a_soft_label_weighs_the_losses_of_both_labels(seed):
+    """And is fitted where the score's difference is its log-odds."""
+    torch.manual_seed(seed)
+    scores, margin, p = torch.randn(5, 2).double(), torch.rand(5).double(), torch.rand(5).double()
+    ranks = torch.tensor([[1, 2]] * 5)
+    want = [q * nll(a - b - m) + (1 - q) * nll(b - a - m)
+            for (a, b), m, q in zip(scores.tolist(), margin.tolist(), p.tolist())]
+    near(ranking_loss(scores, ranks, margin, p), sum(want) / 5)
+    fitted = torch.stack([p.logit(), torch.zeros(5)], dim=1).requires_grad_()
+    ranking_loss(fitted, ranks, probability=p).backward()
+    near(fitted.grad, torch.zeros(5, 2))
+
+
 def test_ranking_loss_ignores_nan_scores_of_absent_answers():
     scores, ranks = torch.tensor([[1.0, 0.5, float("nan")]]).double(), torch.tensor([[1, 2, 0]])
     near(ranking_loss(scores, ranks), nll(0.5))

@@ -117,12 +117,13 @@ MISTAKES = {
          "make_optimizer(model, cfg.lr)"),
     ],
     "reward_model.py": [
+        ("a soft label's other side has no margin", "F.logsigmoid(-gaps - margin)", "F.logsigmoid(-gaps)"),
         ("reward model with chosen and rejected swapped", "-F.logsigmoid(chosen - rejected - margin)",
          "-F.logsigmoid(rejected - chosen - margin)"),
         ("ranking upside down", "better = present & (ranks[:, :, None] < ranks[:, None, :])",
          "better = (ranks > 0)[:, None, :] & (ranks[:, :, None] > ranks[:, None, :])"),
-        ("margin never reaches the loss", "ranking_loss(scores, ranks, margin)",
-         "ranking_loss(scores, ranks)"),
+        ("margin never reaches the loss", "ranking_loss(scores, ranks, margin, probability)",
+         "ranking_loss(scores, ranks, None, probability)"),
         ("held-out accuracy of the training set", "evaluate(model, run, held_out)",
          "evaluate(model, run, examples)"),
         ("score scaled but not shifted", "model.head.bias.sub_(mean).div_(deviation)",
@@ -137,6 +138,7 @@ MISTAKES = {
          "said, won, rows = torch.sigmoid(gaps)"),
     ],
     "dpo.py": [
+        ("a soft label is taken as sure", "losses = p * losses + (1 - p) * swapped", "losses = losses"),
         ("records that do not fit are counted", "math.ceil(len(examples) / cfg.batch)",
          "math.ceil(len(preferences) / cfg.batch)"),
         ("DPO with chosen and rejected swapped", "    h = chosen_logratios - rejected_logratios\n",
@@ -163,6 +165,10 @@ MISTAKES = {
          "preferences = preferences[-cfg.records:]"),
     ],
     "ppo.py": [
+        ("a program is told another prompt", "program(prompts[i], answers[i])",
+         "program(prompts[0], answers[i])"),
+        ("a program in place of, not beside, the reward model",
+         'learned = cfg.reward_model_coef * batch["scores"] if', "learned = 0.0 if"),
         ("an answer is in its own baseline", "(R.sum(1, keepdim=True) - R) / (group - 1)",
          "R.mean(1, keepdim=True)"),
         ("groups do not stand together", "[prompt for prompt in chosen for _ in range(cfg.group)]",
@@ -385,7 +391,7 @@ MISTAKES = {
         ("no share of records of no use is too large",
          "if len(unusable) > max_dropped * total:", "if False:"),
         ("the input is lost", '                text += "\\n\\n" + more\n', "                pass\n"),
-        ("margins are lost", "float(margin))", "0.0)"),
+        ("margins are lost", "float(margin), float(probability))", "0.0, float(probability))"),
     ],
 }
 # Tests beyond the file's own that are likely to notice.

@@ -186,15 +186,17 @@ def log_sigmoid(x):
 def reward_model(cfg, model, tokenizer, preferences):
     """Trains the model, without its scale. Returns a line {name: number} per step."""
     preferences = comparisons_that_fit(model, tokenizer, preferences)
-    data = [(*sequences(tokenizer, p), p.ranks, p.margin) for p in preferences]
+    data = [(*sequences(tokenizer, p), p.ranks, p.margin, p.probability) for p in preferences]
     longest = [longest_sequence(tokenizer, p) for p in preferences]
     total = cfg.epochs * math.ceil(len(data) / cfg.batch)
     optimizer, lines = AdamW(model, cfg.weight_decay, max_norm=cfg.max_norm), []
     for step, batch in enumerate(batches(longest, cfg.batch, cfg.epochs, cfg.seed)):
         losses, right = [], []
-        for prompt, answers, ranks, margin in (data[i] for i in batch):
+        for prompt, answers, ranks, margin, sure in (data[i] for i in batch):
             r = [score(model, prompt + answer) for answer in answers]
-            losses.append(mean([-log_sigmoid(r[i] - r[j] - margin) for i, j in ordered_pairs(ranks)]))
+            losses.append(mean([-sure * log_sigmoid(r[i] - r[j] - margin)
+                                - (1 - sure) * log_sigmoid(r[j] - r[i] - margin)
+                                for i, j in ordered_pairs(ranks)]))
             best, worst = ranks.index(min(ranks)), ranks.index(max(ranks))
             right.append(1.0 if r[best] > r[worst] else 0.0)
         loss, lr = mean(losses), rate(cfg, step, total, cfg.lr)
@@ -272,7 +274,9 @@ def dpo_numbers(cfg, model, reference, tokenizer, preferences):
         ref = [answer_logprob(reference, prompt, a).item() for a in answers]
         ratio = [(x - y) / n for x, y, n in zip(logp, ref, size)]
         for winner, loser in ordered_pairs(p.ranks):
-            loss = DPO_LOSSES[cfg.loss](ratio[winner] - ratio[loser], cfg.beta, cfg.label_smoothing)
+            h = ratio[winner] - ratio[loser]
+            won, lost = (DPO_LOSSES[cfg.loss](x, cfg.beta, cfg.label_smoothing) for x in (h, -h))
+            loss = p.probability * won + (1 - p.probability) * lost
             if p.ranks[winner] == 1:
                 loss = loss - cfg.nll_coef * logp[winner] / len(answers[winner])
             good, bad = cfg.beta * ratio[winner].item(), cfg.beta * ratio[loser].item()
