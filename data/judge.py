@@ -1,0 +1,109 @@
+"""An AI judge in people's place: a chat model reads principles, and says which of two answers is better.
+
+    python -m data.judge --model folder --data pairs.jsonl      label pairs, and say how often people agree
+    python -m data.judge --model folder --data prompts.jsonl    label pairs of the model's own answers
+
+This is RLAIF (Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023). The model does not write: it
+only says how likely "A" and "B" are as the next token. Judges favour a place, so each pair is asked in both
+orders. With ℓ₁ = log p(A) − log p(B) where y₁ is A, ℓ₂ the same where y₂ is A, a preference d for y₁ and a
+bias b towards A, ℓ₁ = b + d and ℓ₂ = b − d; so b is gone from P(y₁ is better) = σ(d), d = (ℓ₁ − ℓ₂)/2.
+This probability is written beside each pair: reward_model.py and dpo.py learn from it as from a soft label.
+"""
+import itertools
+import os
+import random
+from dataclasses import dataclass
+
+import torch
+
+from data import records
+from data.batches import fit, fit_prompts
+from data.records import Preference
+from data.tokenizer import Tokenizer
+from runtime import Compute, Settings, flag, load, main, pad
+from runtime.compute import row_seeds
+
+ASK = ("{principles}\n\nQuestion: {question}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\n"
+       "Which answer is better, A or B?")
+
+
+@dataclass
+class Config(Settings):
+    out: str = flag("out/judge", "folder of the labels, labels.jsonl")
+    model: str = flag("out/sft", "chat model that judges")
+    data: str = flag("out/world/preferences_heldout.jsonl", "file of preferences, or of prompts")
+    constitution: str = flag("data/principles.txt", "file of the principles that it judges by")
+    max_new_tokens: int = flag(64, "longest answer to a prompt that comes without any, in tokens", 1)
+
+
+def read_pairs(cfg, run, model, tokenizer):
+    """Every two answers that a file's preferences tell apart, as Preferences with the better one first; or if
+    it holds prompts, two samples for each, which tie."""
+    try:
+        preferences = [p for p in records.read_preferences(cfg.data, cfg.max_dropped) if p]
+    except records.RecordError:
+        prompts = [p for p in records.read_prompts(cfg.data, cfg.max_dropped) if p]
+        return sample_pairs(cfg, run, model, tokenizer, prompts)
+    return [Preference(p.prompt, [p.responses[i], p.responses[j]], [1, 2]) for p in preferences
+            for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
+
+
+def sample_pairs(cfg, run, model, tokenizer, prompts):
+    prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
+    rows = [tokenizer.prompt(p) for p in prompts for _ in range(2)]
+    samples = run.sample(model, rows, row_seeds(random.Random(cfg.seed), len(rows)), cfg.max_new_tokens,
+                         stop_token=tokenizer.end)
+    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(samples["tokens"], samples["mask"])]
+    pairs = [Preference(p, texts[2 * i:2 * i + 2], [1, 1]) for i, p in enumerate(prompts)]
+    return [p for p in pairs if p.responses[0] != p.responses[1] and all(map(str.strip, p.responses))]
+
+
+def log_odds(run, model, prompts, letters):
+    """log p(A) − log p(B) after each prompt (a list of ids), (N,). letters: the ids of A and B."""
+    def ask(rows):
+        both = [[*ids, letter] for ids in rows for letter in letters]
+        last = pad([[False] * len(ids) + [True] for ids in rows for _ in letters])
+        a, b = model.logprobs(pad(both).to(run.device), last.to(run.device)).sum(1).view(-1, 2).T
+        return {"odds": a - b}
+    return run.map(ask, prompts, [[len(ids) + 1] * 2 for ids in prompts])["odds"]
+
+
+def judge(cfg):
+    with open(cfg.constitution, encoding="utf-8") as f:
+        principles = f.read().strip()
+    tokenizer, run = Tokenizer.load(cfg.model), Compute(cfg)
+    model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
+    run.place(model)
+    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
+
+    def question(pair, a, b):
+        """As ids; a and b: which answer stands first, and which second."""
+        asked = "\n".join(m["content"] for m in pair.prompt)
+        text = ASK.format(principles=principles, question=asked, a=pair.responses[a],
+                          b=pair.responses[b])
+        return tokenizer.prompt([{"role": "user", "content": text}])
+
+    pairs = fit(read_pairs(cfg, run, model, tokenizer), lambda pair: 1 + len(question(pair, 0, 1)),
+                model.config.block_size, "pairs", max_dropped=cfg.max_dropped)
+    first, second = (log_odds(run, model, [question(p, *order) for p in pairs], letters)
+                     for order in ((0, 1), (1, 0)))
+    d, same = (first - second) / 2, ((first > 0) == (second > 0)).float().mean()
+    place = torch.cat([first, second]).sigmoid().mean()
+    print(f"{len(pairs)} pairs: what stands first is preferred with {place:.1%} on average, 50% would be no "
+          f"bias; {same:.1%} of the choices change with the order")
+    if pairs[0].ranks == [1, 2]:                                    # there are labels
+        one_order = ((first > 0).float() + (second < 0).float()).mean() / 2
+        print(f"agrees with the labels on {one_order:.1%} asked in one order, {(d > 0).float().mean():.1%} "
+              f"in both; on every tenth pair, {(d[9::10] > 0).float().mean():.1%}")
+    found = []
+    for pair, p in zip(pairs, d.sigmoid().tolist()):
+        chosen, rejected = pair.responses if p >= 0.5 else pair.responses[::-1]
+        found.append({"prompt": pair.prompt, "chosen": chosen, "rejected": rejected,
+                      "probability": round(max(p, 1 - p), 4)})
+    os.makedirs(cfg.out, exist_ok=True)
+    records.write(f"{cfg.out}/labels.jsonl", found)
+    print(f"wrote {cfg.out}/labels.jsonl")
+
+
+if __name__ == "__main__":
+    main(Config, judge, __doc__)
