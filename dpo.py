@@ -2,6 +2,7 @@
 
     python dpo.py                                           from out/sft, on the embedded world's rankings
     python dpo.py --loss ipo --beta 0.2
+    python dpo.py --online annotators --out out/online      the policy's own answers, compared as it learns
 
 PPO looks for the policy π that maximises E[r] − β·KL(π ‖ π_ref): reward r, without going far from a
 reference, the SFT model. The solution is known in closed form, π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x),
@@ -29,8 +30,8 @@ worst wins a pair too. The logged "loss" includes this term; `--nll_coef 0` is D
 what `--loss ipo` and `hinge` start from, as in their papers.
 
 Preference data and reference both stay as they are, so the reference's log-probabilities are computed once,
-before training, and the reference need not stay in memory. Rankings of K answers count as all their pairs,
-each answer read once. The mean is over all pairs, for each is one observed comparison.
+before training. Rankings of K answers count as all their pairs, each answer read once. The mean is over all
+pairs, for each is one observed comparison.
 """
 import math
 from dataclasses import dataclass
@@ -39,9 +40,11 @@ import torch
 import torch.nn.functional as F
 
 from data import loading
-from data.batches import batches, encode_comparisons
+from data.answers import sample
+from data.batches import Comparison, batches, encode_comparisons
+from data.feedback import labeller
 from data.tokenizer import Tokenizer
-from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule, select
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -59,6 +62,10 @@ class Config(Training):
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
     length_normalize: bool = flag(False, "compare log-probabilities per token, so that length decides "
                                   "less; β must then be larger, by about an answer's length")
+    online: str = flag("", "learn from the policy's own fresh answers to the data's prompts, ranked by this: "
+                       "annotators, or the folder of a reward model or a judge")
+    max_new_tokens: int = flag(48, "longest answer that is sampled", 1)
+    looks: int = flag(10, "times to look at what the policy does, on sampled answers; 0 never looks", 0)
     records: int = flag(0, "preferences to learn from, the first of the file; 0 takes all", 0)
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
@@ -125,7 +132,7 @@ def answer_logprobs(model, run, comparisons):
 
 
 def add_reference(model, run, comparisons):
-    """Fill in Comparison.ref_logprobs, with the policy before its first step: it still is the reference."""
+    """Fill in Comparison.ref_logprobs."""
     found = run.map(lambda rows: {"logprobs": answer_logprobs(model, run, rows)[0]}, comparisons,
                     lengths=[c.lengths for c in comparisons])
     for c, logprobs in zip(comparisons, found["logprobs"].tolist()):
@@ -167,6 +174,51 @@ def pair_loss(cfg, model, run, comparisons):
             "logp_chosen": logprobs[b, chosen].mean(), "logp_rejected": logprobs[b, rejected].mean()}
 
 
+# ------------------------------------------------------------------------------ the policy's answers
+
+def fresh(cfg, run, model, reference, rank, tokenizer, old):
+    """The prompts of some Comparisons with as many answers of the policy as it is now, compared anew (Guo et
+    al. 2024, arXiv 2402.04792). What is wrong with its answers changes while it learns, and labels of others'
+    answers cannot say it. rank: see data/feedback.py."""
+    k, prompts, starts = len(old[0].sequences), [c.prompt for c in old], [c.start for c in old]
+    room = min(cfg.max_new_tokens, model.config.block_size - max(starts))
+    answers = sample(run, model, tokenizer, prompts, k, room, run.seeds(k * len(old)))
+    found = [Comparison([c.sequences[0][:c.start] + a.ids for a in some], c.start, ranks)
+             for c, some, ranks in zip(old, answers, rank(prompts, answers, run.rng))]
+    found = [c for c in found if c.pairs] or old                    # old: where all answers tie
+    add_reference(reference, run, found)
+    return found
+
+
+def look(cfg, run, model, reference, tokenizer, comparisons):
+    """What the policy does, on sampled answers to the prompts of some Comparisons: {name: mean}. The loss
+    does not show it: held-out accuracy can be fine where the answers have fallen apart."""
+    prompts = [c.sequences[0][:c.start] for c in comparisons]
+    room = min(cfg.max_new_tokens, model.config.block_size - max(map(len, prompts)))
+    batch = run.sample(model, prompts, run.seeds(len(prompts)), room, stop_token=tokenizer.end)
+
+    def read(rows):
+        b = select(batch, rows)
+        logprobs, entropy = model.logprobs(b["tokens"], b["mask"], entropy=True)
+        ref_logprobs = reference.logprobs(b["tokens"], b["mask"])
+        return {"kl": (logprobs - ref_logprobs).sum(1), "entropy": entropy.sum(1)}
+    found, length = run.map(read, range(len(prompts)), batch["lengths"]), batch["mask"].sum(1).float().mean()
+    return {"kl": found["kl"].mean().item(), "entropy": (found["entropy"].mean() / length).item(),
+            "length": length.item(), "ended": batch["ended"].float().mean().item()}
+
+
+def warnings(seen):
+    """Signs of a policy that falls apart, in what look() found: a list of texts."""
+    found = []
+    if seen["entropy"] < 0.01:
+        found.append("answers leave nothing to chance (entropy near 0): lower --lr or raise --beta")
+    if seen["kl"] > 10:
+        found.append("KL is beyond 10 nats per answer: lower --lr, or raise --beta or --nll_coef")
+    if seen["ended"] < 0.95:
+        found.append("answers do not end: lower --lr, raise --beta, --nll_coef or --max_new_tokens")
+    return found
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(cfg):
@@ -183,15 +235,25 @@ def train(cfg):
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
     run = Run(cfg, steps)
-    run.place(model)
-    add_reference(model, run, examples + held_out)      # before a resume, which makes the model another one
+    reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
+    run.place(model, reference)
+    rank = labeller(cfg.online, run) if cfg.online else None
+    add_reference(reference, run, held_out if cfg.online else examples + held_out)
     optimizer = make_optimizer(model, cfg.lr)
     run.resume(model=model, optimizer=optimizer)
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        metrics = mean_loss(run.accumulate, model, run, [examples[i] for i in batch])
+        rows = [examples[i] for i in batch]
+        if cfg.online:
+            rows = fresh(cfg, run, model, reference, rank, tokenizer, rows)
+        metrics = mean_loss(run.accumulate, model, run, rows)
         lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
-        run.log(metrics | {"grad_norm": norm, "lr": lr})
+        metrics |= {"grad_norm": norm, "lr": lr}
+        if cfg.looks > 0 and (run.step + 1) % max(1, steps // cfg.looks) == 0:
+            seen = look(cfg, run, model, reference, tokenizer, held_out[:32])
+            run.warn(warnings(seen))
+            metrics |= seen
+        run.log(metrics)
     found = mean_loss(run.average, model, run, held_out)
     print("held out:  " + "  ".join(f"{name} {x:.3f}" for name, x in found.items()))
     run.finish(model, tokenizer, held_out=found)

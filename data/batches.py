@@ -36,6 +36,7 @@ class Comparison:
     ranks: list                 # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0         # how much the better one should win by
     probability: float = 1.0    # that it is the better one: below 1 a soft label
+    prompt: list = None         # messages
     ref_logprobs: list = None   # K numbers, for DPO: the reference's log-probability of each answer
 
     @property
@@ -68,7 +69,8 @@ def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0
     for p in fit(preferences, length, block_size, what, shorter, max_dropped):
         prompt = tokenizer.prompt(p.prompt)
         sequences = [prompt + tokenizer.response(response) for response in p.responses]
-        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability))
+        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability,
+                                   p.prompt))
     return examples
 
 

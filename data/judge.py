@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from data import records
+from data.answers import sample
 from data.batches import fit, fit_prompts
 from data.records import Preference
 from data.tokenizer import Tokenizer
 from runtime import Compute, Settings, flag, load, main, pad
 from runtime.compute import row_seeds
 
+PRINCIPLES = os.path.join(os.path.dirname(__file__), "principles.txt")
 ASK = ("{principles}\n\nQuestion: {question}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\n"
        "Which answer is better, A or B?")
 
@@ -32,8 +34,33 @@ class Config(Settings):
     out: str = flag("out/judge", "folder of the labels, labels.jsonl")
     model: str = flag("out/sft", "chat model that judges")
     data: str = flag("out/world/preferences_heldout.jsonl", "file of preferences, or of prompts")
-    constitution: str = flag("data/principles.txt", "file of the principles that it judges by")
+    constitution: str = flag("", "file of the principles that it judges by; none is data/principles.txt")
     max_new_tokens: int = flag(64, "longest answer to a prompt that comes without any, in tokens", 1)
+
+
+def question(tokenizer, principles, prompt, a, b):
+    """What the judge is asked of two answers to a prompt (messages), as ids."""
+    asked = "\n".join(m["content"] for m in prompt)
+    text = ASK.format(principles=principles, question=asked, a=a, b=b)
+    return tokenizer.prompt([{"role": "user", "content": text}])
+
+
+def log_odds(run, model, tokenizer, questions):
+    """log p(A) − log p(B) after each question (a list of ids), (N,)."""
+    letters = [tokenizer.encode(letter)[:1] for letter in "AB"]
+
+    def ask(rows):
+        both = [ids + letter for ids in rows for letter in letters]
+        last = pad([[False] * len(ids) + [True] for ids in rows for _ in letters])
+        a, b = model.logprobs(pad(both).to(run.device), last.to(run.device)).sum(1).view(-1, 2).T
+        return {"odds": a - b}
+    return run.map(ask, questions, [[len(ids) + 1] * 2 for ids in questions])["odds"]
+
+
+def ask_twice(run, model, tokenizer, principles, pairs):
+    """ℓ₁ and ℓ₂ of Preferences for pairs, (N,) each: asked in their own order, and in the other one."""
+    return [log_odds(run, model, tokenizer, [question(tokenizer, principles, p.prompt, *p.responses[::step])
+                                             for p in pairs]) for step in (1, -1)]
 
 
 def read_pairs(cfg, run, model, tokenizer):
@@ -43,50 +70,25 @@ def read_pairs(cfg, run, model, tokenizer):
         preferences = [p for p in records.read_preferences(cfg.data, cfg.max_dropped) if p]
     except records.RecordError:
         prompts = [p for p in records.read_prompts(cfg.data, cfg.max_dropped) if p]
-        return sample_pairs(cfg, run, model, tokenizer, prompts)
+        prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
+        seeds = row_seeds(random.Random(cfg.seed), 2 * len(prompts))
+        answers = sample(run, model, tokenizer, prompts, 2, cfg.max_new_tokens, seeds)
+        return [Preference(p, [a.text, b.text], [1, 1]) for p, (a, b) in zip(prompts, answers)
+                if a.text != b.text and a.text.strip() and b.text.strip()]
     return [Preference(p.prompt, [p.responses[i], p.responses[j]], [1, 2]) for p in preferences
             for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
 
 
-def sample_pairs(cfg, run, model, tokenizer, prompts):
-    prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
-    rows = [tokenizer.prompt(p) for p in prompts for _ in range(2)]
-    samples = run.sample(model, rows, row_seeds(random.Random(cfg.seed), len(rows)), cfg.max_new_tokens,
-                         stop_token=tokenizer.end)
-    texts = [tokenizer.decode(t[m].tolist()) for t, m in zip(samples["tokens"], samples["mask"])]
-    pairs = [Preference(p, texts[2 * i:2 * i + 2], [1, 1]) for i, p in enumerate(prompts)]
-    return [p for p in pairs if p.responses[0] != p.responses[1] and all(map(str.strip, p.responses))]
-
-
-def log_odds(run, model, prompts, letters):
-    """log p(A) − log p(B) after each prompt (a list of ids), (N,). letters: the ids of A and B."""
-    def ask(rows):
-        both = [[*ids, letter] for ids in rows for letter in letters]
-        last = pad([[False] * len(ids) + [True] for ids in rows for _ in letters])
-        a, b = model.logprobs(pad(both).to(run.device), last.to(run.device)).sum(1).view(-1, 2).T
-        return {"odds": a - b}
-    return run.map(ask, prompts, [[len(ids) + 1] * 2 for ids in prompts])["odds"]
-
-
 def judge(cfg):
-    with open(cfg.constitution, encoding="utf-8") as f:
+    with open(cfg.constitution or PRINCIPLES, encoding="utf-8") as f:
         principles = f.read().strip()
     tokenizer, run = Tokenizer.load(cfg.model), Compute(cfg)
     model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
     run.place(model)
-    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
-
-    def question(pair, a, b):
-        """As ids; a and b: which answer stands first, and which second."""
-        asked = "\n".join(m["content"] for m in pair.prompt)
-        text = ASK.format(principles=principles, question=asked, a=pair.responses[a],
-                          b=pair.responses[b])
-        return tokenizer.prompt([{"role": "user", "content": text}])
-
-    pairs = fit(read_pairs(cfg, run, model, tokenizer), lambda pair: 1 + len(question(pair, 0, 1)),
+    pairs = fit(read_pairs(cfg, run, model, tokenizer),
+                lambda p: 1 + len(question(tokenizer, principles, p.prompt, *p.responses)),
                 model.config.block_size, "pairs", max_dropped=cfg.max_dropped)
-    first, second = (log_odds(run, model, [question(p, *order) for p in pairs], letters)
-                     for order in ((0, 1), (1, 0)))
+    first, second = ask_twice(run, model, tokenizer, principles, pairs)
     d, same = (first - second) / 2, ((first > 0) == (second > 0)).float().mean()
     place = torch.cat([first, second]).sigmoid().mean()
     print(f"{len(pairs)} pairs: what stands first is preferred with {place:.1%} on average, 50% would be no "

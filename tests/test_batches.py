@@ -123,7 +123,7 @@ def test_comparisons_and_demonstrations_are_tokens_of_the_chat_format(capsys):
     [found] = encode_comparisons(tok, preferences, 60, "preferences")
     prompt = tok.prompt(short)
     sequences = [prompt + tok.response("A cat."), prompt + tok.response("A")]
-    assert found == Comparison(sequences, len(prompt), [2, 1], 0.5)
+    assert found == Comparison(sequences, len(prompt), [2, 1], 0.5, prompt=short)
     answer = [{"role": "assistant", "content": "A cat."}]
     [found] = encode_demonstrations(tok, [short + answer, long + answer], 60, "demonstrations")
     assert found == Demonstration(*tok.chat(short + answer))

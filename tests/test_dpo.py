@@ -9,10 +9,11 @@ from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
 from data import loading
-from data.batches import Comparison
+from data.batches import Comparison, encode_comparisons
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
+from runtime import Run
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):
@@ -74,7 +75,7 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
 
 
-SHARED = dict(records=0, batch=17, warmup=2)
+SHARED = dict(records=0, batch=17, warmup=2, looks=0)
 CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(),
     dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2,
@@ -84,6 +85,8 @@ CASES = [                                       # each flag of the stage is set 
     *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
     *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
+    dict(looks=3, max_new_tokens=7, micro_batch=6),
+    dict(online="out/reward_model", max_new_tokens=9, epochs=2, nll_coef=0.5, records=40, looks=2),
 ]
 
 
@@ -92,14 +95,36 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     cfg, model, lines, about = trained(dpo, **SHARED | settings)
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
     preferences, held_out = loading.load("preferences", cfg.data, max_dropped=1.0)
-    expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences)
+    held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
+    scorer = GPT.load("out/reward_model")
+    expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences, held_out, scorer)
     for line in (lines[0], expected[0]):
         del line["accuracy"]                                # the policy is the reference: rounding decides
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, plain)
-    held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
     found = plainly.dpo_numbers(cfg, plain, reference, tokenizer, held_out)
     assert about["held_out"] == pytest.approx(found | {"loss": found["loss"].item()}, abs=1e-6)
+
+
+def test_a_policy_that_falls_apart_is_warned_about_with_the_flag_to_change():
+    fine = {"entropy": 0.5, "kl": 2.0, "length": 12.0, "ended": 1.0}
+    assert dpo.warnings(fine) == []
+    signs = (({"entropy": 0.001}, "--lr"), ({"kl": 12.0}, "--beta"), ({"ended": 0.88}, "do not end"))
+    for change, flag in signs:
+        [said] = dpo.warnings(fine | change)
+        assert flag in said
+
+
+def test_where_all_fresh_answers_tie_the_old_ones_teach(tiny_inputs, monkeypatch):
+    monkeypatch.chdir(tiny_inputs)
+    tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
+    preferences, _ = loading.load("preferences", "world", max_dropped=1.0)
+    old = encode_comparisons(tokenizer, preferences[:3], 56, "preferences")
+    cfg = dpo.Config(device="cpu", max_new_tokens=5)
+    run = Run(cfg, 1)
+    found = dpo.fresh(cfg, run, model, model, lambda prompts, answers, rng: [[1] * len(a) for a in answers],
+                      tokenizer, old)
+    assert found == old and old[0].ref_logprobs is not None
 
 
 def test_only_the_sigmoid_comes_with_imitation_unless_it_is_asked_for():

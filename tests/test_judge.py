@@ -84,10 +84,12 @@ def test_log_odds_are_those_of_the_next_token(tiny_inputs, monkeypatch):
     monkeypatch.chdir(tiny_inputs)
     model, run = GPT.load("out/sft").double(), judge.Compute(judge.Config(device="cpu", micro_batch=3))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    found = judge.log_odds(run, model, prompts, [20, 21])
+    tokenizer = Tokenizer.load("out/sft")
+    found = judge.log_odds(run, model, tokenizer, prompts)
+    (a,), (b,) = (tokenizer.encode(letter) for letter in "AB")
     for ids, odds in zip(prompts, found.tolist()):
         p = model(torch.tensor([ids]))[0, -1].softmax(-1)
-        assert odds == pytest.approx((p[20] / p[21]).log().item(), abs=1e-9)
+        assert odds == pytest.approx((p[a] / p[b]).log().item(), abs=1e-9)
 
 
 def test_rankings_are_judged_pair_by_pair_and_prompts_by_two_samples(tiny_inputs, monkeypatch, tmp_path):

@@ -160,7 +160,8 @@ def score(model, ids):
 
 def sequences(tokenizer, preference):
     """(prompt, [answer, ...]) as ids."""
-    return tokenizer.prompt(preference.prompt), [tokenizer.response(r) for r in preference.responses]
+    return tokenizer.prompt(preference.prompt), [r if isinstance(r, list) else tokenizer.response(r)
+                                                 for r in preference.responses]
 
 
 def longest_sequence(tokenizer, preference):
@@ -286,7 +287,41 @@ def dpo_numbers(cfg, model, reference, tokenizer, preferences):
     return {name: mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def dpo(cfg, model, reference, tokenizer, preferences):
+def room(cfg, model, tokenizer, preferences):
+    return min(cfg.max_new_tokens,
+               model.config.block_size - max(len(tokenizer.prompt(p.prompt)) for p in preferences))
+
+
+@torch.no_grad()
+def dpo_fresh(cfg, rng, model, tokenizer, preferences, scorer):
+    """The same prompts with the policy's answers, lists of ids, ranked by a reward model."""
+    k, longest, found = len(preferences[0].responses), room(cfg, model, tokenizer, preferences), []
+    seeds = iter([rng.getrandbits(62) for _ in range(k * len(preferences))])
+    for p in preferences:
+        prompt = tokenizer.prompt(p.prompt)
+        answers = [sample(model, prompt, next(seeds), longest, tokenizer.end) for _ in range(k)]
+        scores = [score(scorer, prompt + a).item() if a[-1] == tokenizer.end else -math.inf for a in answers]
+        ranks = [1 + len([x for x in scores if x > mine]) for mine in scores]
+        if len(set(ranks)) > 1:
+            found.append(replace(p, responses=answers, ranks=ranks, probability=1.0))
+    return found
+
+
+@torch.no_grad()
+def dpo_look(cfg, rng, model, reference, tokenizer, preferences):
+    longest, rows = room(cfg, model, tokenizer, preferences), []
+    for p, seed in [(p, rng.getrandbits(62)) for p in preferences]:
+        prompt = tokenizer.prompt(p.prompt)
+        ids = sample(model, prompt, seed, longest, tokenizer.end)
+        now, ref = (token_logprobs(net, prompt + ids)[len(prompt) - 1:] for net in (model, reference))
+        logp = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].log_softmax(-1)
+        rows.append({"kl": sum(now).item() - sum(ref).item(), "entropy": -(logp.exp() * logp).sum().item(),
+                     "length": len(ids), "ended": float(ids[-1] == tokenizer.end)})
+    found = {name: mean([row[name] for row in rows]) for name in rows[0]}
+    return found | {"entropy": found["entropy"] / found["length"]}
+
+
+def dpo(cfg, model, reference, tokenizer, preferences, held_out, scorer=None):
     """Trains the model. Returns a line {name: number} per step."""
     preferences = [p for p in preferences if len(set(p.ranks)) > 1]
     if cfg.records:
@@ -296,10 +331,15 @@ def dpo(cfg, model, reference, tokenizer, preferences):
     total = cfg.epochs * math.ceil(len(preferences) / cfg.batch)
     optimizer, lines = AdamW(model, max_norm=cfg.max_norm), []
     for step, batch in enumerate(batches(longest, cfg.batch, cfg.epochs, cfg.seed)):
-        numbers = dpo_numbers(cfg, model, reference, tokenizer, [preferences[i] for i in batch])
+        rng, some = begin(cfg, step), [preferences[i] for i in batch]
+        if cfg.online:
+            some = dpo_fresh(cfg, rng, model, tokenizer, some, scorer)
+        numbers = dpo_numbers(cfg, model, reference, tokenizer, some)
         lr, loss = rate(cfg, step, total, cfg.lr), numbers["loss"]
         norm = optimizer.step(loss, lr)
         lines.append(numbers | {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr})
+        if cfg.looks and (step + 1) % max(1, total // cfg.looks) == 0:
+            lines[-1] |= dpo_look(cfg, rng, model, reference, tokenizer, held_out[:32])
     return lines
 
 
