@@ -1,4 +1,4 @@
-"""A GPT in one file: the network, sampling with a KV cache, a scalar head, LoRA, QLoRA.
+"""A GPT in one file: the network, sampling with a KV cache, a scalar head, LoRA.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=1024))
     logits = model(tokens)                                  # (B, T) -> (B, T, V)
@@ -126,64 +126,6 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-class NF4(nn.Module):
-    """A frozen matrix in 4.13 bits per number: QLoRA (Dettmers et al. 2023, section 3).
-
-    A network's weights are about normal. So its 16 levels are quantiles of a normal distribution: each stands
-    for about as many weights, and none is wasted (appendix E). Each block of 64 numbers is divided by its
-    largest absolute value, and each number becomes the nearest level's index. The blocks' scales, 0.5 bits
-    per number in float32, are kept in 8 bits: float8, less their mean, in groups of 256 with a scale each."""
-
-    def __init__(self, W):
-        super().__init__()
-        self.shape = W.shape
-        blocks = in_groups(W.detach().float(), 64)
-        scales = blocks.abs().amax(1, keepdim=True)
-        levels = nf4_levels().to(W.device)
-        index = torch.bucketize(blocks / scales.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2)
-        index = index.to(torch.uint8).flatten()
-        mean = scales.mean()
-        groups = in_groups(scales - mean, 256)
-        spread = groups.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448         # float8's largest number
-        small = (groups / spread).to(torch.float8_e4m3fn).view(torch.uint8)
-        for name, x in (("index", index[::2] * 16 + index[1::2]), ("scales", small), ("spread", spread),
-                        ("mean", mean)):
-            setattr(self, name, nn.Parameter(x, requires_grad=False))
-
-    def forward(self):
-        """The matrix, in float32."""
-        scales = (self.scales.view(torch.float8_e4m3fn).float() * self.spread).flatten() + self.mean
-        index = torch.stack([self.index // 16, self.index % 16], dim=1).view(-1, 64)
-        blocks = nf4_levels().to(index.device)[index.int()] * scales[:len(index), None]
-        return blocks.flatten()[:math.prod(self.shape)].view(self.shape)
-
-
-def nf4_levels():
-    """16 quantiles of the normal distribution from -1 to 1, 0 among them: 7 below, 8 above."""
-    def quantiles(n):       # the outermost lies half a step from the end, whose quantile would be infinite
-        return torch.special.ndtri(torch.linspace(1 - (1 / 30 + 1 / 32) / 2, 0.5, n + 1, dtype=torch.float64))
-    levels = torch.cat([-quantiles(7)[:-1], quantiles(8).flip(0)])
-    return (levels / levels.max()).float()
-
-
-def in_groups(x, n):
-    """All numbers of x as rows of n, the last one filled up with 0."""
-    return F.pad(x.flatten(), (0, -x.numel() % n)).view(-1, n)
-
-
-class TimesNF4(torch.autograd.Function):
-    """x·Wᵀ + b. The backward pass unpacks W again: keeping it would take what packing has saved."""
-
-    @staticmethod
-    def forward(ctx, x, W, b):
-        ctx.W = W
-        return F.linear(x, W().to(x.dtype), b)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient @ ctx.W().to(gradient.dtype), None, None
-
-
 class Linear(nn.Linear):
     """y = W·x + b. With an adapter y = W·x + b + (α/r)·B·A·x, and only A (r, C_in) and B (C_out, r) learn:
     GPT.add_adapters freezes W and b. LoRA (Hu et al. 2021, eq. 3).
@@ -199,12 +141,19 @@ class Linear(nn.Linear):
         self.scale = alpha / rank
 
     def forward(self, x):
-        y = TimesNF4.apply(x, self.nf4, self.bias) if self.weight is None else super().forward(x)
+        y = self.without_adapter(x)
         return y + F.linear(self.scale * F.linear(x, self.A), self.B) if self.scale else y
+
+    def without_adapter(self, x):
+        """W·x + b. This and the next: runtime/nf4.py has a layer whose W is in 4 bits."""
+        return super().forward(x)
+
+    def frozen_matrix(self, whole):
+        return whole(self.weight)
 
     def matrix(self, whole=lambda x: x):
         """W + (α/r)·B·A. whole: makes an ordinary tensor of one that is sharded over processes."""
-        W = self.nf4() if self.weight is None else whole(self.weight)
+        W = self.frozen_matrix(whole)
         return W + self.scale * whole(self.B) @ whole(self.A) if self.scale else W
 
     def merge(self):
@@ -342,12 +291,6 @@ class GPT(nn.Module):
                 module.add_adapter(rank, alpha)
         if self.head_kind == "scalar":
             self.head.requires_grad_(True)
-
-    def pack(self):
-        """Keep the matrices of all blocks in 4 bits from now on, frozen: see NF4."""
-        for module in self.blocks.modules():
-            if isinstance(module, Linear):
-                module.nf4, module.weight = NF4(module.weight), None
 
     def adapted(self):
         """{name: Linear} of the layers that have an adapter."""

@@ -7,6 +7,7 @@
     precision.py     networks that compute in bfloat16 and remember in float32
     optimizer.py     AdamW and its schedule
     adapters.py      LoRA: what is trained, and folders of adapters
+    nf4.py           QLoRA: frozen matrices in 4 bits
     models.py        what a stage starts from
     folders.py       networks as Hugging Face folders: one table per family of models
     safetensors.py   files of tensors

@@ -14,7 +14,7 @@ from collections import Counter
 
 import torch
 
-from runtime import adapters, launch, processes
+from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
 from runtime.files import fingerprints, lock, write_json
@@ -97,7 +97,7 @@ class Run(Compute):
                 if cfg.lora_rank > 0 and not cfg.merge:
                     adapters.check_alone(model)
             if cfg.nf4:
-                model.pack()
+                nf4.pack(model)
         super().place(*models)
 
     def begin(self, step):

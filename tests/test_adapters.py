@@ -10,8 +10,9 @@ from test_folders import network
 
 import ppo
 from data.tokenizer import Tokenizer, learn
-from model import GPT, NF4, GPTConfig, Linear, nf4_levels
+from model import GPT, GPTConfig, Linear
 from runtime import Run, adapters, models, sharding
+from runtime.nf4 import NF4, nf4_levels, pack_layer
 from runtime.safetensors import load_tensors, save_tensors
 
 TOKENS = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -403,16 +404,12 @@ def test_nf4_packs_to_the_nearest_level_and_its_scales_to_eight_bits(shape):
         assert bits < 4.2 and ((packed() - W).std() / W.std()) < 0.1
 
 
-def pack(layer):
-    layer.nf4, layer.weight = NF4(layer.weight), None
-
-
 def test_a_packed_layer_computes_and_learns_as_one_with_the_unpacked_weight():
     torch.manual_seed(0)
     packed, x = Linear(48, 40), torch.randn(7, 48, requires_grad=True)
     packed.add_adapter(3, 6.0)
     torch.nn.init.normal_(packed.B)
-    pack(packed)
+    pack_layer(packed)
     plain = Linear(48, 40)
     plain.add_adapter(3, 6.0)
     plain.load_state_dict({"weight": packed.nf4(), "bias": packed.bias, "A": packed.A, "B": packed.B})
@@ -424,14 +421,14 @@ def test_a_packed_layer_computes_and_learns_as_one_with_the_unpacked_weight():
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(packed.matrix(), plain.matrix())
     coarse = Linear(48, 40, bias=False)
-    pack(coarse)
+    pack_layer(coarse)
     x = x.detach().bfloat16().requires_grad_()
     assert torch.autograd.grad(coarse(x).sum(), x)[0].dtype == torch.bfloat16
 
 
 def test_the_backward_pass_keeps_no_unpacked_weight():
     layer, kept = Linear(64, 64, bias=False), []
-    pack(layer)
+    pack_layer(layer)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
     assert max(kept, default=0) < 64 * 64

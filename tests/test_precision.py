@@ -3,9 +3,9 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from model import NF4
 from runtime import Settings, compute, make_optimizer
 from runtime.checkpoints import flatten, restore
+from runtime.nf4 import NF4, pack
 
 TOKENS = torch.randint(1, 13, (4, 8), generator=torch.Generator().manual_seed(1))
 
@@ -103,7 +103,7 @@ def test_an_update_too_small_for_bfloat16_is_not_lost():
 def test_what_is_frozen_is_kept_in_bfloat16_alone_but_for_what_must_be_exact():
     reward, base = network("scalar").requires_grad_(False), network()
     base.add_adapters(2, 4.0, ("q", "down"))
-    base.pack()
+    pack(base)
     device = placed(reward, base)
     for name, p in reward.named_parameters():
         assert p.dtype == (torch.float32 if name.startswith("head.") else torch.bfloat16), name

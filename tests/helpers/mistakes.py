@@ -65,6 +65,10 @@ MISTAKES = {
          "        for name, module"),
         ("a scalar head is frozen under adapters", "            self.head.requires_grad_(True)\n",
          "            pass\n"),
+        ("gate and product change places", "F.silu(self.gate(x)) * self.up(x)",
+         "F.silu(self.up(x)) * self.gate(x)"),
+    ],
+    "runtime/nf4.py": [
         ("NF4 has no zero", "torch.cat([-quantiles(7)[:-1], quantiles(8).flip(0)])",
          "torch.cat([-quantiles(8)[:-1], quantiles(7).flip(0)])"),
         ("halves of a byte change places", "index[::2] * 16 + index[1::2]", "index[1::2] * 16 + index[::2]"),
@@ -73,8 +77,7 @@ MISTAKES = {
          "F.linear(x, W().to(x.dtype), b)", "F.linear(x, W().to(x.dtype))"),
         ("the gradient of a packed layer", "gradient @ ctx.W().to(gradient.dtype)",
          "gradient @ ctx.W().to(gradient.dtype) * 0.5"),
-        ("gate and product change places", "F.silu(self.gate(x)) * self.up(x)",
-         "F.silu(self.up(x)) * self.gate(x)"),
+        ("a merged layer stays packed", "        self.__class__ = Linear ", "        pass "),
     ],
     "runtime/adapters.py": [
         ("adapters are always new", "if rank == 0 or {name", "if True or {name"),
@@ -396,7 +399,7 @@ MISTAKES = {
 }
 # Tests beyond the file's own that are likely to notice.
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo", "test_adapters"],
-          "runtime/sharding.py": ["test_adapters"],
+          "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
@@ -406,7 +409,7 @@ def pytest_args(path):
     """The test files to run first for a mistake in a source file, then all."""
     own = "test_" + os.path.basename(path).removesuffix(".py")
     first = [f"tests/{name}.py" for name in [own, *LIKELY.get(path, [])]]
-    return [first, ["tests"]]
+    return [[name for name in first if os.path.exists(os.path.join(ROOT, name))], ["tests"]]
 
 
 def plant(path, name, right, wrong):

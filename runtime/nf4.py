@@ -1,0 +1,93 @@
+"""QLoRA: frozen matrices in 4 bits, beside which adapters learn (Dettmers et al. 2023)."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import Linear
+
+
+class NF4(nn.Module):
+    """A frozen matrix in 4.13 bits per number: NF4 (Dettmers et al. 2023, section 3).
+
+    A network's weights are about normal. So its 16 levels are quantiles of a normal distribution: each stands
+    for about as many weights, and none is wasted (appendix E). Each block of 64 numbers is divided by its
+    largest absolute value, and each number becomes the nearest level's index. The blocks' scales, 0.5 bits
+    per number in float32, are kept in 8 bits: float8, less their mean, in groups of 256 with a scale each."""
+
+    def __init__(self, W):
+        super().__init__()
+        self.shape = W.shape
+        blocks = in_groups(W.detach().float(), 64)
+        scales = blocks.abs().amax(1, keepdim=True)
+        levels = nf4_levels().to(W.device)
+        index = torch.bucketize(blocks / scales.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2)
+        index = index.to(torch.uint8).flatten()
+        mean = scales.mean()
+        groups = in_groups(scales - mean, 256)
+        spread = groups.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448         # float8's largest number
+        small = (groups / spread).to(torch.float8_e4m3fn).view(torch.uint8)
+        for name, x in (("index", index[::2] * 16 + index[1::2]), ("scales", small), ("spread", spread),
+                        ("mean", mean)):
+            setattr(self, name, nn.Parameter(x, requires_grad=False))
+
+    def forward(self):
+        """The matrix, in float32."""
+        scales = (self.scales.view(torch.float8_e4m3fn).float() * self.spread).flatten() + self.mean
+        index = torch.stack([self.index // 16, self.index % 16], dim=1).view(-1, 64)
+        blocks = nf4_levels().to(index.device)[index.int()] * scales[:len(index), None]
+        return blocks.flatten()[:math.prod(self.shape)].view(self.shape)
+
+
+def nf4_levels():
+    """16 quantiles of the normal distribution from -1 to 1, 0 among them: 7 below, 8 above."""
+    def quantiles(n):       # the outermost lies half a step from the end, whose quantile would be infinite
+        return torch.special.ndtri(torch.linspace(1 - (1 / 30 + 1 / 32) / 2, 0.5, n + 1, dtype=torch.float64))
+    levels = torch.cat([-quantiles(7)[:-1], quantiles(8).flip(0)])
+    return (levels / levels.max()).float()
+
+
+def in_groups(x, n):
+    """All numbers of x as rows of n, the last one filled up with 0."""
+    return F.pad(x.flatten(), (0, -x.numel() % n)).view(-1, n)
+
+
+class TimesNF4(torch.autograd.Function):
+    """x·Wᵀ + b. The backward pass unpacks W again: keeping it would take what packing has saved."""
+
+    @staticmethod
+    def forward(ctx, x, W, b):
+        ctx.W = W
+        return F.linear(x, W().to(x.dtype), b)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.W().to(gradient.dtype), None, None
+
+
+class PackedLinear(Linear):
+    """A Linear whose W is an NF4, and whose weight is None."""
+
+    def without_adapter(self, x):
+        return TimesNF4.apply(x, self.nf4, self.bias)
+
+    def frozen_matrix(self, whole):
+        return self.nf4()
+
+    def merge(self):
+        super().merge()
+        self.__class__ = Linear                                         # whose weight is there again
+
+
+def pack_layer(layer):
+    """Keep a Linear's W in 4 bits from now on, frozen."""
+    layer.nf4, layer.weight = NF4(layer.weight), None
+    layer.__class__ = PackedLinear
+
+
+def pack(model):
+    """The same for all layers of a GPT's blocks."""
+    for module in model.blocks.modules():
+        if isinstance(module, Linear):
+            pack_layer(module)
