@@ -1,7 +1,7 @@
 """The loop closed: sample from the policy, have its answers compared, learn from all labels, and again.
 
     python loop.py                             three rounds of PPO, labelled by the world's annotators
-    python loop.py --by person                 ... by you, on a page; or by the folder of a judge (data/judge.py)
+    python loop.py --by person                 ... by you, on a page; or by a judge, by its folder
     python loop.py --way best                  the best answers go back into supervised fine-tuning instead
 
 A reward model knows the answers that it has seen compared. PPO leaves them, and goes first where the score is
