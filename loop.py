@@ -19,7 +19,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from data import answers, records
+import reward_model
+from data import loading, records
+from data.batches import encode_comparisons
 from data.tokenizer import Tokenizer
 from runtime import Compute, Settings, flag, load_reward_model, main
 
@@ -90,12 +92,9 @@ def accuracy(cfg, folder, file):
     tokenizer, compute = Tokenizer.load(folder), Compute(cfg)
     model = load_reward_model(folder).requires_grad_(False)
     compute.place(model)
-    preferences = [p for p in records.read_preferences(file, 1.0) if p]
-    said = [[answers.Answer(tokenizer.response(r), r, True) for r in p.responses] for p in preferences]
-    scores = answers.score(compute, model, tokenizer, [p.prompt for p in preferences], said)
-    pairs = [(s[i] > s[j]) for s, p in zip(scores, preferences) for i in range(len(s)) for j in range(len(s))
-             if p.ranks[i] < p.ranks[j]]
-    return sum(pairs) / len(pairs)
+    preferences = loading.without_ties([p for p in records.read_preferences(file, 1.0) if p])
+    examples = encode_comparisons(tokenizer, preferences, model.config.block_size, "rankings")
+    return reward_model.evaluate(model, compute, examples)[0]["accuracy"]
 
 
 def loop(cfg):
@@ -105,7 +104,7 @@ def loop(cfg):
         labels.append(label(cfg, policy, name, cfg.labels, seed=cfg.seed + r))
         policy = learn(cfg, name, labels) if cfg.way == "ppo" else imitate(cfg, name, labels, policy)
     if cfg.way == "ppo":
-        once = label(cfg, cfg.init, "once", cfg.labels * cfg.rounds, cfg.seed)
+        once = label(cfg, cfg.init, "once", cfg.labels * cfg.rounds, cfg.seed + cfg.rounds + 1)
         names.append("once")
         learn(cfg, "once", [once])
         fresh = label(cfg, policy, "after", cfg.labels, cfg.seed + cfg.rounds)
