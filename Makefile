@@ -1,5 +1,7 @@
 # make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make seeds    the same for three seeds, and the README's table of them
+# make loop     three rounds: sample from the policy, label, learn, again; beside one round   (ten minutes)
+# make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (an hour)
 # make test     the fast tests, and ruff
 # make quick    only the tests of the losses and the known answers         (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (over an hour)
@@ -13,7 +15,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds test quick proofs real scratch bench clean
+.PHONY: demo seeds loop methods test quick proofs real scratch bench clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -29,6 +31,13 @@ seeds: .venv/ready
 	mkdir -p out/seeds
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed && cp out/report.json out/seeds/$$seed.json || exit 1; done
 	$(PY) docs/seeds.py out/seeds/0.json out/seeds/1.json out/seeds/2.json
+
+ROUNDS ?= 3
+loop: .venv/ready
+	$(PY) loop.py --rounds $(ROUNDS) --seed $(SEED)
+
+methods: .venv/ready
+	$(PY) docs/methods.py
 
 LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision bfloat16
 real: .venv/ready

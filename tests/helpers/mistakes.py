@@ -79,6 +79,25 @@ MISTAKES = {
          "gradient @ ctx.W().to(gradient.dtype) * 0.5"),
         ("a merged layer stays packed", "        self.__class__ = Linear ", "        pass "),
     ],
+    "data/judge.py": [
+        ("a judge's bias stays in", "d, same = (first - second) / 2,", "d, same = first,"),
+        ("the second order is the first", "for step in (1, -1)]", "for step in (1, 1)]"),
+        ("labels say the worse is better", "if p >= 0.5 else", "if p < 0.5 else"),
+        ("how sure a judge is gets lost", "round(max(p, 1 - p), 4)", "1.0"),
+    ],
+    "data/feedback.py": [
+        ("a ranking upside down", "sum(other > x for other in some)", "sum(other < x for other in some)"),
+        ("a judge's preference counts for one side", "        scores[n][j] -= d\n", ""),
+    ],
+    "data/answers.py": [
+        ("an answer without an end keeps its score", "x if a.ended else -torch.inf", "x"),
+    ],
+    "loop.py": [
+        ("a round learns from its own labels alone", "join(labels, data)", "join(labels[-1:], data)"),
+        ("each round samples from the SFT model", "label(cfg, policy, name, cfg.labels,",
+         "label(cfg, cfg.init, name, cfg.labels,"),
+        ("rejection sampling keeps the worst", "if rank == 1]", "if rank == max(p.ranks)]"),
+    ],
     "runtime/adapters.py": [
         ("adapters are always new", "if rank == 0 or {name", "if True or {name"),
         ("other adapters are lost", "            layer.merge()\n", "            layer.scale = 0.0\n"),
@@ -141,6 +160,14 @@ MISTAKES = {
          "said, won, rows = torch.sigmoid(gaps)"),
     ],
     "dpo.py": [
+        ("fresh answers of the reference", "answers = sample(run, model, tokenizer,",
+         "answers = sample(run, reference, tokenizer,"),
+        ("fresh answers, the old answers' reference",
+         "or old                    # old: where all answers tie\n    add_reference(reference, run, found)",
+         "or old\n    add_reference(model, run, found)"),
+        ("KL of a look the other way round", "(logprobs - ref_logprobs).sum(1)",
+         "(ref_logprobs - logprobs).sum(1)"),
+        ("entropy of a look per answer", '(found["entropy"].mean() / length)', '(found["entropy"].mean())'),
         ("a soft label is taken as sure", "losses = p * losses + (1 - p) * swapped", "losses = losses"),
         ("records that do not fit are counted", "math.ceil(len(examples) / cfg.batch)",
          "math.ceil(len(preferences) / cfg.batch)"),
@@ -400,6 +427,7 @@ MISTAKES = {
 # Tests beyond the file's own that are likely to notice.
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
+          "data/answers.py": ["test_feedback"],
           "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
