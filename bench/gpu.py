@@ -77,6 +77,7 @@ def utilisation(task, folder, flags, shape, peak):
 def ppo_parts(task, folder, flags):
     """Seconds of the parts of a PPO step: the third, after two that warm up."""
     cfg, run, nets, optimizers, tokenizer, prompts = ours.prepare_ppo(task, folder, flags, 3)
+    prompts = [tokenizer.prompt(messages) for messages in prompts]
     for _ in range(3):
         times = [now()]
         run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, stop_token=-1)

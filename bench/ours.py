@@ -2,6 +2,7 @@
 torchrun. Prints a line of JSON."""
 import json
 import os
+import random
 import sys
 import time
 import types
@@ -33,9 +34,12 @@ def prepare_ppo(task, folder, flags, repeats):
     run.place(*nets.values())
     optimizers = {name: make_optimizer(nets[name], 1e-5) for name in ("actor", "critic")}
     run.resume(**nets)
-    end = Tokenizer.load(f"{folder}/lm").end
-    tokenizer = types.SimpleNamespace(prompt=lambda ids: ids, end=end if task.uneven else -1)
-    return cfg, run, nets, optimizers, tokenizer, [random_ids(PROMPT) for _ in range(task.rows)]
+    whole = Tokenizer.load(f"{folder}/lm")
+    tokenizer = types.SimpleNamespace(prompt=whole.prompt, decode=whole.decode,
+                                      end=whole.end if task.uneven else -1)
+    letters = PROMPT - len(whole.prompt([{"role": "user", "content": ""}]))         # a token each
+    texts = ["".join(random.choices("abcdefgh", k=letters)) for _ in range(task.rows)]
+    return cfg, run, nets, optimizers, tokenizer, [[{"role": "user", "content": text}] for text in texts]
 
 
 def run_ppo(task, folder, flags, repeats):
@@ -43,7 +47,7 @@ def run_ppo(task, folder, flags, repeats):
     controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     for _ in range(repeats):
         began = time.time()
-        metrics = ppo.step(cfg, run, prompts, nets, optimizers, controller, tokenizer, None)
+        metrics = ppo.step(cfg, run, prompts, nets, optimizers, controller, tokenizer, None, None)
         yield time.time() - began, float(metrics["length"])
 
 
@@ -106,6 +110,7 @@ if __name__ == "__main__":
         flags[key] = int(value) if value.isdigit() else value
     processes.start("cpu", 300)
     torch.manual_seed(0)                                            # all processes draw the same rows
+    random.seed(0)
     work = {"ppo": run_ppo, "sft": run_sft, "dpo": run_dpo, "sample": run_sample}[task.kind]
     seconds, lengths = zip(*work(task, folder, flags, int(repeats)))
     if processes.is_first():
