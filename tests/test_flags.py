@@ -9,6 +9,7 @@ import evaluate
 import ppo
 import reward_model
 import sft
+from data import label
 from runtime import Training, flag, flags, plan
 
 
@@ -62,7 +63,7 @@ def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, 
 
 def every_flag():
     """(stage, flag, a value that it must refuse, what the line must say) for each flag of each script."""
-    for stage in (sft, reward_model, ppo, dpo, evaluate, data_main, plan):
+    for stage in (sft, reward_model, ppo, dpo, evaluate, data_main, label, plan):
         for f in dataclasses.fields(stage.Config):
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
             if choices:
