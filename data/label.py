@@ -48,7 +48,9 @@ class Config(Settings):
 def sample_tasks(cfg):
     """A record for each of some training prompts to which the model gives different answers."""
     tokenizer, compute = Tokenizer.load(find(cfg.model)), Compute(cfg)
-    model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
+    model = load(cfg.model, vocab_size=tokenizer.vocab_size).requires_grad_(False)
+    if model.head_kind != "lm":
+        raise ValueError(f"{cfg.model} is a reward model: it gives scores, not answers")
     compute.place(model)
     rng, room = random.Random(cfg.seed), model.config.block_size - cfg.max_new_tokens
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
@@ -64,6 +66,8 @@ def sample_tasks(cfg):
         different = list(dict.fromkeys(t for t in texts[i * each:(i + 1) * each] if t.strip()))
         if len(different) > 1:
             tasks.append({"prompt": prompt, "responses": different[:cfg.answers]})
+    if not tasks:
+        raise ValueError("no prompt got two different answers: a higher --temperature may give some")
     return tasks
 
 

@@ -91,7 +91,8 @@ def test_a_page_listens_on_this_machine_alone_and_a_taken_port_is_one_line(page)
 
 @pytest.mark.parametrize("body, length, status", [
     ("", None, 400), ("", "0", 400), ("{", "1", 400), ("{}", "-5", 400), ("{}", "two", 400),
-    ("[" * 4000, "4000", 400), ("NaN and", "7", 400), ("\udc80", "3", 400), ('"nonsense"', "10", 400), ('"disk"', "6", 500),
+    ("[" * 4000, "4000", 400), ("NaN and", "7", 400), ("\udc80", "3", 400),
+    ('"nonsense"', "10", 400), ('"disk"', "6", 500),
     ("x" * (LARGEST + 1), str(LARGEST + 1), 413), ("{}", "9" * 30, 413)])
 def test_a_broken_request_is_refused_and_kills_nothing(page, body, length, status):
     body = body.encode("utf-8", "surrogatepass").decode("latin-1")
