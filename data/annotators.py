@@ -90,38 +90,3 @@ def agreement(records):
                 annotators_prefer_a = rank_a < rank_b
                 agree.append(judge_prefers_a == annotators_prefer_a)
     return sum(agree) / len(agree)
-
-
-def choices(ranks):
-    """Of every two answers, in their order: 1 if the first is better, -1 if the second is, 0 if they tie."""
-    return [(a < b) - (a > b) for a, b in itertools.combinations(ranks, 2)]
-
-
-def kappa(mine, theirs):
-    """(share of equal choices, Cohen's kappa) of two people (Cohen 1960): (p_o − p_e)/(1 − p_e), where p_o is
-    that share, and p_e the one that they would reach if each kept to how often they make a choice and drew it
-    blindly. Without p_e, two people who call almost everything a tie would seem to agree. Kappa is 1 for
-    equal choices, 0 for blind ones, and NaN where both always make the same choice."""
-    n = len(mine)
-    observed = sum(a == b for a, b in zip(mine, theirs)) / n
-    expected = sum(mine.count(c) * theirs.count(c) for c in (1, 0, -1)) / n ** 2
-    return observed, (observed - expected) / (1 - expected) if expected < 1 else math.nan
-
-
-def compare(ours, theirs):
-    """Print how far two people, {key: Preference} each, agree on every two answers of what both ranked."""
-    both = [item for item in ours if item in theirs]
-    judged = [item for item in both if not ours[item].cannot_judge and not theirs[item].cannot_judge]
-    pairs = [[c for item in judged for c in choices(found[item].ranks)] for found in (ours, theirs)]
-    if not judged:
-        raise ValueError("the two files share nothing that both could judge")
-    for item in judged:
-        p, other = ours[item], theirs[item].ranks
-        if choices(p.ranks) != choices(other):
-            print(f"\n{p.prompt[-1]['content']}")
-            for mine, their, answer in zip(p.ranks, other, p.responses):
-                print(f"  {mine} {their}  {answer}")
-    share, k = kappa(*pairs)
-    print(f"\nAbove: where they differ, each answer with its place for either.\n{len(judged)} items, without "
-          f"{len(both) - len(judged)} that one of them could not judge; {len(pairs[0])} pairs of answers: "
-          f"{share:.1%} equal choices, kappa {k:.2f}")

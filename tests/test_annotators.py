@@ -98,37 +98,3 @@ def test_single_annotators_agree_with_the_judge_about_three_times_in_four():
         pairs.append(records.Preference(item.prompt, answers, annotators.rank(item.prompt, answers, rng)))
     assert 0.70 < annotators.agreement(pairs) < 0.82
     assert 0.65 < annotators.ceiling(pairs) < 0.9
-
-
-def test_kappa_is_that_of_a_calculation_by_hand():
-    # Both say 1 on 20 pairs and -1 on 15; they differ on 5 and 10: p_o = 35/50. One says 1 on 25 of 50, the
-    # other on 30: p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5, and kappa = 0.2 / 0.5.
-    ours = [1] * 25 + [-1] * 25
-    theirs = [1] * 20 + [-1] * 5 + [1] * 10 + [-1] * 15
-    assert annotators.kappa(ours, theirs) == pytest.approx((0.7, 0.4))
-    # With ties. p_o = 3/4, p_e = (2 * 1 + 1 * 2 + 1 * 1) / 16 = 5/16, kappa = (12 - 5) / (16 - 5).
-    assert annotators.kappa([1, 1, 0, -1], [1, 0, 0, -1]) == pytest.approx((0.75, 7 / 11))
-    assert annotators.kappa([1, 0, -1], [1, 0, -1]) == (1, 1)
-    assert annotators.kappa([1, -1], [-1, 1]) == (0, -1)
-    assert math.isnan(annotators.kappa([0, 0], [0, 0])[1])
-
-
-def test_choices_between_every_two_of_ranked_answers():
-    assert annotators.choices([2, 1, 2]) == [-1, 0, 1] and annotators.choices([1, 2]) == [1]
-
-
-def test_two_people_are_compared_on_what_both_could_judge(capsys):
-    def said(text, ranks, cannot_judge=False):
-        prompt = [{"role": "user", "content": text}]
-        return records.Preference(prompt, ["x", "y", "z"][:len(ranks)], ranks, cannot_judge=cannot_judge)
-    ours = {1: said("Same", [1, 2, 3]), 2: said("Differ", [1, 2]), 3: said("One", [2, 1]),
-            4: said("Hard", [1, 1], True), 5: said("Mine", [1, 2])}
-    theirs = {4: said("Hard", [1, 2]), 3: said("One", [1, 1], True), 2: said("Differ", [1, 1]),
-              1: said("Same", [1, 2, 3])}
-    annotators.compare(ours, theirs)
-    printed = capsys.readouterr().out
-    # Choices 1 1 1 1 and 1 1 1 0: p_o = 3/4, p_e = 4 * 3 / 16 = 3/4.
-    assert "2 items, without 2 that" in printed and "4 pairs" in printed and "75.0% equal" in printed
-    assert "kappa 0.00" in printed and "Differ\n  1 1  x\n  2 1  y\n" in printed and "Same" not in printed
-    with pytest.raises(ValueError, match="share nothing"):
-        annotators.compare(ours, {4: ours[4]})

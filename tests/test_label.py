@@ -1,5 +1,6 @@
 """Ranking answers on a page: the file of choices through whatever happens, and a session in a browser."""
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from helpers.start import ROOT
 
-from data import label, loading, records
+from data import choices, label, loading, records
 from data.records import Preference
 
 try:
@@ -36,11 +37,11 @@ def tasks(n=6):
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that begins a run, as after any earlier one: Labels. They write to tmp_path/ann.jsonl."""
+    """A function that begins a run, as after any earlier one: Choices. They write to tmp_path/ann.jsonl."""
     def begin(name="ann", items=None, gold=(), seed=0):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
         cfg = label.Config(name=name, out=str(tmp_path / "ann.jsonl"), seed=seed)
-        return label.Labels(cfg, records.read_tasks(tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
+        return choices.Choices(cfg, records.read_tasks(tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
     return begin
 
 
@@ -179,8 +180,8 @@ def test_what_names_no_item_changes_nothing(start, tmp_path, change):
 
 
 @pytest.mark.parametrize("ranks", [
-    None, [], [1, 2], [1, 2, 3, 3], [1, 2, 4], [0, 1, 2], [1, 2, "3"], [1, 2, True], [1, 2, 2.0], [1, 2, None],
-    [[1], 2, 3], {"0": 1}, "123", 123])
+    None, [], [1, 2], [1, 2, 3, 3], [1, 2, 4], [0, 1, 2], [1, 2, "3"], [1, 2, True], [1, 2, 2.0],
+    [1, 2, None], [[1], 2, 3], {"0": 1}, "123", 123])
 def test_ranks_that_are_none_are_refused(start, tmp_path, ranks):
     labels = start()
     state = labels.talk({})
@@ -219,6 +220,40 @@ def test_a_tie_orders_no_pair_of_known_order_right(start):
     assert "0 of 1 pairs" in state["end"]
 
 
+def test_kappa_is_that_of_a_calculation_by_hand():
+    # Both say 1 on 20 pairs and -1 on 15; they differ on 5 and 10: p_o = 35/50. One says 1 on 25 of 50, the
+    # other on 30: p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5, and kappa = 0.2 / 0.5.
+    ours = [1] * 25 + [-1] * 25
+    theirs = [1] * 20 + [-1] * 5 + [1] * 10 + [-1] * 15
+    assert choices.kappa(ours, theirs) == pytest.approx((0.7, 0.4))
+    # With ties. p_o = 3/4, p_e = (2 * 1 + 1 * 2 + 1 * 1) / 16 = 5/16, kappa = (12 - 5) / (16 - 5).
+    assert choices.kappa([1, 1, 0, -1], [1, 0, 0, -1]) == pytest.approx((0.75, 7 / 11))
+    assert choices.kappa([1, 0, -1], [1, 0, -1]) == (1, 1)
+    assert choices.kappa([1, -1], [-1, 1]) == (0, -1)
+    assert math.isnan(choices.kappa([0, 0], [0, 0])[1])
+
+
+def test_choices_between_every_two_of_ranked_answers():
+    assert choices.pairwise([2, 1, 2]) == [-1, 0, 1] and choices.pairwise([1, 2]) == [1]
+
+
+def test_two_people_are_compared_on_what_both_could_judge(capsys):
+    def said(text, ranks, cannot_judge=False):
+        prompt = [{"role": "user", "content": text}]
+        return records.Preference(prompt, ["x", "y", "z"][:len(ranks)], ranks, cannot_judge=cannot_judge)
+    ours = {1: said("Same", [1, 2, 3]), 2: said("Differ", [1, 2]), 3: said("One", [2, 1]),
+            4: said("Hard", [1, 1], True), 5: said("Mine", [1, 2])}
+    theirs = {4: said("Hard", [1, 2]), 3: said("One", [1, 1], True), 2: said("Differ", [1, 1]),
+              1: said("Same", [1, 2, 3])}
+    choices.compare(ours, theirs)
+    printed = capsys.readouterr().out
+    # Choices 1 1 1 1 and 1 1 1 0: p_o = 3/4, p_e = 4 * 3 / 16 = 3/4.
+    assert "2 items, without 2 that" in printed and "4 pairs" in printed and "75.0% equal" in printed
+    assert "kappa 0.00" in printed and "Differ\n  1 1  x\n  2 1  y\n" in printed and "Same" not in printed
+    with pytest.raises(ValueError, match="share nothing"):
+        choices.compare(ours, {4: ours[4]})
+
+
 def test_sampled_tasks_are_different_answers_to_training_prompts(tiny_inputs, monkeypatch):
     monkeypatch.chdir(tiny_inputs)
     torch.set_default_dtype(torch.float64)
@@ -248,7 +283,7 @@ class Program:
     def __init__(self, folder, flags=""):
         command = [sys.executable, "-u", "-m", "data.label", "--port", "0", "--name", "ann", *flags.split()]
         self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+                                        text=True, env={**os.environ, "PYTHONPATH": ROOT})
         self.said, self.address = "", ""
         while not self.address and (line := self.process.stdout.readline()):
             self.said += line
@@ -475,8 +510,8 @@ def test_a_session_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
         if done < 9:
             expected.append(dict.fromkeys([text for text, _ in screen.cards()], 1))
             done += 1
-            screen.saved(lambda: screen.press("0"), done)
-    screen.wait(lambda: "1 of 1 pairs of known order" in screen.text("#message"))
+            screen.saved(lambda: screen.press("1", "=", "0"), done)         # what was begun does not count
+    screen.wait(lambda: "1 of 1 pairs of known order" in screen.text("#prompt"))
     assert screen.cards() == []
     code, said = running.end(signal.SIGINT)
     assert code == 0 and "9 are ranked" in said and "1 of 1 pairs" in said
