@@ -10,6 +10,7 @@ import getpass
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import loading, records
 from data.batches import fit_prompts
@@ -21,7 +22,7 @@ from runtime.files import lock
 from runtime.page import Page
 from runtime.processes import is_first
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).parent
 
 
 @dataclass
@@ -85,10 +86,9 @@ def label(cfg):
     folder, name = os.path.split(os.path.realpath(cfg.out))
     lock(folder, f".{name}")
     gold = records.read_preferences(cfg.gold) if cfg.gold else []
-    with open(cfg.guidelines or f"{HERE}/guidelines.txt", encoding="utf-8") as f:
-        choices = Choices(cfg, records.read_tasks(cfg.tasks), gold, f.read())
-    with open(f"{HERE}/label.html", encoding="utf-8") as f:
-        page = Page(cfg.port, f.read(), choices.talk)
+    guidelines = Path(cfg.guidelines or HERE / "guidelines.txt").read_text("utf-8")
+    choices = Choices(cfg, records.read_tasks(cfg.tasks), gold, guidelines)
+    page = Page(cfg.port, (HERE / "label.html").read_text("utf-8"), choices.talk)
     print(f"{cfg.name} ranks answers at\n\n    {page.address}\n\nCtrl-C ends", flush=True)
     try:
         page.serve_forever()

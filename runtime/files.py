@@ -1,4 +1,5 @@
-"""Files of a run: written whole or not at all, one run per folder, and checksums of what it reads."""
+"""Files of a run: written whole or not at all, one run per folder, checksums of what it
+reads, and a journal of lines."""
 import json
 import os
 import zlib

@@ -537,6 +537,13 @@ def test_hostile_answers_are_text_that_fits_the_page(tmp_path, program, browser,
                                   ".map(e => e.getBoundingClientRect().right))") <= width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.find_element("id", "save").is_displayed()
+    before = screen.cards()
+    if not touch:                                               # the bar beside a long answer only scrolls it
+        bar = screen.element("x" * 10000, ".text")
+        ActionChains(browser).move_to_element_with_offset(bar, bar.rect["width"] // 2 - 4, -20) \
+            .click_and_hold().move_by_offset(0, 60).release().perform()
+        assert browser.execute_script("return arguments[0].scrollTop", bar) > 0
+    assert screen.cards() == before
     screen.press(*"987654321")
     screen.saved(lambda: screen.press(Keys.ENTER), 1)
     assert sorted(chosen(tmp_path)[0]["ranks"]) == list(range(1, 10))
