@@ -1,4 +1,4 @@
-"""Ranking answers on a page: the file of choices through whatever happens, and a session in a browser."""
+"""Ranking answers on a page: the file of choices through whatever happens, and a sitting in a browser."""
 import json
 import math
 import os
@@ -437,7 +437,7 @@ class Screen:
         self.wait(lambda: self.count().startswith(f"{done} of"))
 
 
-def test_a_session_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser):
+def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser):
     os.makedirs(tmp_path / "out/label")
     records.write(tmp_path / "out/label/tasks.jsonl", tasks(8))
     gold = [{"prompt": "Known?", "responses": ["good", "bad"], "ranks": [1, 2]}]
@@ -486,6 +486,14 @@ def test_a_session_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
     for letter in "bca":                                                # by clicks, all but the last by mouse
         screen.element(letters()[letter], ".text").click()
     save({"b": 1, "c": 2, "a": 3})
+    past_gold()
+    before = screen.cards()
+    browser.execute_script("dispatchEvent(new KeyboardEvent('keydown', {key: '0', repeat: true}))")
+    assert screen.cards() == before                                     # a key that is held counts once,
+    expected.append(dict.fromkeys([text for text, _ in before], 1))
+    done += 1
+    screen.saved(lambda: browser.execute_script(                        # and so does a second one at once
+        "for (let i = 0; i < 3; i++) dispatchEvent(new KeyboardEvent('keydown', {key: '0'}))"), done)
     past_gold()
 
     screen.press("1", "2", "3")

@@ -4,6 +4,8 @@ import json
 import re
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -111,3 +113,18 @@ def test_whatever_is_not_http_or_stops_half_way_holds_up_nobody(page):
     for connection in waiting:
         connection.close()
     assert ask(page)[0] == 200 and page.said == [{}, {}]
+
+
+def test_requests_at_once_are_taken_one_by_one(page):
+    inside, most = [], []
+
+    def talk(change):
+        inside.append(change)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(change)
+        return change
+    page.talk = talk
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda n: ask(page, body=str(n)), range(40)))
+    assert [int(text) for _, _, text in replies] == list(range(40)) and max(most) == 1
