@@ -13,10 +13,10 @@ class Answer:
     ended: bool
 
 
-def sample(run, model, tokenizer, prompts, k, max_new_tokens, seeds):
+def sample(run, model, tokenizer, prompts, k, max_new_tokens, seeds, temperature=1.0):
     """k Answers to each prompt (message lists): a list of lists. seeds: one for each answer."""
     rows = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(k)]
-    found = run.sample(model, rows, seeds, max_new_tokens, stop_token=tokenizer.end)
+    found = run.sample(model, rows, seeds, max_new_tokens, temperature, tokenizer.end)
     ids = [tokens[mask].tolist() for tokens, mask in zip(found["tokens"], found["mask"])]
     answers = [Answer(x, tokenizer.decode(x), ended) for x, ended in zip(ids, found["ended"].tolist())]
     return [answers[i:i + k] for i in range(0, len(answers), k)]

@@ -45,6 +45,7 @@ class Preference:
     ranks: list             # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0     # how much the chosen one should win by (pairs only)
     probability: float = 1.0        # that the chosen one is the better (pairs only)
+    cannot_judge: bool = False      # whether the ties mean only that (data/label.py)
 
 
 class UnknownShape(RecordError):
@@ -67,6 +68,15 @@ def read_preferences(path, max_dropped=0.0):
     shapes = ("preferences have prompt, chosen and rejected; prompt, responses and ranks; "
               "instruction, chosen and rejected; or chosen and rejected as messages or transcripts")
     return _read(path, _preference, shapes, max_dropped)
+
+
+def read_tasks(path):
+    """Answers to rank, {"prompt", "responses"}: a list of Preference in which all of them tie."""
+    def parse(record):
+        if not isinstance(record.get("responses"), list):
+            raise UnknownShape('field "responses": expected a list')
+        return _preference({**record, "ranks": [1] * len(record["responses"])})
+    return _read(path, parse, "tasks have prompt and responses", max_dropped=0.0)
 
 
 def read_prompts(path, max_dropped=0.0):
@@ -307,7 +317,7 @@ def _preference(record):
             raise RecordError('field "ranks": expected a list as long as "responses"')
         if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
             raise RecordError(f'field "ranks": expected whole numbers from 1 (best) to {len(ranks)}')
-        return Preference(prompt, responses, ranks)
+        return Preference(prompt, responses, ranks, cannot_judge=record.get("cannot_judge") is True)
     chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
     if chosen[:-1] != rejected[:-1] or not chosen[:-1] or chosen[-2]["role"] != "user":
         raise Unusable('fields "chosen" and "rejected": '

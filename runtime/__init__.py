@@ -12,7 +12,8 @@
     folders.py       networks as Hugging Face folders: one table per family of models
     safetensors.py   files of tensors
     checkpoints.py   what an interrupted run goes on from
-    files.py         files that appear whole, one run per folder, checksums
+    files.py         files that appear whole, one run per folder, checksums, a journal
+    page.py          a page for one person on this machine, and for nobody else
     processes.py     several processes as one
     sharding.py      networks that several processes hold together: DDP and FSDP
     plan.py          how much memory a stage takes, on paper: python -m runtime.plan

@@ -1,4 +1,5 @@
-"""Files of a run: written whole or not at all, one run per folder, and checksums of what it reads."""
+"""Files of a run: written whole or not at all, one run per folder, checksums of what it
+reads, and a journal of lines."""
 import json
 import os
 import zlib
@@ -12,7 +13,7 @@ try:
 except ImportError:                     # Windows has none: there, two runs in one folder go unnoticed
     fcntl = None
 
-held_locks = {}                             # the locks that this process holds: {folder: open file}
+held_locks = {}                             # the locks that this process holds: {path: open file}
 
 
 def write_json(path, value):
@@ -22,12 +23,14 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def lock(folder):
-    """Claim a folder for this process until it ends, however it ends. ValueError if another one has it."""
+def lock(folder, name=""):
+    """Claim a folder, or of it only what has this name, for this process until it ends, however it ends.
+    ValueError if another one has it."""
     folder = os.path.realpath(folder)
-    if fcntl is None or folder in held_locks:
+    path = os.path.join(folder, f"{name}.lock")
+    if fcntl is None or path in held_locks:
         return
-    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")
+    file = open(path, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -39,7 +42,7 @@ def lock(folder):
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    held_locks[folder] = file
+    held_locks[path] = file
 
 
 def fingerprints(cfg):
@@ -74,3 +77,36 @@ def named_files(cfg):
         elif os.path.isfile(value):
             found.add(value)
     return sorted(found)
+
+
+class Journal:
+    """A file of JSON objects, one per line, of which each is on the disk once append() returns. Half a line,
+    which a power cut may leave at the end, is dropped; what else ends without a newline is not touched."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "a+b", buffering=0)
+        self.file.seek(0)
+        lines = self.file.read().splitlines(keepends=True)
+        if lines and lines[-1][:1] in b"{\0" and not lines[-1].endswith(b"\n"):
+            print(f"{path}: its last line was not written to its end, and is left out")
+            self.file.truncate(self.size() - len(lines[-1]))
+
+    def size(self):
+        return os.path.getsize(self.path)
+
+    def append(self, record):
+        """Returns where the line begins, for cut(). If it cannot be written, the file stays as it was."""
+        start, line = self.size(), json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("the disk is full")
+            os.fsync(self.file)
+        except OSError:
+            self.file.truncate(start)
+            raise
+        return start
+
+    def cut(self, start):
+        """Take back all lines from this one on."""
+        self.file.truncate(start)
+        os.fsync(self.file)

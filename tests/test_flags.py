@@ -10,7 +10,7 @@ import loop
 import ppo
 import reward_model
 import sft
-from data import feedback, judge
+from data import feedback, judge, label
 from runtime import Training, flag, flags, plan
 
 
@@ -64,7 +64,7 @@ def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, 
 
 def every_flag():
     """(stage, flag, a value that it must refuse, what the line must say) for each flag of each script."""
-    for stage in (sft, reward_model, ppo, dpo, evaluate, loop, data_main, feedback, judge, plan):
+    for stage in (sft, reward_model, ppo, dpo, evaluate, loop, data_main, feedback, judge, label, plan):
         for f in dataclasses.fields(stage.Config):
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
             if choices:
