@@ -235,8 +235,12 @@ def train(cfg):
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
     run = Run(cfg, steps)
-    reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
-    run.place(model, reference)
+    if cfg.online or cfg.looks > 0:                     # sampled answers will need the reference
+        reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
+        run.place(model, reference)
+    else:
+        reference = model                               # which it is until the first step, or a resume
+        run.place(model)
     rank = labeller(cfg.online, run) if cfg.online else None
     add_reference(reference, run, held_out if cfg.online else examples + held_out)
     optimizer = make_optimizer(model, cfg.lr)

@@ -5,7 +5,8 @@
         --vocab_size 128256
     python -m runtime.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
 
-Bytes, with P parameters, N processes and b bytes per number in matrix products:
+Bytes, with P parameters, N processes and b bytes per number in matrix products; ppo with a critic, dpo with
+--looks 0, which needs no reference, and neither with LoRA:
 
     state         16·P per trained network (float32 parameters, gradients, Adam's two moments), and in
                   bfloat16 the copy that computes, 2·P; b·P per frozen one; fsdp: 16·P and 4·P, ÷ N

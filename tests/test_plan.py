@@ -30,7 +30,7 @@ ANSWERS = ("Paris is the capital of France, and eight is a good time.",
 FLAGS = {                                           # two and more micro-batches of four rows in each process
     "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
     "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --normalize 64",
-    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --records 16",
+    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --records 16 --looks 0",
     "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 "
            "--update_kl 0 --max_new_tokens {n}",
 }
