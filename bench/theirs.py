@@ -1,7 +1,6 @@
 """The same task with TRL, transformers and peft: python -m bench.theirs TASK PRECISION FOLDER REPEATS."""
 import json
 import os
-import resource
 import sys
 import time
 
@@ -18,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from bench.shapes import PROMPT, TASKS
+from runtime.run import peak_memory
 
 
 class Clock(TrainerCallback):
@@ -110,5 +110,4 @@ if __name__ == "__main__":
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     work = {"ppo": run_ppo, "dpo": run_dpo, "sample": run_sample}[task.kind]
     seconds = work(task, folder, precision, dtype, int(repeats))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}), file=said)
+    print(json.dumps({"seconds": seconds, "peak": peak_memory("cpu")}), file=said)

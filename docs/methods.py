@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = ["-m data", "sft.py", "reward_model.py"]
@@ -28,16 +27,12 @@ METHODS = {
 
 
 def run(command, folder):
-    """A script's seconds and peak memory in GB. Ends this program where it fails."""
+    """A script, in a folder. Ends this program where it fails."""
     script, *words = command.split()
     path = [script] if script == "-m" else [os.path.join(ROOT, script)]
-    began = time.time()
-    process = subprocess.Popen([sys.executable, *path, *words], cwd=folder, stdout=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": ROOT})
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
+    if subprocess.run([sys.executable, *path, *words], cwd=folder, stdout=subprocess.DEVNULL,
+                      env={**os.environ, "PYTHONPATH": ROOT}).returncode:
         sys.exit(f"{command} in {folder} failed")
-    return {"seconds": time.time() - began, "memory": used.ru_maxrss / 2 ** 20}
 
 
 def measure(seed, names):
@@ -48,18 +43,16 @@ def measure(seed, names):
         for command in BASE:
             run(f"{command} --seed {seed}", folder)
     for name in names:
-        costs = f"{folder}/out/{name}/costs.json"
-        if not os.path.exists(costs):
-            cost = run(f"{METHODS[name]} --seed {seed} --out out/{name}", folder)
-            with open(costs, "w", encoding="utf-8") as f:
-                json.dump(cost, f)
+        if not os.path.exists(f"{folder}/out/{name}/model.safetensors"):
+            run(f"{METHODS[name]} --seed {seed} --out out/{name}", folder)
     models = " ".join(f"out/{name}" for name in ["sft", *names])
     run(f"evaluate.py {models} --best_of 16 --show 0 --seed {seed}", folder)
     with open(f"{folder}/out/report.json", encoding="utf-8") as f:
         found = json.load(f)["models"]
     for name in names:
-        with open(f"{folder}/out/{name}/costs.json", encoding="utf-8") as f:
-            found[name] |= json.load(f)
+        with open(f"{folder}/out/{name}/run.json", encoding="utf-8") as f:
+            about = json.load(f)
+        found[name] |= {"seconds": about["seconds"], "memory": about["peak_memory"] / 1e9}
     return found
 
 

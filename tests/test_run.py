@@ -7,12 +7,13 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from unittest import mock
 
 import pytest
 import torch
-from helpers.start import SMALL, command, script
+from helpers.start import ROOT, SMALL, command, script
 
 import dpo
 import ppo
@@ -173,6 +174,15 @@ def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_t
     status, error = inside("sft", f"{SMALL['sft']} {too_high} --out out/diverged", chain[0])
     assert status == 1 and "third in a row" in error.splitlines()[-1] and "--lr" in error.splitlines()[-1]
     assert (out / "model.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    child = "from runtime.run import peak_memory; print(peak_memory('cpu'))"
+    parent = (f"import subprocess, sys; x = b'1' * 10 ** 9; "
+              f"subprocess.run([sys.executable, '-c', {child!r}], check=True)")
+    found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True)
+    assert 5e7 < int(found.stdout) < 9e8
 
 
 # -------------------------------------------------------------------------------------------- kills
