@@ -2,6 +2,8 @@
 # make seeds    the same for three seeds, and the README's table of them
 # make loop     three rounds: sample from the policy, label, learn, again; beside one round   (ten minutes)
 # make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (an hour)
+# make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
+# make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
 # make quick    only the tests of the losses and the known answers         (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (over an hour)
@@ -15,7 +17,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds loop methods test quick proofs real scratch bench clean
+.PHONY: demo seeds loop methods exercise grade test quick proofs real scratch bench clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -38,6 +40,12 @@ loop: .venv/ready
 
 methods: .venv/ready
 	$(PY) docs/methods.py
+
+exercise: .venv/ready
+	@$(PY) docs/exercise.py $(NAME)
+
+grade: .venv/ready
+	@$(PY) docs/exercise.py --grade
 
 LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision bfloat16
 real: .venv/ready

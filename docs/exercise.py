@@ -1,0 +1,159 @@
+"""The exercises of docs/exercises.md: a copy of the project without one function, and what tests say of it.
+
+    python docs/exercise.py gae         copy the project to homework/, without the body of gae
+    python docs/exercise.py --grade     run the tests that speak of it on homework/, and say what holds
+
+The copy ends with the stage of the exercise, for later stages spell out some of what earlier ones ask for.
+Nor has it tests, many of which are the formulas once more, as slow loops: the project's own are run, with
+homework/ first on the path.
+"""
+import ast
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOMEWORK = ROOT / "homework"
+STAGES = ["sft.py", "reward_model.py", "ppo.py", "dpo.py"]
+
+# {exercise: (file, tests/test_*.py, which of these tests: an expression for pytest -k)}
+EXERCISES = {
+    "sft_loss": ("sft.py", "formulas sft ppo", "sft_loss or sfts_gradient"),
+    "pairwise_loss": ("reward_model.py", "formulas reward_model known_answers",
+                      "pairwise_loss and not ranking_loss or true_differences"),
+    "ranking_loss": ("reward_model.py", "formulas reward_model", "ranking_loss or soft_label"),
+    "sample": ("model.py", "formulas model",
+               "test_sample_ or ends_of_the_uniform or top_k or sampled_frequencies or cached_logprobs"),
+    "kl_rewards": ("ppo.py", "formulas ppo known_answers", "kl_rewards or exact_gradient and 1.0"),
+    "whiten": ("ppo.py", "formulas ppo", "whiten and not plain_loop or plain_loop and 0.4"),
+    "gae": ("ppo.py", "formulas ppo known_answers", "gae or carry_no_graph or exact_gradient and 0.5"),
+    "policy_loss": ("ppo.py", "formulas ppo known_answers",
+                    "policy_loss or policy_gradient_is_ratio or exact_gradient and 1.0"),
+    "value_loss": ("ppo.py", "formulas ppo", "value_loss or value_gradient"),
+    "AdaptiveKL.update": ("ppo.py", "formulas ppo", "adaptive_kl and not plain_loop"),
+    "dpo_loss": ("dpo.py", "formulas dpo known_answers", "dpo_loss or dpo_gradient or each_kind and 0.0"),
+    "Linear": ("model.py", "formulas adapters", "linear or adapter_starts or its_gradient or full_rank"),
+}
+# What is to be written where it is more than one function, and functions beside one that give it away.
+PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"]}
+SPOILERS = {"pairwise_loss": ["ranking_loss", "evaluate"]}
+
+
+# ------------------------------------------------------------------------------------------ the copy
+
+def find(code, name):
+    """The function of that name ("gae", "AdaptiveKL.update") in a file's code, as ast has it."""
+    node = ast.parse(code)
+    for part in name.split("."):
+        node = next(n for n in node.body if getattr(n, "name", None) == part)
+    return node
+
+
+def without_body(code, name, says):
+    """A file's code where of that function only the docstring is left, and an error that says its line."""
+    function, lines = find(code, name), code.splitlines(keepends=True)
+    first = function.body[0]
+    start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
+    error = f'raise NotImplementedError("{says}, line {start + 1}")'
+    lines[start:function.end_lineno] = [f"{' ' * first.col_offset}{error}\n"]
+    return "".join(lines)
+
+
+def make(name):
+    """Make homework/, and print what to do. Returns the error, if there is one."""
+    if name not in EXERCISES:
+        return f"NAME={name} is no exercise: take one of {', '.join(EXERCISES)}"
+    if HOMEWORK.exists():
+        return "homework/ is there already: move it away first"
+    file = EXERCISES[name][0]
+    stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
+    for folder in ("data", "runtime"):
+        shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ("model.py", "evaluate.py", *stages):
+        shutil.copy(ROOT / path, HOMEWORK)
+    code, parts = (ROOT / file).read_text("utf-8"), PARTS.get(name, [name])
+    for part in parts:                                              # from top to bottom, as lines are counted
+        code = without_body(code, part, f"{part} is still to be written: homework/{file}")
+    for part in SPOILERS.get(name, []):
+        code = without_body(code, part, f"left out, as it would give {name} away: homework/{file}")
+    (HOMEWORK / file).write_text(code, "utf-8")
+    sections = (ROOT / "docs/exercises.md").read_text("utf-8").split("\n## ")
+    [section] = [text.strip() for text in sections if text.split()[1] == name]
+    (HOMEWORK / "exercise.md").write_text(f"## {section}\n", "utf-8")
+    for part in parts:
+        print(f"Write {part}: homework/{file}, line {find(code, part).end_lineno}.")
+    print("What to read first, and a hint, are in homework/exercise.md. To think about:\n\n"
+          f"  {section.partition('**Think** ')[2]}\n\nmake grade says what holds, and what does not yet.")
+
+
+# ----------------------------------------------------------------------------------------- the grade
+
+class Listener:
+    """Hears from pytest how tests end. said: {test, as a sentence: [why a case fails; None if it holds]}."""
+
+    def __init__(self):
+        self.said = {}
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.when == "call" or call.excinfo:
+            words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
+                     for word in item.originalname.split("_")[1:]]
+            sentence = words[0][0].upper() + " ".join(words)[1:]
+            self.said.setdefault(sentence, []).append(call.excinfo and reason(call.excinfo))
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.said["The tests can import it"] = [str(report.longrepr).splitlines()[-1]]
+
+
+def reason(error):
+    """What an exception says beyond the name of its test: a line, or ""."""
+    lines = [line for line in str(error.value).splitlines() if line] or [""]
+    if error.errisinstance(AssertionError):
+        if "not close" in lines[0]:
+            return lines[1]                                                     # what was expected, and found
+        return "" if lines[0].startswith("assert ") else lines[0]
+    if error.errisinstance(NotImplementedError):
+        return lines[0]
+    mine = [entry for entry in error.traceback if HOMEWORK in Path(entry.path).parents]
+    where = f", {mine[-1].path.relative_to(ROOT)}, line {mine[-1].lineno + 1}" if mine else ""
+    return f"{lines[0]} ({error.typename}{where})"
+
+
+def grade():
+    """Print what holds of the exercise in homework/. Returns the error, or 1 if something does not hold."""
+    try:
+        name = (HOMEWORK / "exercise.md").read_text("utf-8").split()[2]
+        file, tests, which = EXERCISES[name]
+        for part in PARTS.get(name, [name]):
+            find((HOMEWORK / file).read_text("utf-8"), part)
+    except FileNotFoundError as e:
+        return f"{e.filename} is missing: make exercise NAME=... makes it"
+    except SyntaxError as e:
+        return f"homework/{file}, line {e.lineno}: {e.msg}"
+    except StopIteration:
+        return f"homework/{file} has no {part}"
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True          # a file changed within a second would be taken for the old one
+    import pytest
+    listener, how = Listener(), "-p no:terminal -p no:cacheprovider -o".split()
+    pytest.main([*how, "pythonpath=homework . tests", *(f"tests/test_{test}.py" for test in tests.split()),
+                 "-k", which], plugins=[listener])
+    module = sys.modules.get(file[:-3])
+    if module and HOMEWORK not in Path(module.__file__).parents:
+        return f"the tests have not read homework/{file}"
+    holds = 0
+    for sentence, cases in listener.said.items():
+        wrong = [why for why in cases if why is not None]
+        holds += not wrong
+        why = f": {wrong[0]}" if any(wrong) else ""
+        count = f" [{len(wrong)} of {len(cases)} cases]" if wrong and len(cases) > 1 else ""
+        print(f"{'NOT YET' if wrong else 'holds  '}  {sentence}{why}{count}")
+    print(f"{name}: {holds} of {len(listener.said)} hold")
+    return 0 if 0 < holds == len(listener.said) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(grade() if sys.argv[1:] == ["--grade"] else make(" ".join(sys.argv[1:])))
