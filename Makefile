@@ -69,8 +69,8 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 quick: .venv/ready
-	$(PY) -m pytest -q -k "not plain_loop" tests/test_sft.py tests/test_reward_model.py tests/test_ppo.py \
-	    tests/test_dpo.py tests/test_choices.py tests/test_known_answers.py
+	$(PY) -m pytest -q -k "not plain_loop" tests/test_formulas.py tests/test_sft.py tests/test_reward_model.py \
+	    tests/test_ppo.py tests/test_dpo.py tests/test_choices.py tests/test_known_answers.py
 
 proofs: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile

@@ -190,6 +190,15 @@ def test_the_copy_is_the_project_without_that_body(project, name):
     assert "make grade" in done.stdout and "?" in done.stdout, "what to think about"
 
 
+@pytest.mark.parametrize("name", EXERCISES)
+def test_what_a_mistake_replaces_is_there_once(name):
+    code, parts = right(EXERCISES[name][0]), PARTS.get(name, [name])
+    bodies = "\n".join("\n".join(code.splitlines()[n] for n in lines_of(code, part)) for part in parts)
+    assert len(WRONG[name]) >= 2
+    for changes, _ in WRONG[name]:
+        assert changes and all(code.count(good) == 1 == bodies.count(good) for good in changes), changes
+
+
 class Plain(ast.NodeTransformer):
     """Code whose variables are all called x, without minus signs."""
 
@@ -260,11 +269,9 @@ def test_an_exercise_fails_in_words_passes_once_it_is_solved_and_names_mistakes(
     assert solved.returncode == 0 and not said(solved), solved.stdout
     assert solved.stdout.count("holds  ") == len(said(untouched)) >= 6
 
-    assert len(WRONG[name]) >= 2
     for changes, sentence in WRONG[name][:2] if name in FAST else WRONG[name]:
         code = right(file)
         for good, bad in changes.items():
-            assert code.count(good) == 1, good
             code = code.replace(good, bad)
         (project / "homework" / file).write_text(code)
         wrong = run(project, "--grade")
