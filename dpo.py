@@ -56,7 +56,8 @@ class Config(Training):
     data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=LOSSES)
-    beta: float = flag(0.5, "β, the KL penalty: the smaller, the farther from the reference", 1e-6)
+    beta: float = flag(None, "β, the KL penalty: the smaller, the farther from the reference; none is 1 with "
+                       "the sigmoid alone, 0.5 with imitation beside it or another loss", 1e-6)
     label_smoothing: float = flag(0.0, "share of pairs assumed to be swapped (cDPO; sigmoid)", 0, 0.499)
     nll_coef: float = flag(None, "weight of −log p per token of the chosen answer, in pairs where it is its "
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
@@ -76,6 +77,8 @@ class Config(Training):
     def __post_init__(self):
         if self.nll_coef is None:
             self.nll_coef = 2.0 if self.loss == "sigmoid" else 0.0
+        if self.beta is None:               # without imitation more must hold answers together: see look()
+            self.beta = 1.0 if self.loss == "sigmoid" and self.nll_coef == 0 else 0.5
 
 
 # ----------------------------------------------------------------------------------------- the loss

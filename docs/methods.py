@@ -16,13 +16,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = ["-m data", "sft.py", "reward_model.py"]
 METHODS = {
     "ppo": "ppo.py",
+    "ppo_no_kl": "ppo.py --kl_coef 0 --no-adaptive_kl --steps 60",
     "rloo": "ppo.py --advantage rloo",
     "grpo": "ppo.py --advantage grpo",
     "dr_grpo": "ppo.py --advantage grpo --no-divide_by_std --no-divide_by_length",
     "dpo": "dpo.py",
-    "dpo_imitates": "dpo.py --nll_coef 2",
+    "dpo_alone": "dpo.py --nll_coef 0",
     "dpo_online": "dpo.py --online annotators",
-    "dpo_online_reward": "dpo.py --online out/reward_model",
 }
 
 

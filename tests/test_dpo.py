@@ -129,6 +129,7 @@ def test_where_all_fresh_answers_tie_the_old_ones_teach(tiny_inputs, monkeypatch
 
 def test_only_the_sigmoid_comes_with_imitation_unless_it_is_asked_for():
     assert dpo.Config().nll_coef == 2 and dpo.Config(nll_coef=0.0).nll_coef == 0
+    assert dpo.Config().beta == 0.5 and dpo.Config(nll_coef=0.0).beta == 1 and dpo.Config(beta=2.0).beta == 2
     for kind in dpo.LOSSES:
         if kind != "sigmoid":
             assert dpo.Config(loss=kind).nll_coef == 0 and dpo.Config(loss=kind, nll_coef=1.5).nll_coef == 1.5
