@@ -68,7 +68,7 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     comparison = Comparison(sequences, start=2, ranks=[2, 3, 1], margin=0.0, ref_logprobs=[-3.0, -2.0, -5.0])
     model, losses = tiny("lm"), {}
     for coef in (0.0, 2.0):
-        cfg = dpo.Config(nll_coef=coef, length_normalize=length_normalize)
+        cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize)
         losses[coef] = dpo.pair_loss(cfg, model, SimpleNamespace(device="cpu"), [comparison])["loss"]
     logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
     nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
