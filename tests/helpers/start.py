@@ -16,7 +16,7 @@ SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]           # numbers of proc
 SMALL = {
     "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
     "reward_model": "--normalize 32 --warmup 5",
-    "dpo": "--records 40 --warmup 2",
+    "dpo": "--records 40 --warmup 2 --looks 0",
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --ptx_coef 0.1 --whiten_rewards",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
