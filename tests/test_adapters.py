@@ -420,6 +420,9 @@ def test_a_packed_layer_computes_and_learns_as_one_with_the_unpacked_weight():
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(packed.matrix(), plain.matrix())
+    packed.merge(), plain.merge()                       # is not packed any more, nor has it an adapter
+    for found, expected in ((packed(x), plain(x)), (packed.matrix(), plain.matrix())):
+        torch.testing.assert_close(found, expected)
     coarse = Linear(48, 40, bias=False)
     pack_layer(coarse)
     x = x.detach().bfloat16().requires_grad_()
