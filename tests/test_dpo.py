@@ -85,6 +85,7 @@ CASES = [                                       # each flag of the stage is set 
     *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
     *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
+    dict(data="pairs.jsonl", batch=9, micro_batch=4, label_smoothing=0.1),               # soft labels
     dict(looks=3, max_new_tokens=7, micro_batch=6),
     dict(online="out/reward_model", max_new_tokens=9, epochs=2, nll_coef=0.5, records=40, looks=2),
 ]

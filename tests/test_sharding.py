@@ -74,14 +74,16 @@ def test_several_processes_write_the_report_of_one(together, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_group_of_answers_may_be_spread_over_processes(alone, kind):
-    """Three answers to one prompt and rows that two do not divide: groups are compared as they are alone."""
-    flags = "--steps 3 --batch 15 --group 3 --advantage grpo --max_new_tokens 12 --micro_batch 4 --device cpu"
-    out = alone / "out/groups"
+@pytest.mark.parametrize("command", [
+    "ppo.py --steps 3 --batch 15 --group 3 --advantage grpo --max_new_tokens 12 --micro_batch 4",
+    "dpo.py --records 10 --batch 3 --online annotators --max_new_tokens 12 --micro_batch 5 --warmup 2"])
+def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, command):
+    """Rows that two do not divide: answers to one prompt are compared as they are alone."""
+    command, out = f"{command} --device cpu", alone / f"out/compared_{command[:3]}"
     if not out.exists():
-        in_float64([f"ppo.py {flags} --out {out}"], alone)
-    in_float64([f"ppo.py {flags} --parallel {kind} --out {out}_{kind}"], alone, 2)
-    assert_close(alone / f"out/groups_{kind}", out)
+        in_float64([f"{command} --out {out}"], alone)
+    in_float64([f"{command} --parallel {kind} --out {out}_{kind}"], alone, 2)
+    assert_close(alone / f"{out}_{kind}", out)
 
 
 def test_only_the_first_process_speaks(together):
