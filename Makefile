@@ -1,7 +1,7 @@
 # make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make seeds    the same for three seeds, and the README's table of them
-# make loop     three rounds: sample from the policy, label, learn, again; beside one round   (ten minutes)
-# make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (an hour)
+# make loop     three rounds: sample from the policy, label, learn, again; beside one round   (a quarter of an hour)
+# make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (half an hour)
 # make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff

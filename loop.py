@@ -1,7 +1,8 @@
 """The loop closed: sample from the policy, have its answers compared, learn from all labels, and again.
 
     python loop.py                             three rounds of PPO, labelled by the world's annotators
-    python loop.py --by person                 ... by you, on a page; or by a judge, by its folder
+    python loop.py --by person                 ... by you, on a page: end it with Ctrl-C, and start this again
+    python loop.py --by folder                 ... by a chat model that judges (data/judge.py)
     python loop.py --way best                  the best answers go back into supervised fine-tuning instead
 
 A reward model knows the answers that it has seen compared. PPO leaves them, and goes first where the score is
@@ -45,7 +46,7 @@ def run(script, done, **flags):
     name = ["-m", script] if "." in script else [os.path.join(HERE, f"{script}.py")]
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     print(f"\n--- {script} {' '.join(words)}", flush=True)
-    if subprocess.run([sys.executable, *name, *words]).returncode:
+    if subprocess.run([sys.executable, *name, *words], env={**os.environ, "PYTHONPATH": HERE}).returncode:
         raise ValueError(f"{script} did not end well: see above")
 
 
@@ -54,7 +55,8 @@ def label(cfg, policy, name, prompts, seed):
     folder = f"{cfg.out}/labels_{name}"
     file = f"{folder}/preferences.jsonl"
     if cfg.by == "person":
-        run("data.label", file, model=policy, prompts=prompts, tasks=f"{folder}/tasks.jsonl", out=file)
+        run("data.label", file, model=policy, prompts=prompts, tasks=f"{folder}/tasks.jsonl", out=file,
+            seed=seed)
     else:
         run("data.feedback", file, model=policy, by=cfg.by, prompts=prompts, out=folder, seed=seed)
     return file

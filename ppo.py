@@ -61,7 +61,7 @@ class Config(Training):
     group: int = flag(None, "answers per prompt; none is 1 with gae, 4 with rloo and grpo", 1)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of the answers' log-probabilities", 0.01)
-    no_end_score: float = flag(-3.0, "score of an answer that does not end, in place of the reward model's")
+    no_end_score: float = flag(-3.0, "score of an answer that does not end, in place of any other")
     epochs: int = flag(2, "passes over a rollout", 1)
     minibatches: int = flag(2, "optimiser steps per epoch", 1)
     lr: float = flag(1e-3, "the policy's peak learning rate", 0)
@@ -126,9 +126,9 @@ def state_values(critic, tokens, mask):
 def rollout(cfg, run, prompts, nets, tokenizer):
     """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
 
-    Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, old_values
-    (with a critic), and (B,) scores, lengths (prompt and answer, in tokens), ended (whether the end token is
-    there)."""
+    Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, and with a
+    critic old_values; (B,) lengths (prompt and answer, in tokens), ended (whether the end token is there),
+    and with a reward model scores."""
     batch = run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, cfg.temperature,
                        stop_token=tokenizer.end)
     # π_old is the policy that sampled. At temperature τ that is softmax(logits/τ): log-probabilities at
@@ -209,7 +209,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def rloo(returns, group):
-    """REINFORCE, leave one out (Kool et al. 2019; Ahmadian et al. 2024, eq. 8): how much better each answer
+    """REINFORCE, leave one out (Kool et al. 2019; Ahmadian et al. 2024): how much better each answer
     did than the other answers to its prompt, on average,
 
         A_i = R_i − (Σ_{j≠i} R_j) / (k − 1)

@@ -3,6 +3,7 @@ import importlib.util
 import math
 import os
 import re
+import sys
 
 import torch
 
@@ -92,8 +93,8 @@ def load_function(name):
     a ValueError that names the prompt."""
     path, _, called = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("reward", path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("reward_function", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look there
         spec.loader.exec_module(module)
         function = getattr(module, called)
     except Exception as e:                              # somebody's own code

@@ -3,6 +3,7 @@ import os
 import shutil
 
 import pytest
+from helpers.start import script
 
 import loop
 from data import records
@@ -67,6 +68,13 @@ def test_what_is_there_is_not_made_again(commands):
 def test_a_person_ranks_on_the_page(commands):
     done, out = commands(by="person")
     assert {name for name, _ in done} == {"data.label", "reward_model.py", "ppo.py", "evaluate.py"}
+    seeds = [flags["seed"] for name, flags in done if name == "data.label"]
+    assert len(set(seeds)) == len(seeds), "each round asks about prompts of its own"
+
+
+def test_its_scripts_are_found_from_any_folder(tmp_path):
+    done = script("loop", "", tmp_path)
+    assert done.returncode == 1 and "no model in out/sft: run `python sft.py` first" in done.stderr
 
 
 def test_the_best_answers_go_back_into_sft(commands):

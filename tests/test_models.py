@@ -53,7 +53,9 @@ def test_new_tokens_start_as_the_mean_of_the_others_and_leave_these_as_they_were
 
 def test_a_reward_is_a_folder_a_function_or_both(tmp_path):
     path = tmp_path / "program.py"
-    path.write_text("def one(messages, answer): return 1\ndef nothing(messages, answer): pass\n"
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "@dataclass\nclass Sum:\n    a: int\n"            # looks its module up in sys.modules
+                    "def one(messages, answer): return 1\ndef nothing(messages, answer): pass\n"
                     "def nan(messages, answer): return float('nan')\n")
     assert models.load_rewards("out/reward_model") == ("out/reward_model", None)
     folder, one = models.load_rewards(f"out/reward_model,{path}:one")
