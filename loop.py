@@ -24,7 +24,7 @@ import reward_model
 from data import loading, records
 from data.batches import encode_comparisons
 from data.tokenizer import Tokenizer
-from runtime import Compute, Settings, flag, load_reward_model, main
+from runtime import Compute, Settings, find, flag, load_reward_model, main
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -100,6 +100,7 @@ def accuracy(cfg, folder, file):
 
 
 def loop(cfg):
+    find(cfg.init)                                                  # before the folder is made
     os.makedirs(cfg.out, exist_ok=True)
     policy, labels, names = cfg.init, [], [f"{cfg.way}_{r}" for r in range(1, cfg.rounds + 1)]
     for r, name in enumerate(names):

@@ -72,9 +72,17 @@ def test_a_person_ranks_on_the_page(commands):
     assert len(set(seeds)) == len(seeds), "each round asks about prompts of its own"
 
 
-def test_its_scripts_are_found_from_any_folder(tmp_path):
+def test_its_scripts_are_found_from_any_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data.feedback did not end well"):
+        loop.run("data.feedback", "labels.jsonl", model="out/sft")
+    assert "no model in out/sft: run `python sft.py` first" in capfd.readouterr().err
+
+
+def test_without_a_model_it_says_what_to_run_first_and_leaves_nothing(tmp_path):
     done = script("loop", "", tmp_path)
-    assert done.returncode == 1 and "no model in out/sft: run `python sft.py` first" in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("loop.py: no model in out/sft: run `python sft.py`")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_best_answers_go_back_into_sft(commands):
