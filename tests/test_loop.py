@@ -81,7 +81,7 @@ def test_its_scripts_are_found_from_any_folder(tmp_path, monkeypatch, capfd):
 
 def test_without_a_model_it_says_what_to_run_first_and_leaves_nothing(tmp_path):
     done = script("loop", "", tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("loop.py: no model in out/sft: run `python sft.py`")
+    assert done.returncode == 1 and done.stderr.startswith("loop.py: no model in out/sft: run `python sft.py")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
