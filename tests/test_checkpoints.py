@@ -1,5 +1,7 @@
 """Checkpoints on disk: there whole or not at all, and read without running what is in them."""
+import io
 import os
+import pickle
 import threading
 
 import pytest
@@ -8,7 +10,7 @@ from test_run import a_run, a_step, steps
 
 import ppo
 from runtime import checkpoints as checkpoints_module
-from runtime.checkpoints import Checkpoints
+from runtime.checkpoints import Checkpoints, Metadata
 
 
 def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -52,6 +54,26 @@ def test_the_newest_checkpoint_that_is_complete_is_the_last(tmp_path):
     assert os.listdir(tmp_path / "resume") == ["00000100"] and not (tmp_path / "resume.safetensors").exists()
     checkpoints.remove()
     assert not (tmp_path / "resume").exists()
+
+
+class Got:
+    """Pickled as a call of getattr, as Python 3.11.2 does with an enum's member."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_a_table_of_contents_reads_an_enum_however_python_pickles_it_and_no_other_attribute():
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Encoding
+    from torch.distributed.checkpoint.metadata import StorageMeta
+    for pickled in (Got(Encoding, "TORCH_CHANNELS_LAST"), Encoding.TORCH_CHANNELS_LAST):
+        assert Metadata(io.BytesIO(pickle.dumps(pickled))).load() is Encoding.TORCH_CHANNELS_LAST
+    for thing, error in ((Got(StorageMeta, "__init__"), KeyError), (os.system, pickle.UnpicklingError)):
+        with pytest.raises(error):
+            Metadata(io.BytesIO(pickle.dumps(thing))).load()
 
 
 def test_numbers_that_have_run_off_are_not_saved(tmp_path):
