@@ -2,6 +2,7 @@
 # make seeds    the same for three seeds, and the README's table of them
 # make loop     three rounds: sample from the policy, label, learn, again; beside one round   (a quarter of an hour)
 # make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (half an hour)
+# make lab      a policy that hacks its reward model, seven defences, and the laws of over-optimisation (20 minutes)
 # make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
@@ -17,7 +18,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds loop methods exercise grade test quick proofs real scratch bench clean
+.PHONY: demo seeds loop methods lab exercise grade test quick proofs real scratch bench clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
@@ -40,6 +41,9 @@ loop: .venv/ready
 
 methods: .venv/ready
 	$(PY) docs/methods.py
+
+lab: .venv/ready
+	$(PY) docs/lab.py --seed $(SEED)
 
 exercise: .venv/ready
 	@$(PY) docs/exercise.py $(NAME)

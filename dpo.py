@@ -40,11 +40,11 @@ import torch
 import torch.nn.functional as F
 
 from data import loading
-from data.answers import sample
+from data.answers import look, sample, warnings
 from data.batches import Comparison, batches, encode_comparisons
 from data.feedback import labeller
 from data.tokenizer import Tokenizer
-from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule, select
+from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -193,35 +193,6 @@ def fresh(cfg, run, model, reference, rank, tokenizer, old):
     return found
 
 
-def look(cfg, run, model, reference, tokenizer, comparisons):
-    """What the policy does, on sampled answers to the prompts of some Comparisons: {name: mean}. The loss
-    does not show it: held-out accuracy can be fine where the answers have fallen apart."""
-    prompts = [c.sequences[0][:c.start] for c in comparisons]
-    room = min(cfg.max_new_tokens, model.config.block_size - max(map(len, prompts)))
-    batch = run.sample(model, prompts, run.seeds(len(prompts)), room, stop_token=tokenizer.end)
-
-    def read(rows):
-        b = select(batch, rows)
-        logprobs, entropy = model.logprobs(b["tokens"], b["mask"], entropy=True)
-        ref_logprobs = reference.logprobs(b["tokens"], b["mask"])
-        return {"kl": (logprobs - ref_logprobs).sum(1), "entropy": entropy.sum(1)}
-    found, length = run.map(read, range(len(prompts)), batch["lengths"]), batch["mask"].sum(1).float().mean()
-    return {"kl": found["kl"].mean().item(), "entropy": (found["entropy"].mean() / length).item(),
-            "length": length.item(), "ended": batch["ended"].float().mean().item()}
-
-
-def warnings(seen):
-    """Signs of a policy that falls apart, in what look() found: a list of texts."""
-    found = []
-    if seen["entropy"] < 0.01:
-        found.append("answers leave nothing to chance (entropy near 0): lower --lr or raise --beta")
-    if seen["kl"] > 10:
-        found.append("KL is beyond 10 nats per answer: lower --lr, or raise --beta or --nll_coef")
-    if seen["ended"] < 0.95:
-        found.append("answers do not end: lower --lr, raise --beta, --nll_coef or --max_new_tokens")
-    return found
-
-
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(cfg):
@@ -257,7 +228,8 @@ def train(cfg):
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
         metrics |= {"grad_norm": norm, "lr": lr}
         if cfg.looks > 0 and (run.step + 1) % max(1, steps // cfg.looks) == 0:
-            seen = look(cfg, run, model, reference, tokenizer, held_out[:32])
+            prompts = [c.sequences[0][:c.start] for c in held_out[:32]]
+            seen = look(run, model, reference, tokenizer, prompts, cfg.max_new_tokens)
             run.warn(warnings(seen))
             metrics |= seen
         run.log(metrics)

@@ -342,6 +342,10 @@ class GPT(nn.Module):
         right-padded, lengths (B,)."""
         return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]
 
+    def last_state(self, tokens, lengths):
+        """What the head reads there, (B, C)."""
+        return self.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False):
         """Log-probability of each token that the mask names, given those before it.
 

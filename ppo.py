@@ -39,11 +39,13 @@ from dataclasses import dataclass
 
 import torch
 
+import uncertainty
 from data import loading, world
+from data.answers import check, opened
 from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
 from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
-from runtime.models import load_rewards
+from runtime.models import load_rewards, load_uncertainty
 
 
 @dataclass
@@ -81,6 +83,13 @@ class Config(Training):
     whiten_advantages: bool = flag(True, "with gae: give advantages mean 0 and standard deviation 1")
     divide_by_std: bool = flag(True, "with grpo: divide advantages by their group's standard deviation")
     divide_by_length: bool = flag(True, "with grpo: each answer counts alike, not each token")
+    pessimism: str = flag("none", "score by an ensemble: its mean less a deviation, or its worst head",
+                          choices=("none", "deviation", "worst"))
+    pessimism_coef: float = flag(1.0, "c of mean − c·standard deviation", 0)
+    ood_penalty: float = flag(0.0, "taken off the score where an answer is twice as far from those that the "
+                              "reward model has seen as they are from each other", 0)
+    ood_drop: bool = flag(False, "learn nothing from answers that are further than they are")
+    stop_ood: float = flag(1.0, "end the run when more than this share of a rollout is", 0, 1)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
@@ -123,8 +132,9 @@ def state_values(critic, tokens, mask):
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
 
-def rollout(cfg, run, prompts, nets, tokenizer):
+def rollout(cfg, run, prompts, nets, tokenizer, known=None):
     """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
+    known: how far the scores can be trusted, see uncertainty.py.
 
     Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, and with a
     critic old_values; (B,) lengths (prompt and answer, in tokens), ended (whether the end token is there),
@@ -141,6 +151,8 @@ def rollout(cfg, run, prompts, nets, tokenizer):
         found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature)}
         if "reward" in nets:
             found["scores"] = nets["reward"].score(tokens, b["lengths"])
+        if known:
+            found |= uncertainty.doubt(nets["reward"].last_state(tokens, b["lengths"]), known)
         if "critic" in nets:
             found["old_values"] = state_values(nets["critic"], tokens, mask)
         if run.bfloat16:
@@ -151,13 +163,6 @@ def rollout(cfg, run, prompts, nets, tokenizer):
         return found
 
     return batch | run.map(measure, range(len(prompts)), batch["lengths"])
-
-
-def check(run, program, prompts, answers, lengths):
-    """What a program says of each answer, (B,). What can be checked need not be learnt, and a program that
-    checks it leaves no wrong guess to exploit."""
-    return run.map(lambda rows: {"scores": torch.tensor([program(prompts[i], answers[i]) for i in rows])},
-                   range(len(prompts)), lengths)["scores"]
 
 
 # --------------------------------------------------------------------------------------- 2. rewards
@@ -245,6 +250,9 @@ def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
 
 def estimate(cfg, batch, kl_coef):
     """A rollout together with what the update learns from: advantages, and with a critic returns, (B, T)."""
+    if "heads" in batch:
+        batch = batch | {"scores": uncertainty.cautious(batch["scores"], batch["heads"], batch["distance"],
+                                                        cfg.pessimism, cfg.pessimism_coef, cfg.ood_penalty)}
     # The reward model has never seen an answer without an end: its score there is a guess, and if that were
     # high the policy would learn to go on for ever. A fixed low score teaches it to end.
     batch = batch | {"scores": torch.where(batch["ended"], batch["scores"], cfg.no_end_score)}
@@ -256,13 +264,23 @@ def estimate(cfg, batch, kl_coef):
         advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
-        return batch | {"advantages": advantages, "returns": returns}
+        return batch | {"rewards": rewards, "advantages": advantages, "returns": returns}
     # A whole answer is one action here: all of its tokens share what it earned, and γ has no part in it.
     if cfg.advantage == "rloo":
         advantages = rloo(rewards.sum(1), cfg.group)
     else:
         advantages = grpo(rewards.sum(1), cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
-    return batch | {"advantages": advantages[:, None] * mask}
+    return batch | {"rewards": rewards, "advantages": advantages[:, None] * mask}
+
+
+def leave_out_unfamiliar(batch):
+    """Learn nothing from answers unlike those that the reward model has seen, good or bad: their advantages
+    are 0, their returns what the critic expects anyway."""
+    familiar = (batch["distance"] <= 1)[:, None]
+    found = {"advantages": batch["advantages"] * familiar}
+    if "returns" in batch:
+        found["returns"] = torch.where(familiar, batch["returns"], batch["old_values"])
+    return batch | found
 
 
 # ---------------------------------------------------------------------------------------- 4. update
@@ -427,15 +445,19 @@ def warnings(cfg, metrics):
     return found
 
 
-def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program):
+def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program, known):
     """One step of PPO on some prompts (message lists). Returns its metrics."""
     began = time.time()
-    batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
+    batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer, known)
     answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], batch["mask"])]
     if program:
         learned = cfg.reward_model_coef * batch["scores"] if "reward" in nets else 0.0
         batch["scores"] = learned + check(run, program, prompts, answers, batch["lengths"])
     batch = estimate(cfg, batch, controller.coef)
+    if cfg.ood_drop:
+        batch = leave_out_unfamiliar(batch)
+    if run.step in (0, cfg.steps - 1):          # to be looked at, token by token: evaluate.py's report
+        run.write(f"rollout_{'first' if run.step == 0 else 'last'}.json", opened(tokenizer, prompts, batch))
     stats = update(cfg, run, batch, nets, optimizers, demonstrations)
     mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
     metrics = {"score": batch["scores"].mean(), "kl": log_ratio.sum(1).mean().item(),   # nats per answer
@@ -444,6 +466,9 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
                "tokens_per_second": mask.sum() / (time.time() - began)}
     if "critic" in nets:
         metrics["explained_variance"] = explained_variance(batch["old_values"], batch["returns"], mask)
+    if known:                                   # signs of hacking that need no judge: share, and deviation
+        metrics["ood"] = (batch["distance"] > 1).float().mean().item()
+        metrics["disagreement"] = batch["heads"].std(1).mean()
     metrics |= world.truth(prompts, answers)    # to be seen beside the score: training never uses it
     if cfg.adaptive_kl:
         controller.update(metrics["kl"], len(prompts))
@@ -460,6 +485,10 @@ def train(cfg):
         nets["reward"] = load_reward_model(reward_model).requires_grad_(False)
     if cfg.advantage == "gae":
         nets["critic"] = load_reward_model(reward_model) if reward_model else load(cfg.init, "scalar")
+    known = load_uncertainty(reward_model) if reward_model else None
+    if not known and (cfg.pessimism != "none" or cfg.ood_penalty or cfg.ood_drop or cfg.stop_ood < 1):
+        raise ValueError("--pessimism, --ood_penalty, --ood_drop and --stop_ood need what "
+                         "reward_model.py --ensemble 5 finds out")
     block_size, demonstrations = nets["actor"].config.block_size, None
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
@@ -471,6 +500,7 @@ def train(cfg):
 
     run = Run(cfg, cfg.steps)
     run.place(*nets.values())
+    known = known and {name: x.to(run.device) for name, x in known.items()}
     optimizers = {name: make_optimizer(nets[name], cfg.lr, eps=1e-5)
                   for name in ("actor", "critic") if name in nets}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -479,9 +509,13 @@ def train(cfg):
     while run.step < cfg.steps:
         chosen = run.rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]        # a group stands together
-        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program)
+        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program,
+                       known)
         run.warn(warnings(cfg, metrics))
         run.log(metrics)
+        if metrics.get("ood", 0) > cfg.stop_ood:
+            print(f"stopped: {metrics['ood']:.0%} of the answers are unlike all that the reward model knows")
+            break
     run.finish(nets["actor"], tokenizer)
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import uncertainty
 from data import annotators, loading
 from data.batches import batches, encode_comparisons, fit_prompts
 from data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Config(Training):
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
     normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0 leaves it as trained", 0)
+    ensemble: int = flag(0, "heads of uncertainty.py's ensemble; 0 learns nothing of that kind", 0)
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -224,7 +226,8 @@ def train(cfg):
         print(f"score shifted by {-mean:.2f} and divided by {deviation:.2f}: "
               "SFT samples now have mean 0 and standard deviation 1")
         found |= {"sft_mean": mean, "sft_deviation": deviation}
-    run.finish(model, tokenizer, held_out=found, calibration=calibrated)
+    known = uncertainty.learn(model, run, examples, cfg.ensemble, ranking_loss) if cfg.ensemble else None
+    run.finish(model, tokenizer, known, held_out=found, calibration=calibrated)
 
 
 if __name__ == "__main__":

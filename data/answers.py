@@ -1,9 +1,9 @@
-"""What a model answers, and what a reward model thinks of it."""
+"""What a model answers, what a reward model or a program thinks of it, and what there is to see in it."""
 from dataclasses import dataclass
 
 import torch
 
-from runtime import pad
+from runtime import pad, select
 
 
 @dataclass
@@ -34,3 +34,49 @@ def score(run, model, tokenizer, prompts, answers):
     found = run.map(read, rows, [len(ids) for ids in rows])["scores"].tolist()
     flat = iter([x if a.ended else -torch.inf for x, (_, a) in zip(found, pairs)])
     return [[next(flat) for _ in some] for some in answers]
+
+
+def check(run, program, prompts, answers, lengths):
+    """What a program says of each answer, (B,). What can be checked need not be learnt, and a program that
+    checks it leaves no wrong guess to exploit."""
+    return run.map(lambda rows: {"scores": torch.tensor([program(prompts[i], answers[i]) for i in rows])},
+                   range(len(prompts)), lengths)["scores"]
+
+
+def look(run, model, reference, tokenizer, prompts, max_new_tokens):
+    """What a policy does, on sampled answers to some prompts (lists of ids): {name: mean}. DPO's loss does
+    not show it: held-out accuracy can be fine where the answers have fallen apart."""
+    room = min(max_new_tokens, model.config.block_size - max(map(len, prompts)))
+    batch = run.sample(model, prompts, run.seeds(len(prompts)), room, stop_token=tokenizer.end)
+
+    def read(rows):
+        b = select(batch, rows)
+        logprobs, entropy = model.logprobs(b["tokens"], b["mask"], entropy=True)
+        ref_logprobs = reference.logprobs(b["tokens"], b["mask"])
+        return {"kl": (logprobs - ref_logprobs).sum(1), "entropy": entropy.sum(1)}
+    found, length = run.map(read, range(len(prompts)), batch["lengths"]), batch["mask"].sum(1).float().mean()
+    return {"kl": found["kl"].mean().item(), "entropy": (found["entropy"].mean() / length).item(),
+            "length": length.item(), "ended": batch["ended"].float().mean().item()}
+
+
+def warnings(seen):
+    """Signs of a policy that falls apart, in what look() found: a list of texts."""
+    found = []
+    if seen["entropy"] < 0.01:
+        found.append("answers leave nothing to chance (entropy near 0): lower --lr or raise --beta")
+    if seen["kl"] > 10:
+        found.append("KL is beyond 10 nats per answer: lower --lr, or raise --beta or --nll_coef")
+    if seen["ended"] < 0.95:
+        found.append("answers do not end: lower --lr, raise --beta, --nll_coef or --max_new_tokens")
+    return found
+
+
+def opened(tokenizer, prompts, batch, count=6):
+    """The first answers of a rollout of ppo.py with all that is known of each token: a list of dicts."""
+    found, names = [], ("old_logprobs", "ref_logprobs", "rewards", "old_values", "returns", "advantages")
+    for i in range(min(count, len(prompts))):
+        mask = batch["mask"][i]
+        found.append({"prompt": prompts[i], "score": batch["scores"][i].item(),
+                      "tokens": [tokenizer.decode([token]) for token in batch["tokens"][i][mask].tolist()],
+                      **{name: batch[name][i][mask].tolist() for name in names if name in batch}})
+    return found

@@ -9,7 +9,9 @@ import torch
 
 from model import GPT
 from runtime import adapters
+from runtime.safetensors import load_tensors
 
+UNCERTAINTY = "uncertainty.safetensors"
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 
@@ -74,6 +76,12 @@ def load_reward_model(folder):
     if model.head_kind != "scalar":
         raise ValueError(f"{folder} is no reward model: it has no score")
     return model
+
+
+def load_uncertainty(folder):
+    """What uncertainty.learn found for a reward model, {name: tensor}, or None."""
+    path = os.path.join(find(folder), UNCERTAINTY)
+    return load_tensors(path) if os.path.exists(path) else None
 
 
 def load_rewards(names):

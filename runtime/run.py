@@ -20,6 +20,8 @@ from runtime.compute import Compute, row_seeds
 from runtime.files import fingerprints, lock, write_json
 from runtime.flags import program
 from runtime.launch import STARTED, warn
+from runtime.models import UNCERTAINTY
+from runtime.safetensors import save_tensors
 from runtime.sharding import add_up, full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
@@ -216,6 +218,11 @@ class Run(Compute):
 
     # ----------------------------------------------------------------------------------- what stays
 
+    def write(self, name, found):
+        """Write numbers and texts into the folder, as JSON."""
+        if processes.is_first():
+            write_json(os.path.join(self.cfg.out, name), found)
+
     def save_if_due(self):
         """Save every save_seconds, less often where that would take more than a twentieth of the time, or on
         a signal. The processes decide together: they save together."""
@@ -239,9 +246,10 @@ class Run(Compute):
         self.saved = time.time()
         self.save_took = self.saved - began
 
-    def finish(self, model, tokenizer, **facts):
+    def finish(self, model, tokenizer, uncertainty=None, **facts):
         """Save the model with its tokenizer, and what the run found out, with the seconds that it took. All
-        files are written aside first: what stood in the folder before stays until they are whole."""
+        files are written aside first: what stood in the folder before stays until they are whole.
+        uncertainty: a reward model's {name: tensor}, of how far its scores can be trusted."""
         launch.at_work = None
         self.checkpoints.wait()
         if not is_finite(flatten(model)):
@@ -256,9 +264,12 @@ class Run(Compute):
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
-            for path in (os.path.join(folder, name) for folder in (aside, self.cfg.out) for name in others):
+            for path in (os.path.join(folder, name) for folder in (aside, self.cfg.out)
+                         for name in (*others, UNCERTAINTY)):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
+            if uncertainty:
+                save_tensors(os.path.join(aside, UNCERTAINTY), uncertainty)
             self.keep(aside, facts)
         processes.barrier()                                     # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "

@@ -95,7 +95,7 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
                          reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # gloo knows no other
-    for name in ("logprobs", "score", "generate"):
+    for name in ("logprobs", "score", "last_state", "generate"):
         fsdp.register_fsdp_forward_method(model, name)
     sample_from_shards(model, 2 if bfloat16 else 4, gather_at_once)
 

@@ -20,7 +20,7 @@ STAGES = {sft: test_sft, reward_model: test_reward_model, dpo: test_dpo, ppo: te
 # Flags that name files or the shape of a new network: the chain and the readers' tests have them.
 FILES = {"data", "held_out", "init", "reward", "ptx_data", "tokenizer",
          "n_layer", "n_head", "n_embd", "block_size"}
-KINDS = {"advantage": [plainly.GROUPS], "decay": [plainly.DECAYS],
+KINDS = {"advantage": [plainly.GROUPS], "pessimism": [plainly.PESSIMISM], "decay": [plainly.DECAYS],
          "loss": [plainly.DPO_LOSSES, test_known_answers.DPO_MARGINS]}
 
 

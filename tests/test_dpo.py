@@ -9,6 +9,7 @@ from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
 from data import loading
+from data.answers import warnings
 from data.batches import Comparison, encode_comparisons
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
@@ -109,10 +110,10 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
 
 def test_a_policy_that_falls_apart_is_warned_about_with_the_flag_to_change():
     fine = {"entropy": 0.5, "kl": 2.0, "length": 12.0, "ended": 1.0}
-    assert dpo.warnings(fine) == []
+    assert warnings(fine) == []
     signs = (({"entropy": 0.001}, "--lr"), ({"kl": 12.0}, "--beta"), ({"ended": 0.88}, "do not end"))
     for change, flag in signs:
-        [said] = dpo.warnings(fine | change)
+        [said] = warnings(fine | change)
         assert flag in said
 
 

@@ -1,6 +1,8 @@
 """PPO's formulas against slow loops written from the papers, in float64 on random ragged batches,
 and its loop."""
+import json
 import math
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
 from runtime import Run, compute, load, sharding
 from runtime.models import load_rewards
+from runtime.safetensors import save_tensors
 from sft import sft_loss
 
 # -------------------------------------------------------------------------------------------- means
@@ -361,6 +364,25 @@ def test_a_program_that_fails_is_named_with_the_prompt(trained):
         trained(ppo, **SHARED | dict(reward="program.py:half"))
 
 
+@pytest.mark.parametrize("flags", [dict(pessimism="worst"), dict(ood_penalty=1.0), dict(ood_drop=True),
+                                   dict(stop_ood=0.5)], ids=str)
+def test_caution_without_what_it_needs_is_refused_in_one_line(trained, flags):
+    with pytest.raises(ValueError, match="need what reward_model.py --ensemble 5 finds out"):
+        trained(ppo, **SHARED | flags)
+
+
+def test_the_first_and_the_last_rollout_are_written_token_by_token(trained, tmp_path):
+    _, _, lines, _ = trained(ppo, **SHARED)
+    for name, line in (("first", lines[0]), ("last", lines[-1])):
+        kept = json.loads((tmp_path / f"out/rollout_{name}.json").read_text())
+        assert len(kept) == 6 and all(len(a["tokens"]) == len(a[key]) for a in kept for key in (
+            "old_logprobs", "ref_logprobs", "rewards", "old_values", "returns", "advantages"))
+        for a in kept:
+            logs = zip(a["rewards"], a["old_logprobs"], a["ref_logprobs"])
+            earned = sum(r + line["kl_coef"] * (new - ref) for r, new, ref in logs)
+            assert earned == pytest.approx(a["score"], abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
@@ -380,15 +402,37 @@ CASES = [                                       # each flag of the stage is set 
     dict(advantage="grpo", group=2, divide_by_std=False, divide_by_length=False, ptx_coef=0.2),
     dict(group=2, reward="out/reward_model,program.py:words", reward_model_coef=0.3),
     dict(advantage="rloo", reward="program.py:words"),
+    dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5),
+    dict(pessimism="worst", ood_drop=True, reward="out/reward_model,program.py:words"),
+    dict(ood_drop=True, ood_penalty=0.5),
+    dict(stop_ood=0.4, lr=0.05),
 ]
 
 
+def with_doubts(settings, folder):
+    """For the cases that need it: what a reward model knows of its limits, and settings that name a reward
+    model with it in that folder."""
+    if not {"pessimism", "ood_drop", "ood_penalty", "stop_ood"} & settings.keys():
+        return None, settings
+    shutil.copytree("out/reward_model", folder)
+    C, noise = GPT.load("out/reward_model").config.n_embd, torch.Generator().manual_seed(5)
+    root = torch.randn(C, C, generator=noise, dtype=torch.float64)
+    known = {"heads": torch.randn(3, C, generator=noise, dtype=torch.float64),
+             "bias": torch.randn(3, generator=noise, dtype=torch.float64),
+             "mean": torch.randn(C, generator=noise, dtype=torch.float64), "precision": root @ root.T,
+             "threshold": torch.tensor(17.0, dtype=torch.float64)}        # about half are further
+    save_tensors(f"{folder}/uncertainty.safetensors", known)
+    reward = settings.get("reward", "out/reward_model").replace("out/reward_model", str(folder))
+    return known, settings | {"reward": reward}
+
+
 @pytest.mark.parametrize("settings", CASES, ids=str)
-def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, monkeypatch):
+def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, tmp_path, monkeypatch):
     """In the case of bfloat16 without the precision itself: what is left is that old log-probabilities are
     computed anew."""
     monkeypatch.setattr(compute, "StandIns", lambda model: SimpleNamespace(enter=int, leave=int))
     monkeypatch.setattr(sharding, "placed_dtype", lambda *_: torch.float64)
+    known, settings = with_doubts(settings, tmp_path / "reward_model")
     cfg, model, lines, _ = trained(ppo, **SHARED | settings)
     nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"),
             "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
@@ -397,7 +441,7 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, mon
     reward_model, program = load_rewards(cfg.reward)
     if not reward_model:
         del nets["reward"]
-    expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations, program)
+    expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations, program, known)
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, nets["actor"])
     assert 0 < sum(line["ended"] for line in lines) < len(lines), "answers that end and answers that do not"

@@ -255,6 +255,58 @@ def scale(cfg, model, sft_model, tokenizer, preferences, steps):
     return average, deviation
 
 
+def heads(states, ranks, count):
+    """An ensemble's heads, (count, C) in lists, from states[p][k] of answers and their ranks[p][k]."""
+    N, C = len(states), len(states[0][0])
+    found = [(x / math.sqrt(C + 1)).requires_grad_() for x in torch.randn(count, C)]
+    drawn = torch.randint(N, (count, N)).tolist()
+    optimizers = [torch.optim.Adam([head], 0.03) for head in found]
+    for _ in range(30):
+        for start in range(0, N, 512):
+            for head, optimizer, mine in zip(found, optimizers, drawn):
+                losses = []
+                for p in mine[start:start + 512]:
+                    r = [head @ torch.tensor(h) for h in states[p]]
+                    losses.append(mean([-log_sigmoid(r[i] - r[j]) for i, j in ordered_pairs(ranks[p])]))
+                optimizer.zero_grad()
+                mean(losses).backward()
+                optimizer.step()
+    return [head.tolist() for head in found]
+
+
+def uncertainty(cfg, model, tokenizer, preferences, steps):
+    """What a reward model's folder says of how far its scores can be trusted: {name: lists}."""
+    states, ranks, own = [], [], []
+    for p in comparisons_that_fit(model, tokenizer, preferences)[:4000]:
+        prompt, answers = sequences(tokenizer, p)
+        with torch.no_grad():
+            states.append([model.hidden(torch.tensor([prompt + a]))[0, -1].tolist() for a in answers])
+            own += [score(model, prompt + a).item() for a in answers]
+        ranks.append(p.ranks)
+    begin(cfg, steps)
+    found = heads(states, ranks, cfg.ensemble)
+    every = [h for some in states for h in some]
+    scaled, biases = [], []
+    for head in found:
+        theirs = [sum(x * w for x, w in zip(h, head)) for h in every]
+        scale = statistics.stdev(own) / statistics.stdev(theirs)
+        scaled.append([w * scale for w in head])
+        biases.append(mean(own) - scale * mean(theirs))
+    C, average = len(every[0]), [mean(column) for column in zip(*every)]
+    covariance = [[sum((h[i] - average[i]) * (h[j] - average[j]) for h in every) / (len(every) - 1)
+                   for j in range(C)] for i in range(C)]
+    floor = 1e-3 * mean([covariance[i][i] for i in range(C)])
+    for i in range(C):
+        covariance[i][i] += floor
+    distances = []
+    for h in every:
+        away = torch.tensor([x - m for x, m in zip(h, average)])
+        distances.append(math.sqrt(away @ torch.linalg.solve(torch.tensor(covariance), away)))
+    return {"heads": scaled, "bias": biases, "mean": average,
+            "threshold": torch.tensor(distances).quantile(0.99).item(),
+            "precision": torch.linalg.inv(torch.tensor(covariance)).tolist()}
+
+
 # ----------------------------------------------------------------------------------------------- dpo
 
 DPO_LOSSES = {                                      # of h, the margin over the reference's
@@ -373,7 +425,25 @@ def whitened(answers, name, shift):
         a[name] = [(x - average) / deviation + (0 if shift else average) for x in a[name]]
 
 
-def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program):
+def doubt(a, reward, known):
+    """In place: what an ensemble says of an answer, and how far it is from what the reward model has seen."""
+    with torch.no_grad():
+        h = reward.hidden(torch.tensor([a["prompt"] + a["ids"]]))[0, -1].tolist()
+    heads, biases = known["heads"].tolist(), known["bias"].tolist()
+    a["heads"] = [sum(x * w for x, w in zip(h, head)) + b for head, b in zip(heads, biases)]
+    away = [x - m for x, m in zip(h, known["mean"].tolist())]
+    square = sum(x * p * y for x, row in zip(away, known["precision"].tolist()) for p, y in zip(row, away))
+    a["distance"] = math.sqrt(square) / known["threshold"].item()
+
+
+PESSIMISM = {
+    "none": lambda cfg, a: a["score"],
+    "deviation": lambda cfg, a: mean(a["heads"]) - cfg.pessimism_coef * statistics.stdev(a["heads"]),
+    "worst": lambda cfg, a: min(a["heads"]),
+}
+
+
+def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
     """A list of answers, each a dict of lists over its tokens."""
     seeds = [rng.getrandbits(62) for _ in prompts]
     answers = []
@@ -390,6 +460,9 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program):
             a["score"] = score(nets["reward"], prompt + ids).item() if "reward" in nets else 0.0
         if program:
             a["score"] = cfg.reward_model_coef * a["score"] + program(messages, tokenizer.decode(ids))
+        if known:
+            doubt(a, nets["reward"], known)
+            a["score"] = PESSIMISM[cfg.pessimism](cfg, a) - cfg.ood_penalty * max(0, a["distance"] - 1)
         if not a["ended"]:
             a["score"] = cfg.no_end_score
         a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
@@ -408,6 +481,9 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program):
         a["returns"] = [x + y for x, y in zip(a["advantages"], a["values"])]
     if cfg.whiten_advantages:
         whitened(answers, "advantages", shift=True)
+    for a in answers:
+        if cfg.ood_drop and a["distance"] > 1:
+            a["advantages"], a["returns"] = [0.0] * len(a["ids"]), a["values"]
     return answers
 
 
@@ -464,7 +540,7 @@ def ppo_minibatch(cfg, nets, answers):
     return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value) if value else None, stats
 
 
-def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None):
+def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None):
     """Trains actor and, with gae, critic. Returns a line {name: number} per step."""
     actor = AdamW(nets["actor"], eps=1e-5, max_norm=cfg.max_norm)
     if cfg.advantage == "gae":
@@ -477,7 +553,7 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None):
         rng = begin(cfg, step)
         chosen = rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]
-        answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta, program)
+        answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta, program, known)
         stats, updates = [], 0
         minibatches = []
         for _ in range(cfg.epochs):
@@ -502,6 +578,9 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None):
             returns = torch.tensor(flat(answers, "returns"))
             errors = returns - torch.tensor(flat(answers, "values"))
             fit = {"explained_variance": (1 - errors.var() / returns.var()).item()}
+        if known:
+            fit |= {"ood": mean([float(a["distance"] > 1) for a in answers]),
+                    "disagreement": mean([statistics.stdev(a["heads"]) for a in answers])}
         lines.append({
             "step": step + 1, "score": mean([a["score"] for a in answers]), "kl": kl, "kl_coef": beta,
             **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates, **fit,
@@ -511,4 +590,6 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None):
             "helpful": mean([world.parts(p, text)["helpful"] for p, text in zip(chosen, texts)])})
         if cfg.adaptive_kl:
             beta *= 1 + min(max(kl / cfg.kl_target - 1, -0.2), 0.2) * cfg.batch / cfg.kl_horizon
+        if fit.get("ood", 0) > cfg.stop_ood:
+            break
     return lines

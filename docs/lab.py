@@ -1,0 +1,214 @@
+"""The hacking lab: what a policy does to its reward model, and what stops it, on the embedded world.
+
+    python docs/lab.py              one seed, some twenty minutes on two cores (make lab)
+    python docs/lab.py --seed 1     another one
+
+Trains PPO without a KL penalty, and under each defence, from one SFT model and one reward model, in
+out/lab/<seed>/ (what is there is not made again). Prints and draws (docs/lab.png) the judge's score against
+√KL, with best-of-n; fits the laws of Gao et al. (2022), section 3,
+
+    PPO        R(d) = d·(α − β·log d)
+    best of n  R(d) = d·(α − β·d)            d = √KL(π ‖ SFT), R: the judge's score above the SFT model's
+
+for two sizes of reward model; and asks whether distance from the training answers and disagreement of an
+ensemble tell, without a judge, which answers please the reward model alone.
+"""
+import argparse
+import json
+import math
+import os
+
+import matplotlib
+import torch
+from methods import ROOT, run
+
+import evaluate
+import uncertainty
+from runtime.compute import select
+from runtime.models import load, load_reward_model, load_uncertainty
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402, after its backend has been chosen
+
+FREE = "--kl_coef 0 --no-adaptive_kl --steps 60"
+DRAWS = 2000                    # of the bootstrap
+SMALL = "--n_embd 48 --n_layer 2"
+# name: (what the figure calls it, colour, flags of ppo.py)
+RUNS = {
+    "none": ("nothing", "#d62728", FREE),
+    "none_small": ("nothing, small reward model", "#ff9896", f"{FREE} --reward out/reward_model_small"),
+    "fixed": ("fixed KL penalty", "#17becf", "--no-adaptive_kl --steps 60"),
+    "adaptive": ("adaptive KL penalty", "#1f77b4", "--steps 60"),
+    "ptx": ("PTX mixing", "#8c564b", f"{FREE} --ptx_coef 1"),
+    "deviation": ("ensemble, mean − 4·deviation", "#2ca02c",
+                  f"{FREE} --pessimism deviation --pessimism_coef 4"),
+    "worst": ("ensemble, worst head", "#98df8a", f"{FREE} --pessimism worst"),
+    "ood_penalty": ("OOD penalty", "#9467bd", f"{FREE} --ood_penalty 3"),
+    "ood_drop": ("OOD answers dropped", "#e377c2", f"{FREE} --ood_drop"),
+    "stop": ("stopped at 10 % OOD", "#ff7f0e", f"{FREE} --stop_ood 0.1"),
+}
+
+
+def train(folder, seed):
+    stages = {"world": "-m data", "sft": "sft.py", "reward_model": "reward_model.py --ensemble 5",
+              "sft_small": f"sft.py {SMALL} --out out/sft_small",
+              "reward_model_small": "reward_model.py --init out/sft_small --out out/reward_model_small"}
+    stages |= {name: f"ppo.py {flags} --out out/{name}" for name, (_, _, flags) in RUNS.items()}
+    for name, command in stages.items():
+        done = "prompts.jsonl" if name == "world" else "model.safetensors"
+        if not os.path.exists(f"{folder}/out/{name}/{done}"):
+            run(f"{command} --seed {seed}", folder)
+
+
+def steps(folder, name):
+    with open(f"{folder}/out/{name}/metrics.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def smooth(values, width=5):
+    """Means over `width` steps around each, fewer at the ends: one step's judge is that of 128 answers."""
+    half = width // 2
+    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+# ------------------------------------------------------------------------------------------ the law
+
+def fit(d, R, decline):
+    """(α, β) of R = d·(α − β·decline(d)) by least squares: linear in both. d, R: (..., n)."""
+    return torch.linalg.lstsq(torch.stack([d, -d * decline(d)], -1), R[..., None]).solution[..., 0]
+
+
+def interval(draws):
+    """The middle 95 % of (draws, 2), as text for α and β."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975]), dim=0)
+    return [f"{a:.3f} to {b:.3f}" for a, b in zip(low.tolist(), high.tolist())]
+
+
+def law_of_ppo(folder, name, start):
+    """α, β and their intervals for a run, by the bootstrap over its steps."""
+    rows = [s for s in steps(folder, name) if s["kl"] > 0.01]
+    d, R = torch.tensor([s["kl"] for s in rows]).sqrt(), torch.tensor([s["judge"] - start for s in rows])
+    some = torch.randint(len(d), (DRAWS, len(d)), generator=torch.Generator().manual_seed(0))
+    return fit(d, R, torch.log), interval(fit(d[some], R[some], torch.log))
+
+
+def law_of_best_of_n(rewards, judged):
+    """α, β and intervals for best of n, by the bootstrap over prompts; and (d, judge) for n = 1, 2, 4, ...
+    Both (prompts, answers)."""
+    P, many = rewards.shape
+    sizes = [2 ** i for i in range(int(math.log2(many)) + 1)]
+    d = torch.tensor([evaluate.best_of_n_kl(n) for n in sizes]).sqrt()
+    won = []                                    # the judge of the winners among n, a mean for each prompt
+    for n in sizes:
+        best = rewards.view(P, -1, n).argmax(-1, keepdim=True)
+        won.append(judged.view(P, -1, n).gather(-1, best).mean((1, 2)))
+    won = torch.stack(won, -1)                                                              # (prompts, sizes)
+    R = won - won[:, :1]
+    some = torch.randint(P, (DRAWS, P), generator=torch.Generator().manual_seed(0))
+    draws = fit(d.expand(DRAWS, -1), R[some].mean(1), torch.clone)
+    curve = list(zip(d.tolist(), won.mean(0).tolist()))
+    return (fit(d, R.mean(0), torch.clone), interval(draws)), curve
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+def answer(together, model, samples, noise):
+    """A model's answers to the held-out prompts, and the judge's score of each, (prompts · samples,)."""
+    together.cfg.samples = samples
+    found = together.answers(model, samples, noise)
+    return found, torch.tensor(together.enter(noise, found, 0.0, 0.0).judge)
+
+
+def auroc(signal, positive):
+    """The chance that the signal is higher for one drawn from the positive than for one from the others."""
+    above = signal[positive][:, None] - signal[~positive][None]
+    return ((above > 0).float() + 0.5 * (above == 0)).mean().item()
+
+
+def detect(together, start):
+    """Among answers of the policy that nothing held back, those that the reward model likes better than the
+    SFT model's average: do its own signals tell the ones that the judge likes less? {name: number}"""
+    model, known = load("out/none").requires_grad_(False), load_uncertainty("out/reward_model")
+    together.compute.place(model)
+    answers, judged = answer(together, model, 8, "none")
+
+    def read(rows):
+        b = select(answers, rows)
+        found = uncertainty.doubt(together.scorer.last_state(b["tokens"], b["lengths"]), known)
+        return {"distance": found["distance"], "disagreement": found["heads"].std(1)}
+    found = together.compute.map(read, range(len(judged)), answers["lengths"])
+    found["reward itself"] = torch.tensor(together.scores(together.scorer, answers))
+    liked = found["reward itself"] > 0
+    hacked = judged[liked] < start
+    return {"answers": len(hacked), "of which hacked": hacked.float().mean().item()} | {
+        f"AUROC of {name}": auroc(x[liked], hacked) for name, x in found.items()}
+
+
+# ------------------------------------------------------------------------------------- all together
+
+def draw(path, folder, curve):
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for name, (label, colour, _) in RUNS.items():
+        rows = steps(folder, name)
+        d = [math.sqrt(max(0, kl)) for kl in smooth([s["kl"] for s in rows])]
+        axis.plot(d, smooth([s["judge"] for s in rows]), color=colour, label=label, linewidth=1.6)
+        axis.plot(d[-1], smooth([s["judge"] for s in rows])[-1], "o", color=colour, markersize=4)
+    axis.plot(*zip(*curve), "s-", color="#555555", markersize=4, label="best of n")
+    axis.set_xlabel("√KL(π ‖ SFT), nats per answer")
+    axis.set_ylabel("judge's score of the answers")
+    axis.set_title("What holds when the reward is climbed")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def table(folder, start):
+    """Of each run: the best judge on the way, and reward, judge, KL and OOD share at the end, means over five
+    steps; and the steps at which judge and OOD share say that something is wrong."""
+    heads = ["defence", "best judge", "at step", "last judge", "last KL", "last OOD share",
+             "OOD share above 10 % from step"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, (label, _, _) in RUNS.items():
+        rows = steps(folder, name)
+        judge, kl = smooth([s["judge"] for s in rows]), smooth([s["kl"] for s in rows])
+        ood = smooth([s.get("ood", math.nan) for s in rows])
+        best = max(range(len(judge)), key=judge.__getitem__)
+        alarm = next((str(i + 1) for i, share in enumerate(ood) if share > 0.1), "–")
+        lines.append([label, f"{judge[best]:.2f}", str(best + 1), f"{judge[-1]:.2f}", f"{kl[-1]:.1f}",
+                      f"{ood[-1]:.0%}" if ood[-1] == ood[-1] else "–", alarm])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", default="", help="file of the figure; none is lab.png beside the runs")
+    args = parser.parse_args()
+    folder = os.path.join(ROOT, "out", "lab", str(args.seed))
+    os.makedirs(folder, exist_ok=True)
+    train(folder, args.seed)
+    figure = os.path.abspath(args.figure or f"{folder}/lab.png")
+    os.chdir(folder)
+    together = evaluate.Contest(evaluate.Config(seed=args.seed), "out/sft")
+    answers, judged = answer(together, together.reference, 64, "best_of_n")
+    start = judged.mean().item()
+    print(f"judge of the SFT model: {start:.2f}\n\n" + "\n".join(table(folder, start)) + "\n")
+    for size, run_name, scorer in (("", "none", together.scorer),
+                                   ("small ", "none_small", load_reward_model("out/reward_model_small"))):
+        together.compute.place(scorer.requires_grad_(False))
+        rewards = torch.tensor(together.scores(scorer, answers)).view(-1, 64)
+        laws = {"PPO": law_of_ppo(folder, run_name, start)}
+        laws["best of n"], curve = law_of_best_of_n(rewards, judged.view(-1, 64))
+        if not size:
+            draw(figure, folder, curve)
+        for kind, ((alpha, beta), (of_alpha, of_beta)) in laws.items():
+            print(f"{size}reward model, {kind}: α {alpha:.3f} ({of_alpha}), β {beta:.3f} ({of_beta})")
+    print("\nthe last policy without a defence, answers that the reward model likes:")
+    for name, number in detect(together, start).items():
+        print(f"  {name}: {number:.2f}")
+
+
+if __name__ == "__main__":
+    main()

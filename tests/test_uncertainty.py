@@ -1,0 +1,83 @@
+"""How far a score can be trusted: by slow loops, and by cases that can be worked out on paper."""
+import math
+
+import pytest
+import torch
+from helpers import plainly
+from helpers.arrays import near, seeds
+
+import uncertainty
+from reward_model import ranking_loss
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@seeds
+def test_heads_learn_as_a_slow_loop_says(seed):
+    torch.manual_seed(seed)
+    states = torch.randn(6, 3, 4)
+    ranks = torch.tensor([[1, 2, 3], [2, 1, 0], [1, 1, 2], [3, 2, 1], [1, 2, 0], [1, 0, 2]])
+    torch.manual_seed(seed)
+    found = uncertainty.learn_heads(states, ranks, 2, ranking_loss)
+    torch.manual_seed(seed)
+    there = [[h for h, r in zip(some, order) if r] for some, order in zip(states.tolist(), ranks.tolist())]
+    expected = plainly.heads(there, [[r for r in order if r] for order in ranks.tolist()], 2)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_heads_agree_where_answers_were_compared_and_differ_where_none_was():
+    """Answers differ in their first number alone, which is their score: the first wins with σ(r₁ − r₂)."""
+    torch.manual_seed(0)
+    states = torch.zeros(4000, 2, 3)
+    states[:, :, 0] = torch.randn(4000, 2)
+    first = torch.rand(4000) < torch.sigmoid(states[:, 0, 0] - states[:, 1, 0])
+    ranks = torch.stack([2 - first.long(), 1 + first.long()], dim=1)
+    known = {"heads": uncertainty.learn_heads(states, ranks, 5, ranking_loss), "bias": torch.zeros(5)}
+    known |= uncertainty.spread(states.flatten(0, 1))
+    seen, unseen = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 2, 2]])
+    inside, outside = uncertainty.doubt(seen, known), uncertainty.doubt(unseen, known)
+    assert inside["heads"].mean().item() == pytest.approx(1, abs=0.15)
+    assert inside["heads"].std() < 0.1 < 0.3 < outside["heads"].std()
+    assert inside["distance"] < 1 < 5 < outside["distance"]
+
+
+@seeds
+def test_distance_is_that_of_mahalanobis_and_a_hundredth_lies_beyond_the_threshold(seed):
+    torch.manual_seed(seed)
+    states = torch.randn(400, 3) @ torch.randn(3, 3) + 5
+    found = uncertainty.spread(states)
+    mean = states.mean(0)
+    covariance = sum(torch.outer(h - mean, h - mean) for h in states) / 399
+    covariance += 1e-3 * (covariance[0, 0] + covariance[1, 1] + covariance[2, 2]) / 3 * torch.eye(3)
+    slow = [math.sqrt((h - mean) @ torch.linalg.solve(covariance, h - mean)) for h in states]
+    known = found | {"heads": torch.zeros(1, 3), "bias": torch.zeros(1)}
+    near(uncertainty.doubt(states, known)["distance"] * found["threshold"], torch.tensor(slow))
+    assert sum(d > found["threshold"] for d in slow) == 4
+
+
+def test_distance_counts_a_step_by_how_much_training_answers_vary_in_its_direction():
+    """Variances 4 and 1: two to the right is as far as one up."""
+    states = torch.tensor([[2.0, 1], [2, -1], [-2, 1], [-2, -1]]) * math.sqrt(3 / 4)
+    found = uncertainty.spread(states)
+    right, up = (uncertainty.distance(torch.tensor([x]), found["mean"], found["precision"])
+                 for x in ([2.0, 0], [0.0, 1]))
+    assert right.item() == pytest.approx(1, abs=2e-3) and up.item() == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("pessimism, expected", [("none", [5.0, 5.0]), ("deviation", [2 - 0.5, 4 - 0.5 * 2]),
+                                                 ("worst", [1.0, 2.0])])
+def test_pessimism_by_hand(pessimism, expected):
+    scores, heads = torch.tensor([5.0, 5.0]), torch.tensor([[1.0, 2, 3], [2, 4, 6]])
+    near(uncertainty.cautious(scores, heads, torch.tensor([0.3, 1.0]), pessimism, 0.5, 10.0),
+         torch.tensor(expected))
+
+
+def test_the_penalty_begins_at_the_threshold():
+    distance = torch.tensor([0.9, 1.5, 3.0])
+    found = uncertainty.cautious(torch.zeros(3), torch.zeros(3, 2), distance, "none", 1.0, 2.0)
+    near(found, torch.tensor([0.0, -1.0, -4.0]))
