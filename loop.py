@@ -74,11 +74,8 @@ def learn(cfg, name, labels):
 
 def imitate(cfg, name, labels, policy):
     """A policy that imitates the answers that were ranked first, from the one that gave them."""
-    data, out = f"{cfg.out}/best_{name}.jsonl", f"{cfg.out}/{name}"
-    best = [{"prompt": p.prompt, "response": r} for p in records.read_preferences(labels[-1], 1.0) if p
-            for r, rank in zip(p.responses, p.ranks) if rank == 1]
-    records.write(data, best)
-    run("sft", f"{out}/model.safetensors", data=data, init=policy, out=out, lr=5e-4, seed=cfg.seed)
+    out = f"{cfg.out}/{name}"
+    run("sft", f"{out}/model.safetensors", data=labels[-1], init=policy, out=out, lr=5e-4, seed=cfg.seed)
     return out
 
 

@@ -5,6 +5,7 @@
                      {"prompt", "response"}, or "completion" in place of "response"
                      {"instruction", "input", "output"}, Alpaca's
                      {"chosen"}, from preferences of whole conversations
+                     {"prompt", "responses", "ranks"}: the answer that is ranked first
     preferences      {"prompt", "chosen", "rejected"}
                      {"instruction", "input", "chosen", "rejected"}
                      {"chosen", "rejected"}: two lists of messages, as in UltraFeedback, or two transcripts,
@@ -59,7 +60,7 @@ class Unusable(RecordError):
 def read_demonstrations(path, max_dropped=0.0):
     """Conversations to imitate: a list of message lists, each with something the assistant says."""
     shapes = ("demonstrations have messages, conversations, prompt and response or completion, "
-              "instruction and output, or chosen")
+              "instruction and output, chosen, or prompt, responses and ranks")
     return _read(path, _demonstration, shapes, max_dropped)
 
 
@@ -279,12 +280,20 @@ def _demonstration(record):
         readings["output"] = lambda: _prompt(record) + [_said(_text(record, "output"))]
     if "chosen" in record and not {"prompt", "instruction"} & record.keys():
         readings["chosen"] = lambda: _conversation(record, "chosen")
+    if "responses" in record:
+        readings["responses"] = lambda: _best(_preference(record))
     if not readings:
         raise UnknownShape('field "response" is missing')
     messages = _one_of(readings)
     if not any(m["role"] == "assistant" for m in messages):
         raise Unusable(f'field "{next(iter(readings))}": the assistant says nothing')
     return messages
+
+
+def _best(preference):
+    if len(set(preference.ranks)) == 1:
+        raise Unusable('field "ranks": no answer is better than another')
+    return [*preference.prompt, _said(preference.responses[preference.ranks.index(min(preference.ranks))])]
 
 
 def _said(text):

@@ -3,26 +3,35 @@
     python docs/methods.py                       all of them on three seeds, and the table
     python docs/methods.py ppo rloo --seeds 0    some of them
 
-Each method is a command below, run in out/methods/<seed>/, and not again if its model is there. Prints the
-worst of the seeds in each column: a method is as good as it is on a bad day.
+Each method is a line of commands below, run in out/methods/<seed>/, and not again if its model is there.
+Prints the worst of the seeds in each column: a method is as good as it is on a bad day. All learn from
+10,000 rankings of four answers: the world's, through a reward model or not, or as many of fresh answers.
+docs/choosing.md says what follows from the table.
 """
 import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASE = ["-m data", "sft.py", "reward_model.py"]
+# name: (commands, networks held while it learns, answers that are sampled to learn from)
 METHODS = {
-    "ppo": "ppo.py",
-    "ppo_no_kl": "ppo.py --kl_coef 0 --no-adaptive_kl --steps 60",
-    "rloo": "ppo.py --advantage rloo",
-    "grpo": "ppo.py --advantage grpo",
-    "dr_grpo": "ppo.py --advantage grpo --no-divide_by_std --no-divide_by_length",
-    "dpo": "dpo.py",
-    "dpo_alone": "dpo.py --nll_coef 0",
-    "dpo_online": "dpo.py --online annotators",
+    "rejection": ("-m data.feedback --by out/reward_model --prompts 4000 --answers 9 --out out/picked && "
+                  "sft.py --init out/sft --data out/picked/preferences.jsonl --lr 5e-4", 2, 36000),
+    "dpo": ("dpo.py", 2, 0),
+    "dpo_alone": ("dpo.py --nll_coef 0", 2, 0),
+    "dpo_ai": ("-m data.feedback --by out/reward_model --prompts 10000 --out out/ai && "
+               "dpo.py --data out/ai/preferences.jsonl --held_out out/world/preferences_heldout.jsonl",
+               2, 40000),
+    "dpo_online": ("dpo.py --online annotators", 2, 40000),
+    "ppo": ("ppo.py", 4, 54 * 128),
+    "rloo": ("ppo.py --advantage rloo", 3, 54 * 128),
+    "grpo": ("ppo.py --advantage grpo", 3, 54 * 128),
+    "dr_grpo": ("ppo.py --advantage grpo --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
+    "ppo_no_kl": ("ppo.py --kl_coef 0 --no-adaptive_kl --steps 60", 4, 60 * 128),
 }
 
 
@@ -35,6 +44,17 @@ def run(command, folder):
         sys.exit(f"{command} in {folder} failed")
 
 
+def learn(name, folder, seed):
+    """Run a method's commands, and note how long they took together."""
+    commands = METHODS[name][0].split(" && ")
+    began = time.time()
+    for command in commands[:-1]:
+        run(f"{command} --seed {seed}", folder)
+    run(f"{commands[-1]} --seed {seed} --out out/{name}", folder)
+    with open(f"{folder}/out/{name}/seconds.json", "w", encoding="utf-8") as f:
+        json.dump(time.time() - began, f)
+
+
 def measure(seed, names):
     """The report's numbers of each method on one seed: {name: {"judge", "kl", "seconds", ...}}."""
     folder = os.path.join(ROOT, "out", "methods", str(seed))
@@ -43,16 +63,17 @@ def measure(seed, names):
         for command in BASE:
             run(f"{command} --seed {seed}", folder)
     for name in names:
-        if not os.path.exists(f"{folder}/out/{name}/model.safetensors"):
-            run(f"{METHODS[name]} --seed {seed} --out out/{name}", folder)
+        if not os.path.exists(f"{folder}/out/{name}/seconds.json"):
+            learn(name, folder, seed)
     models = " ".join(f"out/{name}" for name in ["sft", *names])
     run(f"evaluate.py {models} --best_of 16 --show 0 --seed {seed}", folder)
     with open(f"{folder}/out/report.json", encoding="utf-8") as f:
         found = json.load(f)["models"]
     for name in names:
         with open(f"{folder}/out/{name}/run.json", encoding="utf-8") as f:
-            about = json.load(f)
-        found[name] |= {"seconds": about["seconds"], "memory": about["peak_memory"] / 1e9}
+            found[name]["memory"] = json.load(f)["peak_memory"] / 1e9
+        with open(f"{folder}/out/{name}/seconds.json", encoding="utf-8") as f:
+            found[name]["seconds"] = json.load(f)
     return found
 
 
@@ -65,14 +86,16 @@ def main():
     if unknown := set(names) - set(METHODS):
         parser.error(f"{min(unknown)} is none of {', '.join(METHODS)}")
     found = [measure(seed, names) for seed in args.seeds]
-    print("| method | judge | wins | KL | length | ended | seconds | memory |\n|" + " --- |" * 8)
+    print("| method | judge | wins | KL | length | ended | seconds | memory | networks | answers sampled |\n|"
+          + " --- |" * 10)
     for name in ["sft", "best_of_n", *names]:
         rows = [seed[name] for seed in found]
         least = {key: min(row[key] for row in rows) for key in ("judge", "win_rate", "ended")}
         most = {key: max(row.get(key, 0) for row in rows) for key in ("kl", "length", "seconds", "memory")}
+        _, networks, answers = METHODS.get(name, ("", 2 if name == "best_of_n" else 1, 0))
         print(f"| {name} | {least['judge']:.2f} | {least['win_rate']:.1%} | {most['kl']:.1f} "
               f"| {most['length']:.0f} | {least['ended']:.0%} | {most['seconds']:.0f} "
-              f"| {most['memory']:.1f} GB |")
+              f"| {most['memory']:.1f} GB | {networks} | {answers} |")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
     ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},                              # Anthropic HH
      [USER, BOT, {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A friend."}]),
     ({"instruction": "Hi", "output": "Hello.", "chosen": "a", "rejected": "b"}, [USER, BOT]),
+    ({"prompt": "Hi", "responses": ["No.", "Hello.", "Go."], "ranks": [3, 1, 2]}, [USER, BOT]),
+    ({"prompt": "Hi", "responses": ["No.", "Hello.", "Go."], "ranks": [3, 2, 2]}, [USER, BOT]),     # the first
 ])
 def test_each_demonstration_format_is_read(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])
@@ -175,6 +177,8 @@ RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
      ["response", "completion", "two ways"]),
     (demonstrations, {"messages": [USER, BOT], "chosen": [USER, NO]}, ["messages", "chosen", "two ways"]),
     (demonstrations, {"prompt": "Hi", "completion": []}, ['"completion"', "found none"]),
+    (demonstrations, {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 1]}, ["no answer is better"]),
+    (demonstrations, {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}, ['"ranks"', "as long as"]),
     (preferences, {**RANKED, "chosen": "a"}, ["responses", "chosen", "two ways"]),
     (preferences, {"chosen": [USER, BOT], "rejected": [USER]}, ['"rejected"', "must be the assistant's"]),
     (preferences, {"chosen": [USER, BOT], "rejected": [SYSTEM, USER, NO]}, ["share all but the last"]),
