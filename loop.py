@@ -75,7 +75,8 @@ def learn(cfg, name, labels):
 def imitate(cfg, name, labels, policy):
     """A policy that imitates the answers that were ranked first, from the one that gave them."""
     out = f"{cfg.out}/{name}"
-    run("sft", f"{out}/model.safetensors", data=labels[-1], init=policy, out=out, lr=5e-4, seed=cfg.seed)
+    run("sft", f"{out}/model.safetensors", data=labels[-1], init=policy, out=out, lr=5e-4, seed=cfg.seed,
+        max_dropped=1)                                          # where all answers tie none is imitated
     return out
 
 

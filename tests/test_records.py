@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
      [USER, BOT, {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A friend."}]),
     ({"instruction": "Hi", "output": "Hello.", "chosen": "a", "rejected": "b"}, [USER, BOT]),
     ({"prompt": "Hi", "responses": ["No.", "Hello.", "Go."], "ranks": [3, 1, 2]}, [USER, BOT]),
-    ({"prompt": "Hi", "responses": ["No.", "Hello.", "Go."], "ranks": [3, 2, 2]}, [USER, BOT]),     # the first
+    ({"prompt": "Hi", "responses": ["No.", "Hello.", "Go."], "ranks": [3, 2, 2]}, [USER, BOT]),
 ])
 def test_each_demonstration_format_is_read(tmp_path, record, expected):
     write(tmp_path / "a.jsonl", [record])

@@ -86,6 +86,21 @@ def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, com
     assert_close(alone / f"{out}_{kind}", out)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_known_of_a_score_is_learnt_and_used_alike_by_several_processes(alone, kind):
+    careful = "--reward out/sure --pessimism deviation --ood_penalty 2 --out out/careful"
+    commands = [f"reward_model.py {FLAGS['reward_model']} --ensemble 3 --out out/sure",
+                f"ppo.py {FLAGS['ppo']} {careful}"]
+    if not (alone / "out/careful").exists():
+        in_float64(commands, alone)
+    in_float64([f"{command}_{kind} --parallel {kind}" for command in commands], alone, 2)
+    one, two = (load_tensors(str(alone / f"out/{name}/uncertainty.safetensors"))
+                for name in ("sure", f"sure_{kind}"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-8)
+    assert_close(alone / f"out/careful_{kind}", alone / "out/careful")
+
+
 def test_only_the_first_process_speaks(together):
     assert together[2].count("wrote out/") == 3 * len(FLAGS) + 3
 
