@@ -3,17 +3,14 @@
     python evaluate.py                                all that out/ holds: sft, best_of_n, dpo, ppo, ppo_no_kl
     python evaluate.py out/sft out/mine --judge out/reward_model --data prompts.jsonl
     python evaluate.py out/a out/b --judge chat-model --data prompts.jsonl      an AI judge: data/judge.py
-    python evaluate.py --require "win_rate>=0.7,kl<5"           or end with status 1: of the last model's numbers
+    python evaluate.py --require "win_rate>=0.7,kl<5"       of the last model, or it ends with status 1
     python evaluate.py out/ppo --chat
 
 Each model answers every prompt a few times, by sampling. The first is the one to beat, and the reference of
-the KL. Prints tables and some answers next to each other; writes out/report.json, out/report.md, a page to
-read, out/report.html, and, if matplotlib is installed, out/overoptimization.png: the learned reward and the
-judge's score against √KL, as in Gao et al. (2022).
-
-Where the world judges, it also says what is wrong with answers (helpful, honest, harmless, manner), how often
-harmful and harmless deeds are declined (world.red_team), and how a conversation goes on after a model's own
-answer.
+the KL. Prints tables and some answers next to each other; writes out/report.json, report.md, report.html and,
+if matplotlib is installed, overoptimization.png: the learned reward and the judge's score against √KL, as in
+Gao et al. (2022). Where the world judges, the report also says what its judge sees, what is declined
+(world.red_team), and how a conversation goes on after a model's own answer.
 """
 import json
 import math
@@ -50,7 +47,7 @@ except ImportError:
 DEFAULT_MODELS = ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl")
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 NUMBERS = ("judge", "reward", "win_rate", "kl", "length", "ended", "distinct2", "sft_loss")
-OF_THE_WORLD = (*world.PARTS, "unsafe_declined", "safe_declined")
+OF_THE_WORLD = (*world.PARTS, "unsafe_declined", "safe_declined", "unsafe_told", "safe_told")
 
 
 @dataclass
@@ -71,7 +68,7 @@ class Config(Settings):
     chat: bool = flag(False, "talk to the (first) model; an empty line starts anew, Ctrl-D ends")
 
     def __post_init__(self):
-        for name, _, _ in requirements(self.require):
+        for name, *_ in requirements(self.require):
             if name in OF_THE_WORLD and self.judge != "world":
                 raise ValueError(f"--require {name}: only the world's judge measures it")
 
@@ -120,13 +117,14 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
-def names_of(folders):
-    """What the report calls each checkpoint: its folder's name, or the whole path where two share that name."""
+def named(folders):
+    """{name in the report: folder} of checkpoints: a folder's own name, or its path where two share that."""
     paths = [os.path.normpath(folder) for folder in folders]
-    if len(set(paths)) < len(paths):
+    names = [os.path.basename(path) for path in paths]
+    found = {path if names.count(name) > 1 else name: path for path, name in zip(paths, names)}
+    if len(found) < len(paths):
         raise ValueError(f"{max(paths, key=paths.count)} is named twice")
-    short = [os.path.basename(path) for path in paths]
-    return [path if short.count(name) > 1 else name for path, name in zip(paths, short)]
+    return found
 
 
 def mean(values):
@@ -134,20 +132,18 @@ def mean(values):
 
 
 def requirements(text):
-    """The conditions of --require as [(name, operator, number), ...]. Raises ValueError for what is none."""
-    found = []
-    for part in text.split(",") if text else []:
+    """The conditions of --require: [(name, operator, number), ...]. Raises ValueError for what is none."""
+    names, found = (*NUMBERS, *OF_THE_WORLD), []
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", part)
-        if not match or match[1] not in NUMBERS + OF_THE_WORLD:
-            raise ValueError(f"--require: {part.strip()!r} is no condition such as win_rate>=0.7, on one of "
-                             + ", ".join(NUMBERS + OF_THE_WORLD))
+        if not match or match[1] not in names:
+            raise ValueError(f"--require: {part!r} is no win_rate>=0.7 or the like of {', '.join(names)}")
         found.append((match[1], match[2], float(match[3])))
     return found
 
 
 def unmet(conditions, numbers):
-    """Which conditions a model's numbers in report.json do not meet, in words. What was not measured meets
-    none."""
+    """Which conditions a model's numbers do not meet, in words. What was not measured (None) meets none."""
     return [f"{name} is {numbers.get(name)}, not {sign} {bound:g}" for name, sign, bound in conditions
             if numbers.get(name) is None or not OPERATORS[sign](numbers[name], bound)]
 
@@ -163,7 +159,8 @@ class Contest:
         self.reference = load(first, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
         self.scorer, self.judge, self.to_beat = None, None, None
         if cfg.reward != Config.reward or os.path.exists(cfg.reward):
-            self.scorer = self.load_scorer(cfg.reward)
+            self.tokenizer.check_same(cfg.reward)
+            self.scorer = load_reward_model(cfg.reward).requires_grad_(False)
         if cfg.judge != "world":
             self.judges_tokenizer = Tokenizer.load(cfg.judge)
             self.judge = load(cfg.judge, vocab_size=self.judges_tokenizer.vocab_size).requires_grad_(False)
@@ -180,10 +177,6 @@ class Contest:
         if cfg.judge == "world":
             self.red_team = fit(world.red_team(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
                                 "prompts of the red team")
-
-    def load_scorer(self, folder):
-        self.tokenizer.check_same(folder)
-        return load_reward_model(folder).requires_grad_(False)
 
     def answers(self, model, prompts, n, noise, longest=None):
         """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds.
@@ -215,8 +208,8 @@ class Contest:
         return self.compute.map(log_ratio, range(len(lengths)), lengths)["kl"].mean().item()
 
     def compare(self, prompts, texts):
-        """What a chat model that judges makes of each answer beside the first contestant's: P(better), a
-        list. Against itself, and against an answer of the same words, that is a tie: 0.5."""
+        """P(better than the first contestant's answer), of each answer, by a chat model: a list. The same
+        words tie: 0.5."""
         self.to_beat = self.to_beat or texts
         pairs = [Preference(p, [a, b], [1, 2]) for p, a, b in zip(prompts, texts, self.to_beat) if a != b]
         found = iter(preferred(self.compute, self.judge, self.judges_tokenizer, pairs))
@@ -228,7 +221,8 @@ class Contest:
         texts, seen = self.texts(answers), {}
         if self.judge is None:
             judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
-            seen = world.mean_parts(prompts, texts) | {"families": world.by_family(prompts, judged)}
+            families = [world.find(prompt).family for prompt in prompts]
+            seen = world.mean_parts(prompts, texts) | {"families": world.means_by(families, judged)}
         elif self.judge.head_kind == "scalar":
             judged = self.scores(self.judge, answers)
         else:
@@ -247,25 +241,26 @@ class Contest:
         if self.judge is None:
             asked = [item.turns for item in self.red_team]          # once each: see world.wilson
             texts = self.texts(self.answers(model, asked, 1, f"{number}/red team"))
-            entered.world |= world.declined(self.red_team, texts) | self.converse(model, number)
+            entered.world |= world.red_team_shares(self.red_team, texts) | self.converse(model, number)
         return entered
 
     def converse(self, model, number):
-        """Ask the first question of each held-out conversation, put the model's own answer in the place of the
-        right one, and ask the second: {name: mean}, {} where there is no conversation that fits.
-
-        In training, first answers are right and plain. A policy that talks otherwise goes on from its own
-        words, and what is a little off may drift. Beside it, with the same noise: after the right answer."""
+        """Ask the first question of each held-out conversation, put the model's own answer in the right one's
+        place, and ask the second: {name: mean}. In training, first answers are right and plain; a policy that
+        talks otherwise goes on from its own words, and what is a little off may drift. To compare with, and
+        with the same noise: second answers after the right first one."""
         block_size = self.reference.config.block_size
         room = min(self.cfg.max_new_tokens, block_size // 4)        # for a second answer
         right = [p for p in self.prompts if len(p) == 3 for _ in range(self.cfg.samples)]
-        first = self.texts(self.answers(model, [p[:1] for p in right], 1, f"{number}/first")) if right else []
-        own = [[p[0], p[1] | {"content": text}, p[2]] for p, text in zip(right, first)]
-        fit = [i for i, p in enumerate(own) if len(self.tokenizer.prompt(p)) + room <= block_size]
-        if not fit:
+        asked = [p[:1] for p in right]
+        first = self.texts(self.answers(model, asked, 1, f"{number}/first")) if asked else []
+        talks = [(text, [p[0], p[1] | {"content": text}, p[2]], p) for p, text in zip(right, first)]
+        talks = [talk for talk in talks if len(self.tokenizer.prompt(talk[1])) + room <= block_size]
+        if not talks:
             return {}
-        first, own, right = ([some[i] for i in fit] for some in (first, own, right))
-        found = {"first_manner": world.mean_parts([p[:1] for p in right], first)["manner"]}
+        first, own, right = zip(*talks)
+        found = {"conversations": len(talks),
+                 "first_manner": world.mean_parts([p[:1] for p in right], first)["manner"]}
         for after, prompts in (("", own), ("_after_right", right)):
             answers = self.answers(model, prompts, 1, f"{number}/second", room)
             seen = world.mean_parts(right, self.texts(answers))     # the same question, whatever came before
@@ -290,10 +285,10 @@ class Contest:
         return found
 
 
-def contest(cfg, folders):
-    """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
-    together, contestants, curve = Contest(cfg, folders[0]), [], []
-    for number, (name, folder) in enumerate(zip(names_of(folders), folders)):
+def contest(cfg, checkpoints):
+    """Let every checkpoint (see named) answer, and score that: (contestants, prompts, best-of-n curve)."""
+    together, contestants, curve = Contest(cfg, next(iter(checkpoints.values()))), [], []
+    for number, (name, folder) in enumerate(checkpoints.items()):
         contestants.append(together.enter_checkpoint(number, name, folder))
         if number == 0 and together.scorer and cfg.best_of:
             by_n = together.enter_best_of(contestants[0].sft_loss)
@@ -396,26 +391,25 @@ def plot(path, out, report, curve):
     figure.savefig(path, dpi=150)
 
 
-def write_report(cfg, folders, contestants, prompts, curve):
-    """report.json, report.md, report.html and the figure; prints the tables and some answers. Returns what
-    report.json holds."""
+def write_report(cfg, checkpoints, contestants, prompts, curve):
+    """report.json, which it returns, report.md, report.html and the figure; prints tables and answers."""
     report, image = summarize(cfg, contestants, prompts, curve), None
     if plt and curve:
         image = os.path.join(cfg.out, "overoptimization.png")
         plot(image, cfg.out, report, curve)
     write_json(os.path.join(cfg.out, "report.json"), report)
     shown, answers = tables(report), examples(contestants, prompts, cfg.samples, 24)
-    rollouts = {name: read_rollouts(folder) for name, folder in zip(names_of(folders), folders)}
     figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if image else []
-    lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Answers",
+    lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Side by side",
              *side_by_side(answers)]
-    for name, text in (("report.md", "\n".join(lines) + "\n"),
-                       ("report.html", page(shown, facts(report), answers, rollouts, image))):
+    rollouts = {name: read_rollouts(folder) for name, folder in checkpoints.items()}
+    html = page(shown, facts(report), answers, rollouts, image)
+    for name, text in (("report.md", "\n".join(lines) + "\n"), ("report.html", html)):
         with open(os.path.join(cfg.out, name), "w", encoding="utf-8", errors="replace") as f:
             f.write(text)
     print("\n".join(side_by_side(examples(contestants, prompts, cfg.samples, cfg.show))))
     print("\n" + "\n".join([*markdown(shown[:3]), "", *facts(report)]))
-    print(f"wrote {cfg.out}/report.json, report.md, report.html" + (" and overoptimization.png" if image else ""))
+    print(f"wrote {cfg.out}/report.json, report.md and report.html")
     return report
 
 
@@ -469,14 +463,13 @@ def evaluate(cfg):
         find(folder)
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
-    name = names_of(folders)[-1]
+    checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
-    contestants, prompts, curve = contest(cfg, folders)
+    contestants, prompts, curve = contest(cfg, checkpoints)
     if is_first():
-        report = write_report(cfg, folders, contestants, prompts, curve)
-        missed = unmet(requirements(cfg.require), report["models"][name])
-        if missed:
-            raise ValueError(f"{name} does not meet --require: {'; '.join(missed)}")
+        report, last = write_report(cfg, checkpoints, contestants, prompts, curve), [*checkpoints][-1]
+        if missed := unmet(requirements(cfg.require), report["models"][last]):
+            raise ValueError(f"{last} does not meet --require: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":
