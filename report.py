@@ -183,10 +183,10 @@ only imitated people; the others have learnt, each in its way, to answer as peop
 <section><h2>Pleasing, or being right?</h2><p>Where the reward rises and the judge's score falls, a model has
 learnt to please the reward model with answers that are no better: it hacks its reward.$figure</section>
 $tables<section><h2>Answers side by side</h2>$answers</section>
-<section><h1>Inside PPO</h1><p>Answers of training's first step and of its last. A blue token with a solid line
-did better than expected, and becomes likelier; an orange one with a dotted line did worse. log π is its
-log-probability, log π_ref the first model's, and the KL reward the penalty for their difference. The value is
-what the critic expected from there on, the return what came, the advantage what was better.$inside</section>
+<section><h1>Inside PPO</h1><p>Answers of training's first step and of its last. A blue token (solid line)
+did better than expected, and becomes likelier; an orange one (dotted line) did worse. log π is its
+log-probability, log π_ref the first model's, the KL reward the penalty for their difference. The value is
+what was expected from there on, the return what came, the advantage how much better it was.$inside</section>
 <script>
 const span = text => Object.assign(document.createElement("span"), {textContent: text})
 function show({target}) {
