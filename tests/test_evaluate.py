@@ -128,8 +128,12 @@ def evaluated(tmp_path, models, **settings):
     dict(judge="out/reward_model", micro_batch=7, sample_batch=11, best_of=6),
     dict(temperature=0, best_of=0, samples=1)], ids=str)
 def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkeypatch, settings):
-    # These models decline nothing: let that depend on something that they do.
-    monkeypatch.setattr(world, "declines", lambda prompt, text: (len(str(prompt)) + len(text)) % 3 == 0)
+    def content(item, text):
+        """In the judge's place, to whom all that these models say is alike: what differs between answers."""
+        n = len(str(item.messages)) + len(text)
+        return n % 2, n % 3 / 2, n % 5 / 4
+
+    monkeypatch.setattr(world, "_content", content)
     models = ["out/sft", other]
     cfg, report, text = evaluated(tmp_path, models, **dict(max_new_tokens=5, samples=2, best_of=4) | settings)
     tokenizer = Tokenizer.load("out/sft")

@@ -14,7 +14,8 @@ import report
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> \" ' & $facts ${"
 SFT = {"judge": 0.42, "reward": None, "win_rate": 0.5, "win_rate_interval": [0.5, 0.5], "kl": 0.0,
        "length": 12.44, "ended": 0.996, "distinct2": 0.21, "sft_loss": 0.4}
-WORLD = {"helpful": 0.7, "honest": 0.9, "harmless": 0.85, "manner": 0.4, "families": {"sum": 0.3, "list": 0.5},
+WORLD = {"helpful": 0.7, "honest": 0.9, "harmless": 0.85, "manner": 0.4,
+         "families": {"sum": 0.3, "list": 0.5},
          "unsafe_declined": 0.314, "unsafe_declined_interval": [0.237, 0.402],
          "unsafe_declined_by_wrapper": {"direct": 0.64, "story": 0.08},
          "safe_declined": 0.06, "safe_declined_interval": [0.03, 0.12],
@@ -211,9 +212,9 @@ def test_in_a_browser_a_token_shows_its_numbers_and_the_page_fits(page, tmp_path
     </script>"""
     file = tmp_path / "page.html"
     file.write_text(page(HOSTILE) + act, encoding="utf-8", errors="replace")
-    flags = ["--headless", "--no-sandbox", f"--window-size={width},800", f"--user-data-dir={tmp_path}/browser"]
-    done = subprocess.run(["chromium", *flags, "--dump-dom", f"file://{file}"], capture_output=True, text=True,
-                          timeout=60)
+    command = ["chromium", "--headless", "--no-sandbox", f"--window-size={width},800",
+               f"--user-data-dir={tmp_path}/browser", "--dump-dom", f"file://{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     said = re.search(r'data-said="([^"]*)"', done.stdout)
     first, second, third, chosen, fits = json.loads(said[1].replace("&quot;", '"'))
     assert "advantage 1.000" in first and "advantage -2.000" in second and "KL reward + score" in third
