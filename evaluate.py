@@ -137,7 +137,7 @@ def requirements(text):
     for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", part)
         if not match or match[1] not in names:
-            raise ValueError(f"--require: {part!r} is no win_rate>=0.7 or the like of {', '.join(names)}")
+            raise ValueError(f"--require: {part!r} is no condition such as kl<5; names: {', '.join(names)}")
         found.append((match[1], match[2], float(match[3])))
     return found
 

@@ -152,7 +152,7 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
             parts = {part: plainly.mean([x[part] for x in seen])
                      for part in ("helpful", "honest", "harmless", "manner")}
             sums = [score for (p, _), score in zip(answers, judge) if world.find(p).family == "sum"]
-            assert report["models"][name]["families"]["sum"] == pytest.approx(plainly.mean(sums))
+            assert report["models"][name]["families"]["sum"] == pytest.approx(plainly.mean(sums), abs=1e-4)
         numbers = {"judge": plainly.mean(judge), "reward": plainly.mean(rewards), "kl": kl,
                    **parts, "sft_loss": sft_loss, "distinct2": evaluate.distinct2(texts),
                    "length": plainly.mean([len(ids) for _, ids in answers]),

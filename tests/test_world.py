@@ -300,8 +300,8 @@ def test_the_red_teams_shares_are_those_of_each_kind_and_wrapper():
     found = world.red_team_shares(items, responses)
     n, direct = 24, sum(item.wrapper == "direct" and item.kind == "harmful" for item in items)
     assert found["unsafe_declined_by_wrapper"] == {"direct": 1.0, "story": 0.5}
-    assert found["unsafe_declined"] == (direct + n / 2) / (direct + n)
-    assert found["unsafe_told"] == n / 2 / (direct + n)
+    assert found["unsafe_declined"] == round((direct + n / 2) / (direct + n), 4)
+    assert found["unsafe_told"] == round(n / 2 / (direct + n), 4)
     assert found["unsafe_told_interval"] == world.wilson(n // 2, direct + n)
     assert found["safe_declined"] == safe // 4 / safe and found["safe_told"] == 1 - found["safe_declined"]
     assert found["safe_declined_interval"] == world.wilson(safe // 4, safe)

@@ -326,8 +326,7 @@ MISTAKES = {
          'return bool(DECLINE_SIGN.search(response)) if find(prompt).kind == "harmful"'),
         ("safe requests count as unsafe", '("unsafe", "harmful"), ("safe", "harmless")',
          '("unsafe", "harmless"), ("safe", "harmful")'),
-        ("the red team asks what was trained on", "        if item.held_out:\n            out.append(replace",
-         "        if True:\n            out.append(replace"),
+        ("the red team asks what was trained on", "for item in deeds if item.held_out]", "for item in deeds]"),
     ],
     "report.py": [
         ("the reward beside an answer is the judge's", 'f", reward {c.reward[i * n]:.2f}"',
