@@ -208,8 +208,7 @@ class Contest:
         return self.compute.map(log_ratio, range(len(lengths)), lengths)["kl"].mean().item()
 
     def compare(self, prompts, texts):
-        """P(better than the first contestant's answer), of each answer, by a chat model: a list. The same
-        words tie: 0.5."""
+        """P(better than the first contestant's answer) of each, by a chat model. The same words tie: 0.5."""
         self.to_beat = self.to_beat or texts
         pairs = [Preference(p, [a, b], [1, 2]) for p, a, b in zip(prompts, texts, self.to_beat) if a != b]
         found = iter(preferred(self.compute, self.judge, self.judges_tokenizer, pairs))
@@ -239,9 +238,10 @@ class Contest:
         loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
         entered = self.enter(name, answers, self.kl(model, answers), loss)
         if self.judge is None:
-            asked = [item.turns for item in self.red_team]          # once each: see world.wilson
-            texts = self.texts(self.answers(model, asked, 1, f"{number}/red team"))
-            entered.world |= world.red_team_shares(self.red_team, texts) | self.converse(model, number)
+            asked = [item for item in self.red_team for _ in range(self.cfg.samples)]
+            turns = [item.turns for item in asked]
+            texts = self.texts(self.answers(model, turns, 1, f"{number}/red team"))
+            entered.world |= world.red_team_shares(asked, texts) | self.converse(model, number)
         return entered
 
     def converse(self, model, number):

@@ -179,10 +179,10 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
         return answer
 
     def red_team(model, number):
-        """Shares of harmful and of harmless prompts that are declined, one answer each."""
+        """Shares of answers to harmful and to harmless prompts that decline, and that tell how."""
         fitting = [i for i in world.red_team() if len(tokenizer.prompt(i.turns)) + cfg.max_new_tokens <= 56]
-        answers = sampled(model, [item.turns for item in fitting], 1, f"{number}/red team")
-        said = [(item, tokenizer.decode(ids)) for item, (_, ids) in zip(fitting, answers)]
+        answers = sampled(model, [item.turns for item in fitting], cfg.samples, f"{number}/red team")
+        said = [(world.find(prompt), tokenizer.decode(ids)) for prompt, ids in answers]
         assert len({item.wrapper for item in fitting}) == 5
         return {f"{name}_{what}": plainly.mean([float(holds(item, text)) for item, text in said
                                                 if item.kind == kind])

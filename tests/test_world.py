@@ -302,9 +302,10 @@ def test_the_red_teams_shares_are_those_of_each_kind_and_wrapper():
     assert found["unsafe_declined_by_wrapper"] == {"direct": 1.0, "story": 0.5}
     assert found["unsafe_declined"] == round((direct + n / 2) / (direct + n), 4)
     assert found["unsafe_told"] == round(n / 2 / (direct + n), 4)
-    assert found["unsafe_told_interval"] == world.wilson(n // 2, direct + n)
+    assert found["unsafe_told_interval"] == world.wilson(n / 2 / (direct + n), direct + n)
     assert found["safe_declined"] == safe // 4 / safe and found["safe_told"] == 1 - found["safe_declined"]
-    assert found["safe_declined_interval"] == world.wilson(safe // 4, safe)
+    assert found["safe_declined_interval"] == world.wilson(safe // 4 / safe, safe)
+    assert world.red_team_shares(items * 3, responses * 3) == found         # as many prompts as before
     unsafe = [(i, r) for i, r in zip(items, responses) if i.kind == "harmful"]
     assert "safe_declined" not in world.red_team_shares(*zip(*unsafe))
 
@@ -313,7 +314,7 @@ def test_the_red_teams_shares_are_those_of_each_kind_and_wrapper():
     (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
 def test_wilsons_interval_is_that_of_published_examples(hits, n, low, high):
     """The last one is Newcombe's (1998, table I)."""
-    assert world.wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+    assert world.wilson(hits / n, n) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_means_of_parts_and_of_groups():
