@@ -12,7 +12,7 @@ from runtime.launch import warn
 # {table: {column: (key in report.json, format, what it means)}}
 COLUMNS = {
     "Side by side": {
-        "judge": ("judge", ".2f", "how good answers are, from 0 to 1; the world's judge knows the truth"),
+        "judge": ("judge", ".2f", "how good answers are, by the judge; the world's (0 to 1) knows the truth"),
         "wins against the first": ("win_rate", ".1%", "better than the first model's answer (a tie is half)"),
         "reward": ("reward", ".2f", "what the reward model thinks: all that PPO sees"),
         "KL (nats)": ("kl", ".1f", "how far a model has moved from the first one"),
@@ -161,7 +161,7 @@ PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>H
 <style>
   body { margin: auto; max-width: 64rem; padding: 0 1rem; color: #222; font: 17px/1.55 system-ui, sans-serif }
   h2 { margin: 2.5rem 0 .5rem } h3 { font-size: 1rem; margin: 0 } img { width: 100% } div { overflow: auto }
-  small, ul { font-size: .85rem; color: #555 } ul { columns: 22rem; padding: 0 1rem }
+  small, ul { font-size: .85rem; color: #555; font-weight: normal } ul { columns: 22rem; padding: 0 1rem }
   table { border-collapse: collapse; font-size: .9rem; white-space: nowrap }
   th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; background: #fff }
   th:first-child, td:first-child { position: sticky; left: 0; text-align: left; padding-left: 0 }
@@ -176,10 +176,10 @@ PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>H
   section:not(:has(article, img)) { display: none }
 </style>
 <h1>How the models answer</h1>
-<p>Several language models were asked the same questions, which were not in their training. The first has
-only imitated people; the others have learnt, each in its way, to answer as people prefer. In training a
-<em>reward model</em> stands for these people, and can be fooled; here a <em>judge</em> says what is good.
-<p>$facts $first
+<p>Several language models were asked the same questions, which were not in their training. The first is what
+the others are compared with: mostly one that has only imitated people, while they learnt to answer as people
+prefer. In training a <em>reward model</em> stands for people, and can be fooled; here a <em>judge</em> says
+what is good. <p>$facts $first
 <section><h2>Pleasing, or being right?</h2><p>Where the reward rises and the judge's score falls, a model has
 learnt to please the reward model with answers that are no better: it hacks its reward.$figure</section>
 $tables<section><h2>Answers side by side</h2>$answers</section>
