@@ -2,17 +2,22 @@
 
     python evaluate.py                                all that out/ holds: sft, best_of_n, dpo, ppo, ppo_no_kl
     python evaluate.py out/sft out/mine --judge out/reward_model --data prompts.jsonl
+    python evaluate.py out/a out/b --judge chat-model --data prompts.jsonl      an AI judge: data/judge.py
+    python evaluate.py --require "win_rate>=0.7,kl<5"       of the last model, or it ends with status 1
     python evaluate.py out/ppo --chat
 
 Each model answers every prompt a few times, by sampling. The first is the one to beat, and the reference of
-the KL. Prints a table and some answers next to each other; writes out/report.json, out/report.md and, if
-matplotlib is installed, out/overoptimization.png: the learned reward and the judge's score against √KL, as in
-Gao et al. (2022).
+the KL. Prints tables and some answers next to each other; writes out/report.json, report.md, report.html and,
+if matplotlib is installed, overoptimization.png: the learned reward and the judge's score against √KL, as in
+Gao et al. (2022). Where the world judges, the report also says what its judge sees, what is declined
+(world.red_team), and how a conversation goes on after a model's own answer.
 """
 import json
 import math
+import operator
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -20,8 +25,11 @@ from dataclasses import dataclass
 import torch
 
 from data import loading, world
-from data.batches import encode_demonstrations, fit_prompts
+from data.batches import encode_demonstrations, fit, fit_prompts
+from data.judge import preferred
+from data.records import Preference
 from data.tokenizer import Tokenizer
+from report import examples, markdown, page, read_rollouts, side_by_side, tables
 from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
 from runtime.compute import row_seeds
 from runtime.files import write_json
@@ -37,6 +45,9 @@ except ImportError:
     plt = None
 
 DEFAULT_MODELS = ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl")
+OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+NUMBERS = ("judge", "reward", "win_rate", "kl", "length", "ended", "distinct2", "sft_loss")
+OF_THE_WORLD = (*world.PARTS, "unsafe_declined", "safe_declined", "unsafe_told", "safe_told")
 
 
 @dataclass
@@ -44,7 +55,7 @@ class Config(Settings):
     models: tuple = flag((), f"checkpoint folders; none takes what there is of {', '.join(DEFAULT_MODELS)}")
     out: str = flag("out", "folder of the report")
     data: str = flag("world", "prompts: world (its held-out ones), or a file")
-    judge: str = flag("world", "world, or a reward model's folder")
+    judge: str = flag("world", "world, or the folder of a reward model, or of a chat model that compares")
     reward: str = flag("out/reward_model", "reward model that scores, and that picks the best of n")
     demonstrations: str = flag("world", "held-out demonstrations for the alignment tax: world, or a file")
     samples: int = flag(3, "answers to each prompt", 1)
@@ -53,7 +64,13 @@ class Config(Settings):
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
     micro_batch: int = flag(256, "sequences per forward pass: lower it if memory runs out", 1)
     show: int = flag(6, "prompts whose answers are printed next to each other", 0)
+    require: str = flag("", "conditions on the last model's numbers, as in win_rate>=0.7,kl<5")
     chat: bool = flag(False, "talk to the (first) model; an empty line starts anew, Ctrl-D ends")
+
+    def __post_init__(self):
+        for name, *_ in requirements(self.require):
+            if name in OF_THE_WORLD and self.judge != "world":
+                raise ValueError(f"--require {name}: only the world's judge measures it")
 
 
 @dataclass
@@ -63,10 +80,11 @@ class Contestant:
     texts: list
     lengths: list                           # of answers in tokens, <|im_end|> included
     ended: list                             # bools
-    judge: list                             # the judge's scores
+    judge: list                             # the judge's scores; of a chat model, P(better than the first's)
     reward: list                            # the reward model's, or empty
     kl: float                               # nats per answer from the first model
     sft_loss: float                         # nats per token on held-out demonstrations
+    world: dict                             # what only the world's judge can tell, for the report
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -99,8 +117,35 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def named(folders):
+    """{name in the report: folder} of checkpoints: a folder's own name, or its path where two share that."""
+    paths = [os.path.normpath(folder) for folder in folders]
+    names = [os.path.basename(path) for path in paths]
+    found = {path if names.count(name) > 1 else name: path for path, name in zip(paths, names)}
+    if len(found) < len(paths):
+        raise ValueError(f"{max(paths, key=paths.count)} is named twice")
+    return found
+
+
 def mean(values):
     return round(sum(values) / len(values), 4) if values else None
+
+
+def requirements(text):
+    """The conditions of --require: [(name, operator, number), ...]. Raises ValueError for what is none."""
+    names, found = (*NUMBERS, *OF_THE_WORLD), []
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", part)
+        if not match or match[1] not in names:
+            raise ValueError(f"--require: {part!r} is no condition such as kl<5; names: {', '.join(names)}")
+        found.append((match[1], match[2], float(match[3])))
+    return found
+
+
+def unmet(conditions, numbers):
+    """Which conditions a model's numbers do not meet, in words. What was not measured (None) meets none."""
+    return [f"{name} is {numbers.get(name)}, not {sign} {bound:g}" for name, sign, bound in conditions
+            if numbers.get(name) is None or not OPERATORS[sign](numbers[name], bound)]
 
 
 # -------------------------------------------------------------------------------------- the contest
@@ -112,11 +157,15 @@ class Contest:
         """first: folder of the model to beat."""
         self.cfg, self.compute, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(first)
         self.reference = load(first, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
-        self.scorer, self.judge = None, None
+        self.scorer, self.judge, self.to_beat = None, None, None
         if cfg.reward != Config.reward or os.path.exists(cfg.reward):
-            self.scorer = self.load_scorer(cfg.reward)
+            self.tokenizer.check_same(cfg.reward)
+            self.scorer = load_reward_model(cfg.reward).requires_grad_(False)
         if cfg.judge != "world":
-            self.judge = self.load_scorer(cfg.judge)
+            self.judges_tokenizer = Tokenizer.load(cfg.judge)
+            self.judge = load(cfg.judge, vocab_size=self.judges_tokenizer.vocab_size).requires_grad_(False)
+            if self.judge.head_kind == "scalar":
+                self.tokenizer.check_same(cfg.judge)
         self.compute.place(*(net for net in (self.reference, self.scorer, self.judge) if net is not None))
         block_size = self.reference.config.block_size
         _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
@@ -125,17 +174,21 @@ class Contest:
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)
         self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
                                                     "held-out demonstrations")
+        if cfg.judge == "world":
+            self.red_team = fit(world.red_team(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
+                                "prompts of the red team")
 
-    def load_scorer(self, folder):
-        self.tokenizer.check_same(folder)
-        return load_reward_model(folder).requires_grad_(False)
-
-    def answers(self, model, n, noise):
-        """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds."""
-        ids = [self.tokenizer.prompt(p) for p in self.prompts for _ in range(n)]
+    def answers(self, model, prompts, n, noise, longest=None):
+        """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds.
+        longest: in tokens, if not the flag's."""
+        ids = [self.tokenizer.prompt(p) for p in prompts for _ in range(n)]
         seeds = row_seeds(random.Random(f"{self.cfg.seed}/{noise}"), len(ids))
-        return self.compute.sample(model, ids, seeds, self.cfg.max_new_tokens, self.cfg.temperature,
-                                   self.tokenizer.end)
+        return self.compute.sample(model, ids, seeds, longest or self.cfg.max_new_tokens,
+                                   self.cfg.temperature, self.tokenizer.end)
+
+    def texts(self, answers):
+        return [self.tokenizer.decode(ids[mask].tolist())
+                for ids, mask in zip(answers["tokens"], answers["mask"])]
 
     def scores(self, net, answers):
         """A reward model's score of each answer: a list."""
@@ -154,33 +207,74 @@ class Contest:
         lengths = answers["lengths"]
         return self.compute.map(log_ratio, range(len(lengths)), lengths)["kl"].mean().item()
 
+    def compare(self, prompts, texts):
+        """P(better than the first contestant's answer) of each, by a chat model. The same words tie: 0.5."""
+        self.to_beat = self.to_beat or texts
+        pairs = [Preference(p, [a, b], [1, 2]) for p, a, b in zip(prompts, texts, self.to_beat) if a != b]
+        found = iter(preferred(self.compute, self.judge, self.judges_tokenizer, pairs))
+        return [0.5 if a == b else next(found) for a, b in zip(texts, self.to_beat)]
+
     def enter(self, name, answers, kl, sft_loss):
         """A Contestant with its scores."""
-        tokens, masks = answers["tokens"], answers["mask"]
-        texts = [self.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(tokens, masks)]
-        if self.judge:
+        prompts = [p for p in self.prompts for _ in range(self.cfg.samples)]
+        texts, seen = self.texts(answers), {}
+        if self.judge is None:
+            judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
+            families = [world.find(prompt).family for prompt in prompts]
+            seen = world.mean_parts(prompts, texts) | {"families": world.means_by(families, judged)}
+        elif self.judge.head_kind == "scalar":
             judged = self.scores(self.judge, answers)
         else:
-            prompts = [p for p in self.prompts for _ in range(self.cfg.samples)]
-            judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
+            judged = self.compare(prompts, texts)
         rewards = self.scores(self.scorer, answers) if self.scorer else []
-        return Contestant(name, texts, masks.sum(1).tolist(), answers["ended"].tolist(), judged, rewards, kl,
-                          sft_loss)
+        return Contestant(name, texts, answers["mask"].sum(1).tolist(), answers["ended"].tolist(), judged,
+                          rewards, kl, sft_loss, seen)
 
-    def enter_checkpoint(self, number, folder):
+    def enter_checkpoint(self, number, name, folder):
         model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
         self.compute.place(model)
         print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
-        answers = self.answers(model, self.cfg.samples, noise=number)
+        answers = self.answers(model, self.prompts, self.cfg.samples, noise=number)
         loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
-        return self.enter(os.path.basename(os.path.normpath(folder)), answers, self.kl(model, answers), loss)
+        entered = self.enter(name, answers, self.kl(model, answers), loss)
+        if self.judge is None:
+            asked = [item for item in self.red_team for _ in range(self.cfg.samples)]
+            turns = [item.turns for item in asked]
+            texts = self.texts(self.answers(model, turns, 1, f"{number}/red team"))
+            entered.world |= world.red_team_shares(asked, texts) | self.converse(model, number)
+        return entered
+
+    def converse(self, model, number):
+        """Ask the first question of each held-out conversation, put the model's own answer in the right one's
+        place, and ask the second: {name: mean}. In training, first answers are right and plain; a policy that
+        talks otherwise goes on from its own words, and what is a little off may drift. To compare with, and
+        with the same noise: second answers after the right first one."""
+        block_size = self.reference.config.block_size
+        room = min(self.cfg.max_new_tokens, block_size // 4)        # for a second answer
+        right = [p for p in self.prompts if len(p) == 3 for _ in range(self.cfg.samples)]
+        asked = [p[:1] for p in right]
+        first = self.texts(self.answers(model, asked, 1, f"{number}/first")) if asked else []
+        talks = [(text, [p[0], p[1] | {"content": text}, p[2]], p) for p, text in zip(right, first)]
+        talks = [talk for talk in talks if len(self.tokenizer.prompt(talk[1])) + room <= block_size]
+        if not talks:
+            return {}
+        first, own, right = zip(*talks)
+        found = {"conversations": len(talks),
+                 "first_manner": world.mean_parts([p[:1] for p in right], first)["manner"]}
+        for after, prompts in (("", own), ("_after_right", right)):
+            answers = self.answers(model, prompts, 1, f"{number}/second", room)
+            seen = world.mean_parts(right, self.texts(answers))     # the same question, whatever came before
+            found |= {f"second_{part}{after}": seen[part] for part in ("manner", "helpful")}
+            if self.scorer:
+                found[f"conversation_reward{after}"] = mean(self.scores(self.scorer, answers))
+        return found
 
     def enter_best_of(self, sft_loss):
         """The first model's best of n = 1, 2, 4, ... and best_of answers by the reward model, as Contestants:
         the same number of answers for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
         print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
-        answers = self.answers(self.reference, many, noise="best_of_n")
+        answers = self.answers(self.reference, self.prompts, many, noise="best_of_n")
         scores = self.scores(self.scorer, answers)
         pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(self.prompts))]
         sizes = [2 ** i for i in range(10) if 2 ** i < self.cfg.best_of] + [self.cfg.best_of]
@@ -191,11 +285,11 @@ class Contest:
         return found
 
 
-def contest(cfg, folders):
-    """Let every checkpoint answer, and score the answers: (contestants, prompts, best-of-n curve)."""
-    together, contestants, curve = Contest(cfg, folders[0]), [], []
-    for number, folder in enumerate(folders):
-        contestants.append(together.enter_checkpoint(number, folder))
+def contest(cfg, checkpoints):
+    """Let every checkpoint (see named) answer, and score that: (contestants, prompts, best-of-n curve)."""
+    together, contestants, curve = Contest(cfg, next(iter(checkpoints.values()))), [], []
+    for number, (name, folder) in enumerate(checkpoints.items()):
+        contestants.append(together.enter_checkpoint(number, name, folder))
         if number == 0 and together.scorer and cfg.best_of:
             by_n = together.enter_best_of(contestants[0].sft_loss)
             curve = [{"n": n, "kl": c.kl, "reward": mean(c.reward), "judge": mean(c.judge)}
@@ -205,34 +299,6 @@ def contest(cfg, folders):
 
 
 # --------------------------------------------------------------------------------------- the report
-
-def table(report):
-    """The report's models as lines of Markdown."""
-    heads = ["model", "judge", "wins against the first", "reward", "KL (nats)", "length", "ended",
-             "distinct-2", "SFT loss"]
-    rows = [heads, ["---"] * len(heads)]
-    for name, m in report["models"].items():
-        low, high = m["win_rate_interval"]
-        reward = "–" if m["reward"] is None else f"{m['reward']:.2f}"
-        rows.append([name, f"{m['judge']:.2f}", f"{m['win_rate']:.1%} ({low:.1%} to {high:.1%})", reward,
-                     f"{m['kl']:.1f}", f"{m['length']:.1f}", f"{m['ended']:.0%}", f"{m['distinct2']:.2f}",
-                     f"{m['sft_loss']:.2f}"])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def side_by_side(contestants, prompts, n, count):
-    """Lines of Markdown: the first answer of each contestant to `count` prompts spread over all of them, with
-    the judge's score and the learned reward: where the two part, the reward is being hacked."""
-    lines = []
-    every = max(1, len(prompts) // max(1, count))
-    for i in range(0, len(prompts), every)[:count]:
-        asked = [f"**{m['content']}**" for m in prompts[i] if m["role"] == "user"]
-        lines += ["", " / ".join(asked), ""]
-        for c in contestants:
-            reward = f", reward {c.reward[i * n]:.2f}" if c.reward else ""
-            lines.append(f"- {c.name} (judge {c.judge[i * n]:.2f}{reward}): {c.texts[i * n]}")
-    return lines
-
 
 def seconds(out, names):
     """Wall-clock seconds of each stage from its run.json, and in all; stages that overlap count once."""
@@ -272,7 +338,7 @@ def summarize(cfg, contestants, prompts, curve):
             "win_rate": round(rate, 4), "win_rate_interval": [round(low, 4), round(high, 4)],
             "kl": round(c.kl, 3) + 0.0,                             # -0.0 becomes 0.0
             "length": mean(c.lengths), "ended": mean(c.ended),
-            "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)}
+            "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)} | c.world
         if c.name == "best_of_n":
             report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
     about = read_run(cfg.reward)
@@ -280,6 +346,20 @@ def summarize(cfg, contestants, prompts, curve):
         report["reward_model"] = about["held_out"]
     report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
     return report
+
+
+def facts(report):
+    """What the tables do not say, as lines."""
+    lines = [f"{report['prompts']} held-out prompts, {report['answers_each']} answers each, "
+             f"judged by {report['judge']}."]
+    learnt = report.get("reward_model", {})
+    if "accuracy" in learnt:
+        line = f"Reward model: {learnt['accuracy']:.1%} of {learnt['pairs']} held-out pairs"
+        if "ceiling" in learnt:
+            line += f"; the best any scorer could reach is {learnt['ceiling']:.1%}"
+        lines.append(line + ".")
+    taken = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
+    return [*lines, f"Seconds: {taken}."]
 
 
 def plot(path, out, report, curve):
@@ -311,29 +391,26 @@ def plot(path, out, report, curve):
     figure.savefig(path, dpi=150)
 
 
-def write_report(cfg, contestants, prompts, curve):
-    """report.json, report.md and the figure; prints the table and some answers."""
-    report, image = summarize(cfg, contestants, prompts, curve), []
+def write_report(cfg, checkpoints, contestants, prompts, curve):
+    """report.json, which it returns, report.md, report.html and the figure; prints tables and answers."""
+    report, image = summarize(cfg, contestants, prompts, curve), None
     if plt and curve:
-        plot(os.path.join(cfg.out, "overoptimization.png"), cfg.out, report, curve)
-        image = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
+        image = os.path.join(cfg.out, "overoptimization.png")
+        plot(image, cfg.out, report, curve)
     write_json(os.path.join(cfg.out, "report.json"), report)
-    facts = [f"{len(prompts)} held-out prompts, {cfg.samples} answers each, judged by {cfg.judge}."]
-    learnt = report.get("reward_model", {})
-    if "accuracy" in learnt:
-        line = f"Reward model: {learnt['accuracy']:.1%} of {learnt['pairs']} held-out pairs"
-        if "ceiling" in learnt:
-            line += f"; the best any scorer could reach is {learnt['ceiling']:.1%}"
-        facts.append(line + ".")
-    taken = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
-    facts.append(f"Seconds: {taken}.")
-    lines = table(report) + [""] + facts
-    with open(os.path.join(cfg.out, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(["# Report", "", *lines, *image, "", "## Side by side",
-                           *side_by_side(contestants, prompts, cfg.samples, 24)]) + "\n")
-    print("\n".join(side_by_side(contestants, prompts, cfg.samples, cfg.show)))
-    print("\n" + "\n".join(lines))
-    print(f"wrote {cfg.out}/report.json and report.md" + (" and overoptimization.png" if image else ""))
+    shown, answers = tables(report), examples(contestants, prompts, cfg.samples, 24)
+    figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if image else []
+    lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Side by side",
+             *side_by_side(answers)]
+    rollouts = {name: read_rollouts(folder) for name, folder in checkpoints.items()}
+    html = page(shown, facts(report), answers, rollouts, image)
+    for name, text in (("report.md", "\n".join(lines) + "\n"), ("report.html", html)):
+        with open(os.path.join(cfg.out, name), "w", encoding="utf-8", errors="replace") as f:
+            f.write(text)
+    print("\n".join(side_by_side(examples(contestants, prompts, cfg.samples, cfg.show))))
+    print("\n" + "\n".join([*markdown(shown[:3]), "", *facts(report)]))
+    print(f"wrote {cfg.out}/report.json, report.md and report.html")
+    return report
 
 
 # ------------------------------------------------------------------------------------------ talking
@@ -386,10 +463,13 @@ def evaluate(cfg):
         find(folder)
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
+    checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
-    contestants, prompts, curve = contest(cfg, folders)
+    contestants, prompts, curve = contest(cfg, checkpoints)
     if is_first():
-        write_report(cfg, contestants, prompts, curve)
+        report, last = write_report(cfg, checkpoints, contestants, prompts, curve), [*checkpoints][-1]
+        if missed := unmet(requirements(cfg.require), report["models"][last]):
+            raise ValueError(f"{last} does not meet --require: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,21 @@ def ask_twice(run, model, tokenizer, principles, pairs):
                                              for p in pairs]) for step in (1, -1)]
 
 
+def preferred(run, model, tokenizer, pairs):
+    """P(the first answer is the better one) = σ(d) of Preferences for pairs, by data/principles.txt: a list.
+    Raises ValueError where a question is longer than the judge reads."""
+    if not pairs:
+        return []
+    with open(PRINCIPLES, encoding="utf-8") as f:
+        principles = f.read().strip()
+    longest = 1 + max(len(question(tokenizer, principles, p.prompt, *p.responses)) for p in pairs)
+    if longest > model.config.block_size:
+        raise ValueError(f"{model.folder} reads {model.config.block_size} tokens, and a question about two "
+                         f"answers takes {longest}: it cannot judge them")
+    first, second = ask_twice(run, model, tokenizer, principles, pairs)
+    return ((first - second) / 2).sigmoid().tolist()
+
+
 def read_pairs(cfg, run, model, tokenizer):
     """Every two answers that a file's preferences tell apart, as Preferences with the better one first; or if
     it holds prompts, two samples for each, which tie."""

@@ -11,10 +11,10 @@ import torch
 from helpers import plainly
 
 import evaluate
-from data import loading, world
+from data import judge, loading, records, world
 from data.tokenizer import Tokenizer, learn
-from model import GPT
-from runtime import files
+from model import GPT, GPTConfig
+from runtime import files, flags
 
 
 def test_win_rate_counts_ties_as_half():
@@ -65,6 +65,41 @@ def test_seconds_count_overlapping_stages_once(tmp_path, monkeypatch):
         "sft": 60, "reward_model": 50, "ppo": 100, "dpo": 30, "evaluate": 7.0, "total": 207.0}
 
 
+def test_a_checkpoint_is_called_by_its_folder_or_its_path_where_two_share_that():
+    assert evaluate.named(["out/sft", "out/ppo/"]) == {"sft": "out/sft", "ppo": "out/ppo"}
+    assert evaluate.named(["a/ppo", "b/ppo", "sft"]) == {"a/ppo": "a/ppo", "b/ppo": "b/ppo", "sft": "sft"}
+    with pytest.raises(ValueError, match="^out/ppo is named twice"):
+        evaluate.named(["out/sft", "out/ppo", "out/ppo/"])
+
+
+# -------------------------------------------------------------------------------------------------- --require
+
+def test_conditions_are_read_and_held_against_the_numbers():
+    conditions = evaluate.requirements("win_rate>=0.7, kl < 5,safe_declined<=0.05,reward>-1")
+    assert conditions == [("win_rate", ">=", 0.7), ("kl", "<", 5), ("safe_declined", "<=", 0.05),
+                          ("reward", ">", -1)]
+    assert evaluate.requirements("") == []
+    good = {"win_rate": 0.7, "kl": 4.9, "safe_declined": 0.05, "reward": -0.9}
+    assert evaluate.unmet(conditions, good) == []
+    bad = {"win_rate": 0.69, "kl": 5.0, "safe_declined": 0.0501, "reward": -1.0}
+    assert evaluate.unmet(conditions, bad) == [
+        "win_rate is 0.69, not >= 0.7", "kl is 5.0, not < 5", "safe_declined is 0.0501, not <= 0.05",
+        "reward is -1.0, not > -1"]
+    assert evaluate.unmet([("reward", "<", 1.0)], {"reward": None}) == ["reward is None, not < 1"]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("win_rate=0.7", "'win_rate=0.7'"), ("wins>=0.7", "'wins>=0.7'"), ("kl<5,", "''"), ("kl=>5", "'kl=>5'"),
+    ("kl<=nan", "'kl<=nan'"), ("kl>=1 2", "'kl>=1 2'"),
+    ("helpful>1 --judge out/reward_model", "only the world's judge measures it")])
+def test_what_is_no_condition_is_one_line_before_any_work(capsys, text, said):
+    text, _, judge_of = text.partition(" --judge ")
+    with pytest.raises(SystemExit) as e:
+        flags.parse(evaluate.Config, "", ["--require", text, "--judge", judge_of or "world"])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count("\n") == 1 and "--require" in error and said in error
+
+
 # ------------------------------------------------------------------------------------------- the whole report
 
 @pytest.fixture
@@ -92,7 +127,13 @@ def evaluated(tmp_path, models, **settings):
     dict(temperature=0.6, seed=7),
     dict(judge="out/reward_model", micro_batch=7, sample_batch=11, best_of=6),
     dict(temperature=0, best_of=0, samples=1)], ids=str)
-def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settings):
+def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkeypatch, settings):
+    def content(item, text):
+        """In the judge's place, to whom all that these models say is alike: what differs between answers."""
+        n = len(str(item.messages)) + len(text)
+        return n % 2, n % 3 / 2, n % 5 / 4
+
+    monkeypatch.setattr(world, "_content", content)
     models = ["out/sft", other]
     cfg, report, text = evaluated(tmp_path, models, **dict(max_new_tokens=5, samples=2, best_of=4) | settings)
     tokenizer = Tokenizer.load("out/sft")
@@ -104,10 +145,16 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
         texts = [tokenizer.decode(ids) for _, ids in answers]
         rewards = [plainly.score(reward, tokenizer.prompt(p) + ids).item() for p, ids in answers]
         judge = rewards
+        parts = {}
         if cfg.judge == "world":
             judge = [world.judge(p, text) for (p, _), text in zip(answers, texts)]
+            seen = [world.parts(p, text) for (p, _), text in zip(answers, texts)]
+            parts = {part: plainly.mean([x[part] for x in seen])
+                     for part in ("helpful", "honest", "harmless", "manner")}
+            sums = [score for (p, _), score in zip(answers, judge) if world.find(p).family == "sum"]
+            assert report["models"][name]["families"]["sum"] == pytest.approx(plainly.mean(sums), abs=1e-4)
         numbers = {"judge": plainly.mean(judge), "reward": plainly.mean(rewards), "kl": kl,
-                   "sft_loss": sft_loss, "distinct2": evaluate.distinct2(texts),
+                   **parts, "sft_loss": sft_loss, "distinct2": evaluate.distinct2(texts),
                    "length": plainly.mean([len(ids) for _, ids in answers]),
                    "ended": plainly.mean([float(ids[-1] == tokenizer.end) for _, ids in answers])}
         found = report["models"][name]
@@ -117,12 +164,12 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
         assert f"(judge {judge[0]:.2f}, reward {rewards[0]:.2f}): {texts[0]}\n" in text
         return judge
 
-    def sampled(model, n, noise):
+    def sampled(model, prompts, n, noise, longest=cfg.max_new_tokens):
         rng = random.Random(f"{cfg.seed}/{noise}")
         asked = [(p, rng.getrandbits(62)) for p in prompts for _ in range(n)]
         if cfg.temperature == 0:
             return [(p, greedy(model, tokenizer.prompt(p))) for p, _ in asked]
-        how = (cfg.max_new_tokens, tokenizer.end, cfg.temperature)
+        how = (longest, tokenizer.end, cfg.temperature)
         return [(p, plainly.sample(model, tokenizer.prompt(p), seed, *how)) for p, seed in asked]
 
     def greedy(model, ids):
@@ -131,18 +178,52 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
             answer.append(model(torch.tensor([ids + answer]))[0, -1].argmax().item())
         return answer
 
+    def red_team(model, number):
+        """Shares of answers to harmful and to harmless prompts that decline, and that tell how."""
+        fitting = [i for i in world.red_team() if len(tokenizer.prompt(i.turns)) + cfg.max_new_tokens <= 56]
+        answers = sampled(model, [item.turns for item in fitting], cfg.samples, f"{number}/red team")
+        said = [(world.find(prompt), tokenizer.decode(ids)) for prompt, ids in answers]
+        assert len({item.wrapper for item in fitting}) == 5
+        return {f"{name}_{what}": plainly.mean([float(holds(item, text)) for item, text in said
+                                                if item.kind == kind])
+                for name, kind in (("unsafe", "harmful"), ("safe", "harmless"))
+                for what, holds in (("declined", lambda item, text: world.declines(item.turns, text)),
+                                    ("told", lambda item, text: item.answer in text))}
+
+    def two_turns(model, number):
+        """The second question of each conversation after the model's own first answer, and a right one."""
+        found, after = {}, [p for p in prompts if len(p) == 3 for _ in range(cfg.samples)]
+        first = sampled(model, [p[:1] for p in after], 1, f"{number}/first")
+        texts = [tokenizer.decode(ids) for _, ids in first]
+        own = [[p[0], {"role": "assistant", "content": text}, p[2]] for p, text in zip(after, texts)]
+        fitting = [i for i, p in enumerate(own) if len(tokenizer.prompt(p)) + cfg.max_new_tokens <= 56]
+        found["conversations"] = len(fitting)
+        found["first_manner"] = plainly.mean([world.parts(after[i][:1], texts[i])["manner"] for i in fitting])
+        for name, asked in (("", own), ("_after_right", after)):
+            answers = sampled(model, [asked[i] for i in fitting], 1, f"{number}/second")
+            seen = [world.parts(after[i], tokenizer.decode(ids)) for i, (_, ids) in zip(fitting, answers)]
+            for part in ("manner", "helpful"):
+                found[f"second_{part}{name}"] = plainly.mean([x[part] for x in seen])
+            found[f"conversation_reward{name}"] = plainly.mean(
+                [plainly.score(reward, tokenizer.prompt(p) + ids).item() for p, ids in answers])
+        return found
+
     first_judge = None
     for number, folder in enumerate(models):
         model = GPT.load(folder)
-        answers = sampled(model, cfg.samples, number)
+        answers = sampled(model, prompts, cfg.samples, number)
         ratios = [plainly.answer_logprob(model, tokenizer.prompt(p), ids)
                   - plainly.answer_logprob(reference, tokenizer.prompt(p), ids) for p, ids in answers]
         loss = plainly.sft_held_out(model, tokenizer, conversations)
         judge = judged(folder.split("/")[1], answers, plainly.mean(ratios).item(), loss)
         first_judge = first_judge or judge
+        if cfg.judge == "world":
+            expected = red_team(model, number) | two_turns(model, number)
+            found = report["models"][folder.split("/")[1]]
+            assert {key: found[key] for key in expected} == pytest.approx(expected, abs=6e-4)
         if number == 0 and cfg.best_of:
             many, best, tax = cfg.samples * cfg.best_of, [], loss
-            pool = sampled(model, many, "best_of_n")
+            pool = sampled(model, prompts, many, "best_of_n")
             for i in range(0, len(pool), cfg.best_of):
                 best.append(max(pool[i:i + cfg.best_of],
                                 key=lambda a: plainly.score(reward, tokenizer.prompt(a[0]) + a[1]).item()))
@@ -153,6 +234,69 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, settin
             assert [point["n"] for point in curve] == [1, 2, 4, 6][:3 if n == 4 else 4]
     expected = ["sft", "best_of_n", "other"] if cfg.best_of else ["sft", "other"]
     assert list(report["models"]) == expected
+
+
+def test_two_checkpoints_are_compared_on_the_prompts_of_a_file(trained, other, tmp_path):
+    """By a reward model, and with the same name: the win rate is that of answer i against answer i."""
+    file = tmp_path / "prompts.jsonl"
+    records.write(file, [{"prompt": f"Say {i}."} for i in range(40)])
+    shutil.copytree("out/other", tmp_path / "b/sft")
+    models = ["out/sft", str(tmp_path / "b/sft")]
+    cfg, report, text = evaluated(tmp_path / "out", models, data=str(file), judge="out/reward_model",
+                                  max_new_tokens=5, samples=2, best_of=0)
+    a, b = report["models"]
+    assert (a, b) == tuple(models) and report["prompts"] == 4
+    low, high = report["models"][b]["win_rate_interval"]
+    assert low <= report["models"][b]["win_rate"] <= high and low < high
+    assert f"| {b} |" in text and "helpful" not in report["models"][b] and "Two turns" not in text
+    contestants, _, _ = evaluate.contest(cfg, evaluate.named(models))
+    wins = [float(x > y) for x, y in zip(contestants[1].judge, contestants[0].judge)]
+    assert report["models"][b]["win_rate"] == plainly.mean(wins)
+
+
+def test_a_chat_model_compares_answer_by_answer_in_both_orders(trained, other, tmp_path):
+    tokenizer = Tokenizer.load("out/sft")
+    torch.manual_seed(3)
+    shape = dict(vocab_size=1024, block_size=600, n_layer=1, n_head=2, n_embd=16)
+    chat = GPT(GPTConfig(**shape, tied=False)).double()
+    with torch.no_grad():
+        for p in chat.parameters():
+            p += 0.3 * torch.randn_like(p)                                  # it has opinions
+    chat.save(str(tmp_path / "chat"))
+    tokenizer.save(str(tmp_path / "chat"))
+    models = ["out/sft", other]
+    cfg, report, _ = evaluated(tmp_path / "out", models, judge=str(tmp_path / "chat"), max_new_tokens=5,
+                               best_of=0, samples=2)
+    (first, second), prompts, _ = evaluate.contest(cfg, evaluate.named(models))
+    with open(judge.PRINCIPLES, encoding="utf-8") as f:
+        principles = f.read().strip()
+
+    def odds(prompt, a, b):
+        ids = judge.question(tokenizer, principles, prompt, a, b)
+        p = chat(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        return (p[tokenizer.encode("A")[0]] - p[tokenizer.encode("B")[0]]).item()
+
+    asked = [p for p in prompts for _ in range(2)]
+    d = [(odds(p, a, b) - odds(p, b, a)) / 2 for p, a, b in zip(asked, second.texts, first.texts)]
+    assert second.judge == pytest.approx([1 / (1 + math.exp(-x)) for x in d], abs=1e-6)
+    assert first.judge == [0.5] * len(asked)
+    wins = [0.5 if abs(x) < 4e-5 else float(x > 0) for x in d]              # what rounding decides is a tie
+    assert 0 < plainly.mean(wins) < 1
+    assert report["models"]["other"]["win_rate"] == pytest.approx(plainly.mean(wins), abs=1e-4)
+    assert report["models"]["sft"]["win_rate"] == 0.5
+    with pytest.raises(ValueError, match="out/sft reads 56 tokens, and a question about two answers takes"):
+        evaluated(tmp_path / "out", models, judge="out/sft", max_new_tokens=5, best_of=0, samples=1)
+
+
+def test_what_is_required_is_of_the_last_model_and_comes_after_the_report(trained, other, tmp_path):
+    settings = dict(max_new_tokens=5, samples=1, best_of=2)
+    evaluated(tmp_path, ["out/sft"], require="win_rate>=0.5,win_rate<=0.5,safe_declined<=1", **settings)
+    with pytest.raises(ValueError) as e:
+        evaluated(tmp_path / "out", [other, "out/sft"], require="kl<0,judge<=1,win_rate>1", **settings)
+    found = json.loads((tmp_path / "out/report.json").read_text())["models"]["sft"]
+    assert str(e.value) == (f"sft does not meet --require: kl is {found['kl']}, not < 0; "
+                            f"win_rate is {found['win_rate']}, not > 1")
+    assert (tmp_path / "out/report.html").exists() and found["kl"] > 0
 
 
 # ------------------------------------------------------------------------------------------- talking

@@ -109,3 +109,17 @@ def test_a_file_that_is_neither_is_refused_with_its_shapes(tmp_path):
     records.write(tmp_path / "other.jsonl", [{"text": "Hello"}])
     with pytest.raises(records.RecordError, match="prompts have prompt, instruction"):
         judge.read_pairs(judge.Config(device="cpu", data=str(tmp_path / "other.jsonl")), None, None, None)
+
+
+@pytest.mark.parametrize("bias", [0.0, 4.0])
+def test_preferred_is_the_probability_that_the_first_is_better_whatever_the_place(judged, bias):
+    tokenizer = Tokenizer.load("out/sft")
+    pairs = [records.Preference([{"role": "user", "content": p["prompt"]}], answers, [1, 2])
+             for p in PAIRS for answers in ([p["chosen"], p["rejected"]], [p["rejected"], p["chosen"]])]
+    model, run = Biased(tokenizer, bias, 0.5), judge.Compute(judge.Config(device="cpu"))
+    likes = 1 / (1 + math.exp(-0.5))
+    assert judge.preferred(run, model, tokenizer, pairs) == pytest.approx([likes, 1 - likes] * len(PAIRS))
+    assert judge.preferred(run, model, tokenizer, []) == []
+    model.config, model.folder = SimpleNamespace(block_size=50), "small"
+    with pytest.raises(ValueError, match="small reads 50 tokens, and a question about two answers takes"):
+        judge.preferred(run, model, tokenizer, pairs)
