@@ -457,7 +457,8 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
     if cfg.ood_drop:
         batch = leave_out_unfamiliar(batch)
     if run.step in (0, cfg.steps - 1):          # to be looked at, token by token: evaluate.py's report
-        run.write(f"rollout_{'first' if run.step == 0 else 'last'}.json", opened(tokenizer, prompts, batch))
+        which = "first" if run.step == 0 else "last"
+        run.write(f"rollout_{which}.json", opened(tokenizer, prompts, batch, run.step + 1))
     stats = update(cfg, run, batch, nets, optimizers, demonstrations)
     mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
     metrics = {"score": batch["scores"].mean(), "kl": log_ratio.sum(1).mean().item(),   # nats per answer

@@ -3,7 +3,6 @@ up. Whatever comes from a model or a file is escaped: the page shows an answer, 
 import json
 import os
 from base64 import b64encode
-from contextlib import suppress
 from html import escape
 from string import Template
 
@@ -34,8 +33,8 @@ COLUMNS = {
         "manner, second": ("second_manner", ".2f", "of the next, after the model's own first answer"),
         "helpful, second": ("second_helpful", ".2f", "whether this second answer is right"),
         "reward": ("conversation_reward", ".2f", "what the reward model thinks of both turns together")}}
-TOKEN_NUMBERS = {"logprobs": "log π", "ref_logprobs": "log π_ref", "rewards": "KL reward", "values": "value",
-                 "returns": "return", "advantages": "advantage"}
+TOKEN_NUMBERS = {"old_logprobs": "log π", "ref_logprobs": "log π_ref", "rewards": "KL reward",
+                 "old_values": "value", "returns": "return", "advantages": "advantage"}
 
 
 def cell(numbers, key, form):
@@ -94,26 +93,29 @@ def side_by_side(examples):
 
 
 def read_rollouts(folder):
-    """Up to three answers of a run's first step and of its last, from its rollouts.jsonl (see ppo.py), if it
-    has one. The first line that cannot be used is named in a warning, and ends the reading."""
-    path, found = os.path.join(folder, "rollouts.jsonl"), []
-    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
-        for i, line in enumerate(f, 1):
-            try:
-                r = json.loads(line)
-                text = "".join(r["tokens"])
-                for name in TOKEN_NUMBERS.keys() - ({"values", "returns"} - r.keys()):      # without a critic
-                    r[name] = [float(x) for x in r[name]]
-                    if not text or len(r[name]) != len(r["tokens"]):
-                        raise ValueError(f"{len(r[name])} {name} for {len(r['tokens'])} tokens")
-                r["question"] = " / ".join(m["content"] for m in r["prompt"])
-                r["about"] = f"step {r['step']:d}, score {r['score']:.2f}"
-                found.append(r)
-            except (ValueError, LookupError, TypeError, AttributeError) as e:
-                warn(f"{path}, line {i}: no answer of a rollout ({type(e).__name__}: {e})")
-                break
-    ends = dict.fromkeys(r["step"] for r in (*found[:1], *found[-1:]))
-    return [r for step in ends for r in [r for r in found if r["step"] == step][:3]]
+    """Three answers of a run's first step and of its last, from what ppo.py writes of them, if it did. A file
+    that cannot be used is named in a warning."""
+    found = []
+    for path in (os.path.join(folder, f"rollout_{which}.json") for which in ("first", "last")):
+        try:
+            with open(path, encoding="utf-8") as f:
+                found += [read_answer(answer) for answer in json.load(f)[:3]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            warn(f"{path}: no answers of a rollout ({type(e).__name__}: {e})")
+    return found
+
+
+def read_answer(r):
+    """One of them, with its title and what is said of it; any of the errors above if that is not there."""
+    for name in TOKEN_NUMBERS.keys() - ({"old_values", "returns"} - r.keys()):              # without a critic
+        r[name] = [float(x) for x in r[name]]
+        if not r["tokens"] or len(r[name]) != len(r["tokens"]):
+            raise ValueError(f"{len(r[name])} {name} for {len(r['tokens'])} tokens")
+    r["tokens"] = ["".join(token) or "■" for token in r["tokens"]]                          # ■: the end token
+    return r | {"question": " / ".join(m["content"] for m in r["prompt"]),
+                "about": f"step {r['step']:d}, score {r['score']:.2f}"}
 
 
 def opened_up(rollouts):

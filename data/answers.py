@@ -71,12 +71,12 @@ def warnings(seen):
     return found
 
 
-def opened(tokenizer, prompts, batch, count=6):
+def opened(tokenizer, prompts, batch, step, count=6):
     """The first answers of a rollout of ppo.py with all that is known of each token: a list of dicts."""
     found, names = [], ("old_logprobs", "ref_logprobs", "rewards", "old_values", "returns", "advantages")
     for i in range(min(count, len(prompts))):
         mask = batch["mask"][i]
-        found.append({"prompt": prompts[i], "score": batch["scores"][i].item(),
+        found.append({"step": step, "prompt": prompts[i], "score": batch["scores"][i].item(),
                       "tokens": [tokenizer.decode([token]) for token in batch["tokens"][i][mask].tolist()],
                       **{name: batch[name][i][mask].tolist() for name in names if name in batch}})
     return found

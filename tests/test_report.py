@@ -26,15 +26,15 @@ WORLD = {"helpful": 0.7, "honest": 0.9, "harmless": 0.85, "manner": 0.4,
 def rollout(step, tokens=("It", "'s", " Rome"), **more):
     n = len(tokens)
     return {"step": step, "prompt": [{"role": "user", "content": "What is the capital of Italy?"}],
-            "score": 0.3, "tokens": list(tokens), "logprobs": [-0.5] * n, "ref_logprobs": [-0.75] * n,
+            "score": 0.3, "tokens": list(tokens), "old_logprobs": [-0.5] * n, "ref_logprobs": [-0.75] * n,
             "rewards": [0.025] * n, "advantages": [(-1.0) ** i * (i + 1) for i in range(n)],
-            "values": [0.125] * n, "returns": [1.5] * n} | more
+            "old_values": [0.125] * n, "returns": [1.5] * n} | more
 
 
-def written(folder, rollouts):
-    """A folder with these rollouts, as objects or lines."""
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in rollouts]
-    (folder / "rollouts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+def written(folder, first, last=()):
+    """A folder with these answers of a first and a last rollout."""
+    for which, answers in (("first", first), ("last", last)):
+        (folder / f"rollout_{which}.json").write_text(json.dumps(answers))
     return str(folder)
 
 
@@ -87,12 +87,11 @@ def test_examples_are_spread_over_the_prompts_each_with_its_own_scores():
 
 def test_rollouts_are_those_of_the_first_step_and_the_last(tmp_path, capsys):
     assert report.read_rollouts(str(tmp_path)) == []
-    lines = [rollout(step, score=i / 8) for step in (1, 7, 54) for i in range(5)]
-    found = report.read_rollouts(written(tmp_path, lines))
+    first, last = ([rollout(step, score=i / 8) for i in range(5)] for step in (1, 54))
+    found = report.read_rollouts(written(tmp_path, first, last))
     assert [r["about"] for r in found] == [f"step {step}, score {score}" for step in (1, 54)
                                            for score in ("0.00", "0.12", "0.25")]
     assert found[0]["question"] == "What is the capital of Italy?"
-    assert len(report.read_rollouts(written(tmp_path, lines[:5]))) == 3         # one step is first and last
     assert capsys.readouterr().err == ""
 
 
@@ -101,17 +100,19 @@ def without(name):
 
 
 @pytest.mark.parametrize("bad, said", [
-    ('{"step": 1, "prom', "JSONDecodeError"), (without("advantages"), "'advantages'"),
-    (without("score"), "'score'"), (rollout(1, values=[1.0]), "1 values for 3 tokens"),
-    (rollout(1, tokens=[1, 2, 3]), "TypeError"), (rollout(1, rewards=["x"] * 3), "ValueError"),
-    (rollout(1, tokens=[]), "for 0 tokens"), (rollout(1, prompt="Why?"), "TypeError"),
-    (rollout("one"), "ValueError"), ("[]", "TypeError"), ("7", "TypeError")], ids=str)
-def test_a_line_that_is_no_answer_is_named_and_what_came_before_is_kept(tmp_path, capsys, bad, said):
-    folder = written(tmp_path, [rollout(1), bad, rollout(2)])
-    assert [r["step"] for r in report.read_rollouts(folder)] == [1]
+    (without("advantages"), "'advantages'"), (without("score"), "'score'"),
+    (rollout(1, old_values=[1.0]), "1 old_values for 3 tokens"), (rollout(1, tokens=[1, 2, 3]), "TypeError"),
+    (rollout(1, rewards=["x"] * 3), "ValueError"), (rollout(1, tokens=[]), "for 0 tokens"),
+    (rollout(1, prompt="Why?"), "TypeError"), (rollout("one"), "ValueError"), ([], "'list'"), (7, "'int'")],
+    ids=str)
+def test_a_file_with_an_answer_that_is_none_is_named_and_the_other_is_shown(tmp_path, capsys, bad, said):
+    folder = written(tmp_path, [rollout(1), bad], [rollout(2)])
+    assert [r["step"] for r in report.read_rollouts(folder)] == [2]
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{folder}/rollouts.jsonl, line 2: no answer of a rollout" in error
+    assert error.count("\n") == 1 and f"{folder}/rollout_first.json: no answers of a rollout" in error
     assert said in error
+    (tmp_path / "rollout_first.json").write_text("[{")
+    assert len(report.read_rollouts(folder)) == 1 and "JSONDecodeError" in capsys.readouterr().err
 
 
 def tokens_of(html):
@@ -134,7 +135,7 @@ def test_a_token_is_coloured_by_its_advantage_and_has_its_numbers(tmp_path):
 
 
 def test_without_a_critic_there_is_no_value_and_no_return(tmp_path):
-    r = {key: value for key, value in rollout(1).items() if key not in ("values", "returns")}
+    r = {key: value for key, value in rollout(1).items() if key not in ("old_values", "returns")}
     html = report.opened_up(report.read_rollouts(written(tmp_path, [r])))
     assert [x.split()[0] for x in tokens_of(html)[0][2]] == ["log", "log", "KL", "advantage"]
     assert "return" not in html

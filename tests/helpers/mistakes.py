@@ -101,7 +101,6 @@ MISTAKES = {
         ("a round learns from its own labels alone", "join(labels, data)", "join(labels[-1:], data)"),
         ("each round samples from the SFT model", "label(cfg, policy, name, cfg.labels,",
          "label(cfg, cfg.init, name, cfg.labels,"),
-        ("rejection sampling keeps the worst", "if rank == 1]", "if rank == max(p.ranks)]"),
     ],
     "runtime/adapters.py": [
         ("adapters are always new", "if rank == 0 or {name", "if True or {name"),
@@ -464,6 +463,7 @@ MISTAKES = {
         ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
     ],
     "data/records.py": [
+        ("rejection sampling keeps the worst", "index(min(preference.ranks))", "index(max(preference.ranks))"),
         ("the rejected answer is the chosen one",
          'answers = [chosen[-1]["content"], rejected[-1]["content"]]',
          'answers = [rejected[-1]["content"], chosen[-1]["content"]]'),
