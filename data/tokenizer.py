@@ -131,6 +131,8 @@ class Tokenizer:
         names = {i: text for text, i in self.special.items()}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[self.end],
                   "pad_token": names[self.pad], "clean_up_tokenization_spaces": False,
+                  # transformers 4 adds token_type_ids, which Llama refuses and GPT-2 adds to its embeddings.
+                  "model_input_names": ["input_ids", "attention_mask"],
                   "system": self.system, "chat_template": self.template()}
         os.makedirs(folder, exist_ok=True)
         for name, about in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", config)):

@@ -137,6 +137,8 @@ def write_config(model, folder, score_bias, tokens):
     kind, family = find_family(config)
     shape = {theirs: getattr(config, ours) for ours, theirs in family.shape.items()}
     shape[family.shape["mlp"]] = {ours: theirs for theirs, ours in reversed(MLPS.items())}[config.mlp]
+    if kind == "gpt2":      # llama.cpp reads the older name; a missing bos would be GPT-2's own
+        shape |= {"n_ctx": config.block_size, "bos_token_id": None}
     if config.rope_scaling:
         shape["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling}
     name = ("LMHeadModel" if kind == "gpt2" else "ForCausalLM") if is_lm else "ForSequenceClassification"

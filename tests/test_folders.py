@@ -272,6 +272,16 @@ def test_what_a_config_says_beyond_the_shape_stays(tmp_path):
     assert (about["bos_token_id"], about["eos_token_id"], about["torch_dtype"]) == (5, 7, "float32")
 
 
+def test_gpt2s_config_has_what_llama_cpp_asks_for_and_no_token_of_gpt2s_own(tmp_path):
+    network("gpt2").save(tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    about = json.loads(path.read_text())
+    assert (about["n_ctx"], about["bos_token_id"]) == (80, None)    # missing, it would be 50256 of 97
+    path.write_text(json.dumps(about | {"bos_token_id": 5}))
+    GPT.load(tmp_path / "a").save(tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text())["bos_token_id"] == 5
+
+
 def test_a_transformers_5_config_and_a_config_without_its_optional_fields_are_read(tmp_path):
     model = network("llama-tied-scaled")
     model.save(tmp_path)

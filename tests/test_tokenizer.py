@@ -213,6 +213,12 @@ def test_the_merges_of_a_token_are_the_pair_that_an_encoder_finds():
     assert list(merges(ranks)) == [[b"a", b"b"], [b"b", b"c"], [b"ab", b"c"], [b"abc", b"ab"]]
 
 
+def test_a_saved_tokenizer_asks_for_no_token_types(tmp_path):
+    TOK.save(tmp_path)                  # transformers 4 makes them otherwise, and GPT-2 adds their embeddings
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 # Held against transformers, which reads what was saved here.
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -251,6 +257,7 @@ def test_ids_and_templates_are_those_of_transformers(tmp_path):
             want = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             assert theirs.encode(want, add_special_tokens=False) == tok.prompt(messages)
         assert (theirs.eos_token_id, theirs.pad_token_id) == (tok.end, tok.pad)
+        assert set(theirs("Hi")) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.skipif(not os.path.exists(GPT2), reason="gpt2 is not in TIKTOKEN_CACHE_DIR")
