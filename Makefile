@@ -40,10 +40,10 @@ loop: .venv/ready
 	$(PY) loop.py --rounds $(ROUNDS) --seed $(SEED)
 
 methods: .venv/ready
-	$(PY) docs/methods.py
+	$(PY) -m docs.methods
 
 lab: .venv/ready
-	$(PY) docs/lab.py --seed $(SEED)
+	$(PY) -m docs.lab --seed $(SEED)
 
 exercise: .venv/ready
 	@$(PY) docs/exercise.py $(NAME)

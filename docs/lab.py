@@ -1,7 +1,7 @@
 """The hacking lab: what a policy does to its reward model, and what stops it, on the embedded world.
 
-    python docs/lab.py              one seed, some twenty minutes on two cores (make lab)
-    python docs/lab.py --seed 1     another one
+    python -m docs.lab              one seed, some twenty minutes on two cores (make lab)
+    python -m docs.lab --seed 1     another one
 
 Trains PPO without a KL penalty, and under each defence, from one SFT model and one reward model, in
 out/lab/<seed>/ (what is there is not made again). Prints and draws (docs/lab.png) the judge's score against
@@ -20,10 +20,10 @@ import os
 
 import matplotlib
 import torch
-from methods import ROOT, run
 
 import evaluate
 import uncertainty
+from docs.methods import ROOT, run
 from runtime.compute import select
 from runtime.models import load, load_reward_model, load_uncertainty
 

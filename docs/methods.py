@@ -1,7 +1,7 @@
 """Ways to learn from preferences, side by side on the embedded world, from the same SFT model and labels.
 
-    python docs/methods.py                       all of them on three seeds, and the table
-    python docs/methods.py ppo rloo --seeds 0    some of them
+    python -m docs.methods                       all of them on three seeds, and the table
+    python -m docs.methods ppo rloo --seeds 0    some of them
 
 Each method is a line of commands below, run in out/methods/<seed>/, and not again if its model is there.
 Prints the worst of the seeds in each column: a method is as good as it is on a bad day. All learn from
