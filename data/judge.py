@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from data import records
-from data.answers import sample
+from data.answers import Answer, sample, score
 from data.batches import fit, fit_prompts
 from data.records import Preference
 from data.tokenizer import Tokenizer
-from runtime import Compute, Settings, flag, load, main, pad
+from runtime import Compute, Settings, flag, load, load_reward_model, main, pad
 from runtime.compute import row_seeds
 
 PRINCIPLES = os.path.join(os.path.dirname(__file__), "principles.txt")
@@ -34,6 +34,7 @@ class Config(Settings):
     out: str = flag("out/judge", "folder of the labels, labels.jsonl")
     model: str = flag("out/sft", "chat model that judges")
     data: str = flag("out/world/preferences_heldout.jsonl", "file of preferences, or of prompts")
+    reward: str = flag("", "reward model to be compared with, where the pairs are labelled")
     constitution: str = flag("", "file of the principles that it judges by; none is data/principles.txt")
     max_new_tokens: int = flag(64, "longest answer to a prompt that comes without any, in tokens", 1)
 
@@ -94,6 +95,16 @@ def read_pairs(cfg, run, model, tokenizer):
             for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
 
 
+def rewarded(run, folder, pairs):
+    """Whether a reward model scores the first answer higher, (N,)."""
+    tokenizer, model = Tokenizer.load(folder), load_reward_model(folder).requires_grad_(False)
+    run.place(model)
+    answers = [[Answer([*tokenizer.encode(text), tokenizer.end], text, True) for text in p.responses]
+               for p in pairs]
+    scores = torch.tensor(score(run, model, tokenizer, [p.prompt for p in pairs], answers))
+    return scores[:, 0] > scores[:, 1]
+
+
 def judge(cfg):
     with open(cfg.constitution or PRINCIPLES, encoding="utf-8") as f:
         principles = f.read().strip()
@@ -112,6 +123,10 @@ def judge(cfg):
         one_order = ((first > 0).float() + (second < 0).float()).mean() / 2
         print(f"agrees with the labels on {one_order:.1%} asked in one order, {(d > 0).float().mean():.1%} "
               f"in both; on every tenth pair, {(d[9::10] > 0).float().mean():.1%}")
+        if cfg.reward:
+            right = rewarded(run, cfg.reward, pairs).float()
+            print(f"{cfg.reward} agrees on {right.mean():.1%}; "
+                  f"on every tenth pair, {right[9::10].mean():.1%}")
     found = []
     for pair, p in zip(pairs, d.sigmoid().tolist()):
         chosen, rejected = pair.responses if p >= 0.5 else pair.responses[::-1]

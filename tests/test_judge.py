@@ -123,3 +123,18 @@ def test_preferred_is_the_probability_that_the_first_is_better_whatever_the_plac
     model.config, model.folder = SimpleNamespace(block_size=50), "small"
     with pytest.raises(ValueError, match="small reads 50 tokens, and a question about two answers takes"):
         judge.preferred(run, model, tokenizer, pairs)
+
+
+def test_beside_a_judge_a_reward_model_scores_whole_answers(tiny_inputs, monkeypatch):
+    monkeypatch.chdir(tiny_inputs)
+    tokenizer, model = Tokenizer.load("out/reward_model"), GPT.load("out/reward_model")
+    pairs = [records.Preference([{"role": "user", "content": p["prompt"]}], [p["chosen"], p["rejected"]],
+                                [1, 2]) for p in PAIRS]
+    found = judge.rewarded(judge.Compute(judge.Config(device="cpu")), "out/reward_model", pairs)
+    for p, right in zip(pairs, found.tolist()):
+        r = []
+        for text in p.responses:
+            ids, _ = tokenizer.chat([*p.prompt, {"role": "assistant", "content": text}])
+            end = len(ids) - ids[::-1].index(tokenizer.end)
+            r.append(model.score(torch.tensor([ids[:end]]), torch.tensor([end])).item())
+        assert right == (r[0] > r[1])

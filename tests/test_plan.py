@@ -155,5 +155,5 @@ def test_a_plan_counts_every_parameter(shape, head):
 
 
 def test_the_table_is_that_of_the_readme():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    with open(os.path.join(ROOT, "docs/gpus.md"), encoding="utf-8") as f:
         assert "\n".join(plan.table()) in f.read()
