@@ -251,6 +251,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """head="lm" scores the next token; head="scalar" gives one number per position (a reward or a value)."""
     look_every = 1      # tokens after which sampling asks which rows have ended: a GPU has to be waited for
+    known = None        # of a reward model: where its scores are guesses (uncertainty.py)
 
     def __init__(self, config, head="lm"):
         super().__init__()

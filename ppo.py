@@ -45,7 +45,7 @@ from data.answers import check, opened
 from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
 from runtime import Run, Training, flag, load, load_reward_model, main, make_optimizer, pad, schedule, select
-from runtime.models import load_rewards, load_uncertainty
+from runtime.models import load_rewards
 
 
 @dataclass
@@ -132,9 +132,8 @@ def state_values(critic, tokens, mask):
     return torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1) * mask
 
 
-def rollout(cfg, run, prompts, nets, tokenizer, known=None):
+def rollout(cfg, run, prompts, nets, tokenizer):
     """Let the policy answer the prompts (lists of ids), and measure all that the update needs of the answers.
-    known: how far the scores can be trusted, see uncertainty.py.
 
     Returns a dict of tensors, one row per answer: (B, T) tokens, mask, old_logprobs, ref_logprobs, and with a
     critic old_values; (B,) lengths (prompt and answer, in tokens), ended (whether the end token is there),
@@ -151,8 +150,8 @@ def rollout(cfg, run, prompts, nets, tokenizer, known=None):
         found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature)}
         if "reward" in nets:
             found["scores"] = nets["reward"].score(tokens, b["lengths"])
-        if known:
-            found |= uncertainty.doubt(nets["reward"].last_state(tokens, b["lengths"]), known)
+            if nets["reward"].known:            # how far its scores can be trusted: uncertainty.py
+                found |= uncertainty.doubt(nets["reward"], tokens, b["lengths"])
         if "critic" in nets:
             found["old_values"] = state_values(nets["critic"], tokens, mask)
         if run.bfloat16:
@@ -445,10 +444,10 @@ def warnings(cfg, metrics):
     return found
 
 
-def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program, known):
+def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program):
     """One step of PPO on some prompts (message lists). Returns its metrics."""
     began = time.time()
-    batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer, known)
+    batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
     answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], batch["mask"])]
     if program:
         learned = cfg.reward_model_coef * batch["scores"] if "reward" in nets else 0.0
@@ -467,7 +466,7 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
                "tokens_per_second": mask.sum() / (time.time() - began)}
     if "critic" in nets:
         metrics["explained_variance"] = explained_variance(batch["old_values"], batch["returns"], mask)
-    if known:                                   # signs of hacking that need no judge: share, and deviation
+    if "heads" in batch:                        # signs of hacking that need no judge
         metrics["ood"] = (batch["distance"] > 1).float().mean().item()
         metrics["disagreement"] = batch["heads"].std(1).mean()
     metrics |= world.truth(prompts, answers)    # to be seen beside the score: training never uses it
@@ -486,10 +485,10 @@ def train(cfg):
         nets["reward"] = load_reward_model(reward_model).requires_grad_(False)
     if cfg.advantage == "gae":
         nets["critic"] = load_reward_model(reward_model) if reward_model else load(cfg.init, "scalar")
-    known = load_uncertainty(reward_model) if reward_model else None
-    if not known and (cfg.pessimism != "none" or cfg.ood_penalty or cfg.ood_drop or cfg.stop_ood < 1):
-        raise ValueError("--pessimism, --ood_penalty, --ood_drop and --stop_ood need what "
-                         "reward_model.py --ensemble 5 finds out")
+    if cfg.pessimism != "none" or cfg.ood_penalty > 0 or cfg.ood_drop or cfg.stop_ood < 1:
+        if not reward_model or not nets["reward"].known:
+            raise ValueError("--pessimism, --ood_penalty, --ood_drop and --stop_ood need what "
+                             "reward_model.py --ensemble 5 finds out")
     block_size, demonstrations = nets["actor"].config.block_size, None
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
@@ -501,7 +500,6 @@ def train(cfg):
 
     run = Run(cfg, cfg.steps)
     run.place(*nets.values())
-    known = known and {name: x.to(run.device) for name, x in known.items()}
     optimizers = {name: make_optimizer(nets[name], cfg.lr, eps=1e-5)
                   for name in ("actor", "critic") if name in nets}
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -510,8 +508,7 @@ def train(cfg):
     while run.step < cfg.steps:
         chosen = run.rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]        # a group stands together
-        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program,
-                       known)
+        metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program)
         run.warn(warnings(cfg, metrics))
         run.log(metrics)
         if metrics.get("ood", 0) > cfg.stop_ood:

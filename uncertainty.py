@@ -75,10 +75,12 @@ def distance(states, mean, precision):
     return torch.linalg.vecdot(away @ precision, away).clamp(min=0).sqrt()
 
 
-def doubt(states, known):
-    """Of answers with states (B, C): "heads", what each head of the ensemble says, (B, M), and "distance"
-    from the training answers, (B,), 1 at the threshold. known: what `learn` returns."""
-    states = at_least_float32(states)
+def doubt(model, tokens, lengths):
+    """Of answers (B, T), prompt and answer lengths (B,) together: "heads", what each head of a reward model's
+    ensemble says, (B, M), and "distance" from its training answers, (B,), 1 at the threshold. model.known is
+    what `learn` has returned."""
+    states = at_least_float32(model.last_state(tokens, lengths))
+    known = {name: x.to(states) for name, x in model.known.items()}
     away = distance(states, known["mean"], known["precision"]) / known["threshold"]
     return {"heads": states @ known["heads"].T + known["bias"], "distance": away}
 

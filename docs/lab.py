@@ -23,9 +23,10 @@ import torch
 
 import evaluate
 import uncertainty
+from data import world
 from docs.methods import ROOT, run
 from runtime.compute import select
-from runtime.models import load, load_reward_model, load_uncertainty
+from runtime.models import load, load_reward_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after its backend has been chosen
@@ -115,9 +116,10 @@ def law_of_best_of_n(rewards, judged):
 
 def answer(together, model, samples, noise):
     """A model's answers to the held-out prompts, and the judge's score of each, (prompts · samples,)."""
-    together.cfg.samples = samples
-    found = together.answers(model, samples, noise)
-    return found, torch.tensor(together.enter(noise, found, 0.0, 0.0).judge)
+    found = together.answers(model, together.prompts, samples, noise)
+    asked = [prompt for prompt in together.prompts for _ in range(samples)]
+    judged = [world.judge(prompt, text) for prompt, text in zip(asked, together.texts(found))]
+    return found, torch.tensor(judged)
 
 
 def auroc(signal, positive):
@@ -129,13 +131,13 @@ def auroc(signal, positive):
 def detect(together, start):
     """Among answers of the policy that nothing held back, those that the reward model likes better than the
     SFT model's average: do its own signals tell the ones that the judge likes less? {name: number}"""
-    model, known = load("out/none").requires_grad_(False), load_uncertainty("out/reward_model")
+    model = load("out/none").requires_grad_(False)
     together.compute.place(model)
     answers, judged = answer(together, model, 8, "none")
 
     def read(rows):
         b = select(answers, rows)
-        found = uncertainty.doubt(together.scorer.last_state(b["tokens"], b["lengths"]), known)
+        found = uncertainty.doubt(together.scorer, b["tokens"], b["lengths"])
         return {"distance": found["distance"], "disagreement": found["heads"].std(1)}
     found = together.compute.map(read, range(len(judged)), answers["lengths"])
     found["reward itself"] = torch.tensor(together.scores(together.scorer, answers))

@@ -71,17 +71,13 @@ def add_tokens(model, vocab_size):
 
 
 def load_reward_model(folder):
-    """A network that gives scores. Raises ValueError for any other."""
-    model = load(folder)
+    """A network that gives scores, and in `known` what uncertainty.learn found out about them, or None.
+    Raises ValueError for any other."""
+    model, path = load(folder), os.path.join(find(folder), UNCERTAINTY)
+    model.known = load_tensors(path) if os.path.exists(path) else None
     if model.head_kind != "scalar":
         raise ValueError(f"{folder} is no reward model: it has no score")
     return model
-
-
-def load_uncertainty(folder):
-    """What uncertainty.learn found for a reward model, {name: tensor}, or None."""
-    path = os.path.join(find(folder), UNCERTAINTY)
-    return load_tensors(path) if os.path.exists(path) else None
 
 
 def load_rewards(names):

@@ -232,14 +232,16 @@ def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
     assert_ends_as_uninterrupted(stage, chain, f"out/killed_{stage}")
 
 
-def test_a_killed_run_without_a_critic_resumes_too(chain):
-    grouped = f"{SMALL['ppo']} --advantage rloo --save_seconds 0 --out"
-    whole, killed = (chain[0] / f"out/{name}" for name in ("rloo", "rloo_killed"))
-    assert script("ppo", f"{grouped} {whole}", chain[0]).returncode == 0
-    process = started("ppo", f"{grouped} {killed}", chain[0], killed)
+@pytest.mark.parametrize("stage, more", [("ppo", "--advantage rloo"),
+                                         ("dpo", "--online annotators --records 40 --max_new_tokens 12")])
+def test_a_killed_run_without_a_critic_or_with_fresh_labels_resumes_too(chain, stage, more):
+    command = f"{SMALL[stage]} {more} --save_seconds 0 --out"
+    whole, killed = (chain[0] / f"out/{name}_{stage}_more" for name in ("whole", "killed"))
+    assert script(stage, f"{command} {whole}", chain[0]).returncode == 0
+    process = started(stage, f"{command} {killed}", chain[0], killed)
     process.kill()
     process.wait()
-    done = script("ppo", f"{grouped} {killed}", chain[0])
+    done = script(stage, f"{command} {killed}", chain[0])
     assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

@@ -1,5 +1,6 @@
 """How far a score can be trusted: by slow loops, and by cases that can be worked out on paper."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ def in_float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def doubt(states, known):
+    """Of a reward model whose head reads these states."""
+    return uncertainty.doubt(SimpleNamespace(known=known, last_state=lambda *_: states), None, None)
 
 
 @seeds
@@ -40,7 +46,7 @@ def test_heads_agree_where_answers_were_compared_and_differ_where_none_was():
     known = {"heads": uncertainty.learn_heads(states, ranks, 5, ranking_loss), "bias": torch.zeros(5)}
     known |= uncertainty.spread(states.flatten(0, 1))
     seen, unseen = torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 2, 2]])
-    inside, outside = uncertainty.doubt(seen, known), uncertainty.doubt(unseen, known)
+    inside, outside = doubt(seen, known), doubt(unseen, known)
     assert inside["heads"].mean().item() == pytest.approx(1, abs=0.15)
     assert inside["heads"].std() < 0.1 < 0.3 < outside["heads"].std()
     assert inside["distance"] < 1 < 5 < outside["distance"]
@@ -56,7 +62,7 @@ def test_distance_is_that_of_mahalanobis_and_a_hundredth_lies_beyond_the_thresho
     covariance += 1e-3 * (covariance[0, 0] + covariance[1, 1] + covariance[2, 2]) / 3 * torch.eye(3)
     slow = [math.sqrt((h - mean) @ torch.linalg.solve(covariance, h - mean)) for h in states]
     known = found | {"heads": torch.zeros(1, 3), "bias": torch.zeros(1)}
-    near(uncertainty.doubt(states, known)["distance"] * found["threshold"], torch.tensor(slow))
+    near(doubt(states, known)["distance"] * found["threshold"], torch.tensor(slow))
     assert sum(d > found["threshold"] for d in slow) == 4
 
 
