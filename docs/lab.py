@@ -157,7 +157,7 @@ def draw(path, folder, curve):
         axis.plot(d, smooth([s["judge"] for s in rows]), color=colour, label=label, linewidth=1.6)
         axis.plot(d[-1], smooth([s["judge"] for s in rows])[-1], "o", color=colour, markersize=4)
     axis.plot(*zip(*curve), "s-", color="#555555", markersize=4, label="best of n")
-    axis.set_xlabel("√KL(π ‖ SFT), nats per answer")
+    axis.set_xlabel("√KL(π ‖ SFT), KL in nats per answer")
     axis.set_ylabel("judge's score of the answers")
     axis.set_title("What holds when the reward is climbed")
     axis.grid(alpha=0.25)
@@ -197,9 +197,9 @@ def main():
     answers, judged = answer(together, together.reference, 64, "best_of_n")
     start = judged.mean().item()
     print(f"judge of the SFT model: {start:.2f}\n\n" + "\n".join(table(folder, start)) + "\n")
-    for size, run_name, scorer in (("", "none", together.scorer),
-                                   ("small ", "none_small", load_reward_model("out/reward_model_small"))):
-        together.compute.place(scorer.requires_grad_(False))
+    small = load_reward_model("out/reward_model_small").requires_grad_(False)
+    together.compute.place(small)
+    for size, run_name, scorer in (("", "none", together.scorer), ("small ", "none_small", small)):
         rewards = torch.tensor(together.scores(scorer, answers)).view(-1, 64)
         laws = {"PPO": law_of_ppo(folder, run_name, start)}
         laws["best of n"], curve = law_of_best_of_n(rewards, judged.view(-1, 64))
@@ -209,7 +209,7 @@ def main():
             print(f"{size}reward model, {kind}: α {alpha:.3f} ({of_alpha}), β {beta:.3f} ({of_beta})")
     print("\nthe last policy without a defence, answers that the reward model likes:")
     for name, number in detect(together, start).items():
-        print(f"  {name}: {number:.2f}")
+        print(f"  {name}: {number:.2f}" if isinstance(number, float) else f"  {name}: {number}")
 
 
 if __name__ == "__main__":
