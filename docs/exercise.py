@@ -70,7 +70,7 @@ def make(name):
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
     for folder in ("data", "runtime"):
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ("model.py", "evaluate.py", "report.py", *stages):
+    for path in ("model.py", "uncertainty.py", "evaluate.py", "report.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)
     code, parts = (ROOT / file).read_text("utf-8"), PARTS.get(name, [name])
     for part in parts:                                              # from top to bottom, as lines are counted
