@@ -2,12 +2,12 @@
 # make seeds    the same for three seeds, and the README's table of them
 # make loop     three rounds: sample from the policy, label, learn, again; beside one round   (a quarter of an hour)
 # make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (half an hour)
-# make lab      a policy that hacks its reward model, seven defences, and the laws of over-optimisation (20 minutes)
+# make lab      a policy that hacks its reward model, eight defences, and the laws of over-optimisation (12 minutes)
 # make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
 # make quick    only the tests of the losses and the known answers         (half a minute)
-# make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (over an hour)
+# make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md

@@ -198,14 +198,13 @@ def fresh(cfg, run, model, reference, rank, tokenizer, old):
 def train(cfg):
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     model = load(cfg.init, "lm", tokenizer.vocab_size)
-    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out,
-                                                        cfg.max_dropped)
+    preferences, unseen = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     if cfg.records > 0:
         preferences = preferences[:cfg.records]
     block_size = model.config.block_size
     examples = encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped)
-    held_out = encode_comparisons(tokenizer, held_out_preferences, block_size, "held-out preferences")
+    held_out = encode_comparisons(tokenizer, unseen, block_size, "held-out preferences")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
     run = Run(cfg, steps)

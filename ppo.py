@@ -30,9 +30,8 @@ Of the implementation details that Huang et al. list (2024, arXiv 2403.17031, an
 are: critic from the reward model, no dropout, scores normalised on SFT samples (by reward_model.py), the
 temperature in the log-probabilities of answers, KL in the reward per token, a fixed score for an answer
 without an end, rewards whitened without moving their mean, advantages whitened, both clipped losses, Adam's ε
-of 1e-5, a decaying learning rate, adaptive KL. Left out: dummy padding tokens and left padding (rows are
-right-padded and masked), rejection of answers without a given token (the chat format has <|im_end|>), and a
-trunk that policy and value share (what is good for one need not be for the other).
+of 1e-5, a decaying learning rate, adaptive KL. Left out: padding on the left, rejection of answers without a
+given token (here they end with <|im_end|>), and a trunk that policy and value share.
 """
 import time
 from dataclasses import dataclass
@@ -86,10 +85,10 @@ class Config(Training):
     pessimism: str = flag("none", "score by an ensemble: its mean less a deviation, or its worst head",
                           choices=("none", "deviation", "worst"))
     pessimism_coef: float = flag(1.0, "c of mean − c·standard deviation", 0)
-    ood_penalty: float = flag(0.0, "taken off the score where an answer is twice as far from those that the "
-                              "reward model has seen as they are from each other", 0)
-    ood_drop: bool = flag(False, "learn nothing from answers that are further than they are")
-    stop_ood: float = flag(1.0, "end the run when more than this share of a rollout is", 0, 1)
+    ood_penalty: float = flag(0.0, "taken off the score of an answer unlike those that the reward model has "
+                              "seen (OOD), for each threshold that it is beyond the threshold", 0)
+    ood_drop: bool = flag(False, "learn nothing from OOD answers")
+    stop_ood: float = flag(1.0, "end the run where more than this share of a rollout is OOD", 0, 1)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed in: InstructGPT's PPO-ptx", 0)
     ptx_data: str = flag("world", "demonstrations for it: world, or a file")
@@ -149,9 +148,7 @@ def rollout(cfg, run, prompts, nets, tokenizer):
         tokens, mask = b["tokens"], b["mask"]
         found = {"ref_logprobs": nets["reference"].logprobs(tokens, mask, cfg.temperature)}
         if "reward" in nets:
-            found["scores"] = nets["reward"].score(tokens, b["lengths"])
-            if nets["reward"].known:            # how far its scores can be trusted: uncertainty.py
-                found |= uncertainty.doubt(nets["reward"], tokens, b["lengths"])
+            found |= uncertainty.score(nets["reward"], tokens, b["lengths"])
         if "critic" in nets:
             found["old_values"] = state_values(nets["critic"], tokens, mask)
         if run.bfloat16:
@@ -161,7 +158,11 @@ def rollout(cfg, run, prompts, nets, tokenizer):
             found["old_logprobs"] = nets["actor"].logprobs(tokens, mask, cfg.temperature)
         return found
 
-    return batch | run.map(measure, range(len(prompts)), batch["lengths"])
+    batch |= run.map(measure, range(len(prompts)), batch["lengths"])
+    if "heads" in batch:                # the reward model knows where its scores are guesses
+        batch["scores"] = uncertainty.cautious(batch, cfg.pessimism, cfg.pessimism_coef, cfg.ood_penalty,
+                                               least=cfg.no_end_score)
+    return batch
 
 
 # --------------------------------------------------------------------------------------- 2. rewards
@@ -249,9 +250,6 @@ def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
 
 def estimate(cfg, batch, kl_coef):
     """A rollout together with what the update learns from: advantages, and with a critic returns, (B, T)."""
-    if "heads" in batch:
-        batch = batch | {"scores": uncertainty.cautious(batch["scores"], batch["heads"], batch["distance"],
-                                                        cfg.pessimism, cfg.pessimism_coef, cfg.ood_penalty)}
     # The reward model has never seen an answer without an end: its score there is a guess, and if that were
     # high the policy would learn to go on for ever. A fixed low score teaches it to end.
     batch = batch | {"scores": torch.where(batch["ended"], batch["scores"], cfg.no_end_score)}
@@ -274,8 +272,8 @@ def estimate(cfg, batch, kl_coef):
 
 def leave_out_unfamiliar(batch):
     """Learn nothing from answers unlike those that the reward model has seen, good or bad: their advantages
-    are 0, their returns what the critic expects anyway."""
-    familiar = (batch["distance"] <= 1)[:, None]
+    are 0, their returns what the critic expects anyway. That an answer must end, no model need say."""
+    familiar = ((batch["distance"] <= 1) | ~batch["ended"])[:, None]
     found = {"advantages": batch["advantages"] * familiar}
     if "returns" in batch:
         found["returns"] = torch.where(familiar, batch["returns"], batch["old_values"])
@@ -445,7 +443,7 @@ def warnings(cfg, metrics):
 
 
 def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrations, program):
-    """One step of PPO on some prompts (message lists). Returns its metrics."""
+    """One step of PPO on some prompts (message lists). Returns its metrics, or None where it stops here."""
     began = time.time()
     batch = rollout(cfg, run, [tokenizer.prompt(p) for p in prompts], nets, tokenizer)
     answers = [tokenizer.decode(tokens[m].tolist()) for tokens, m in zip(batch["tokens"], batch["mask"])]
@@ -455,9 +453,12 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
     batch = estimate(cfg, batch, controller.coef)
     if cfg.ood_drop:
         batch = leave_out_unfamiliar(batch)
-    if run.step in (0, cfg.steps - 1):          # to be looked at, token by token: evaluate.py's report
-        which = "first" if run.step == 0 else "last"
+    ood = (batch["distance"] > 1).float().mean().item() if "distance" in batch else 0.0
+    for which in ("first", "last") if run.step == 0 else ("last",):         # for evaluate.py's report
         run.write(f"rollout_{which}.json", opened(tokenizer, prompts, batch, run.step + 1))
+    if ood > cfg.stop_ood:
+        print(f"stopped before step {run.step + 1}: {ood:.0%} of its answers are OOD")
+        return None
     stats = update(cfg, run, batch, nets, optimizers, demonstrations)
     mask, log_ratio = batch["mask"], batch["old_logprobs"] - batch["ref_logprobs"]
     metrics = {"score": batch["scores"].mean(), "kl": log_ratio.sum(1).mean().item(),   # nats per answer
@@ -467,8 +468,7 @@ def step(cfg, run, prompts, nets, optimizers, controller, tokenizer, demonstrati
     if "critic" in nets:
         metrics["explained_variance"] = explained_variance(batch["old_values"], batch["returns"], mask)
     if "heads" in batch:                        # signs of hacking that need no judge
-        metrics["ood"] = (batch["distance"] > 1).float().mean().item()
-        metrics["disagreement"] = batch["heads"].std(1).mean()
+        metrics |= {"ood": ood, "disagreement": batch["heads"].std(1).mean()}
     metrics |= world.truth(prompts, answers)    # to be seen beside the score: training never uses it
     if cfg.adaptive_kl:
         controller.update(metrics["kl"], len(prompts))
@@ -509,11 +509,10 @@ def train(cfg):
         chosen = run.rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]        # a group stands together
         metrics = step(cfg, run, chosen, nets, optimizers, controller, tokenizer, demonstrations, program)
+        if metrics is None:
+            break
         run.warn(warnings(cfg, metrics))
         run.log(metrics)
-        if metrics.get("ood", 0) > cfg.stop_ood:
-            print(f"stopped: {metrics['ood']:.0%} of the answers are unlike all that the reward model knows")
-            break
     run.finish(nets["actor"], tokenizer)
 
 

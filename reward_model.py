@@ -49,6 +49,10 @@ class Config(Training):
     normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0 leaves it as trained", 0)
     ensemble: int = flag(0, "heads of uncertainty.py's ensemble; 0 learns nothing of that kind", 0)
 
+    def __post_init__(self):
+        if self.ensemble == 1:
+            raise ValueError("--ensemble 1: a single head disagrees with nobody")
+
 
 # --------------------------------------------------------------------------------------- the losses
 
@@ -196,12 +200,11 @@ def train(cfg):
     torch.manual_seed(cfg.seed)                                 # before the new head's weights are drawn
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     model = load(cfg.init, "scalar", tokenizer.vocab_size)
-    preferences, held_out_preferences = loading.load("preferences", cfg.data, cfg.held_out,
-                                                        cfg.max_dropped)
+    preferences, unseen = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     block_size = model.config.block_size
     examples = encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped)
-    held_out = encode_comparisons(tokenizer, held_out_preferences, block_size, "held-out preferences")
+    held_out = encode_comparisons(tokenizer, unseen, block_size, "held-out preferences")
     prompts = prompts_to_sample(tokenizer, model, preferences) if cfg.normalize else []
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
@@ -214,8 +217,8 @@ def train(cfg):
         # People disagree, so no model predicts every choice. The ceiling is the accuracy of one that names,
         # for each pair, the answer that most annotators prefer. judge_agreement is that of the world's judge,
         # who knows the truth, and not people's weaknesses.
-        found["ceiling"] = annotators.ceiling(held_out_preferences)
-        found["judge_agreement"] = annotators.agreement(held_out_preferences)
+        found["ceiling"] = annotators.ceiling(unseen)
+        found["judge_agreement"] = annotators.agreement(unseen)
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())
     print("held out:  " + "  ".join(shown))
     print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated))

@@ -11,7 +11,6 @@ import math
 
 import torch
 
-from model import at_least_float32
 from runtime import pad
 
 
@@ -20,9 +19,9 @@ def learn(model, run, comparisons, count, ranking_loss):
     model's own score, and what `spread` finds.
 
     comparisons: data.batches.Comparison of training answers, of which 4,000 prompts say enough; count: M;
-    ranking_loss: of scores and ranks, as in reward_model.py."""
-    ranks = pad([c.ranks for c in comparisons[:4000]]).to(run.device)
-    sequences = [ids for c in comparisons[:4000] for ids in c.sequences]
+    ranking_loss: of scores and their labels, as in reward_model.py."""
+    some = run.rng.sample(comparisons, min(4000, len(comparisons)))
+    sequences = [ids for c in some for ids in c.sequences]
 
     def read(rows):
         lengths = torch.tensor([len(ids) for ids in rows], device=run.device)
@@ -30,27 +29,33 @@ def learn(model, run, comparisons, count, ranking_loss):
         return {"states": state, "scores": model.head(state).flatten()}
     found = run.map(read, sequences, [len(ids) for ids in sequences])
     scores, seen = found["scores"], found["states"]
+    ranks = pad([c.ranks for c in some]).to(run.device)
     states = torch.zeros(*ranks.shape, seen.shape[1], dtype=seen.dtype, device=run.device)
     states[ranks > 0] = seen
-    heads = learn_heads(states, ranks, count, ranking_loss)
+    labels = (ranks, torch.tensor([c.margin for c in some], device=run.device),
+              torch.tensor([c.probability for c in some], device=run.device))
+    heads = learn_heads(states, labels, count, ranking_loss)
     theirs = seen @ heads.T                                                                 # (answers, M)
     scale = scores.std() / theirs.std(0)
     bias = scores.mean() - scale * theirs.mean(0)
     return {"heads": heads * scale[:, None], "bias": bias} | spread(seen)
 
 
-def learn_heads(states, ranks, count, ranking_loss, epochs=30, batch=512, lr=0.03):
+def learn_heads(states, labels, count, ranking_loss, epochs=30, batch=512, lr=0.03):
     """`count` heads on one trunk, (count, C). Each starts from weights of its own and learns from prompts of
     its own, drawn with replacement (bagging: Breiman 1996). Where training answers settle a score, all heads
     come to agree on it; along directions in which these hardly vary, each keeps what it happened to start
     with. Coste et al. (2023) train whole networks: they differ more, and cost as many times as much, where
-    these take a second."""
+    these take a second.
+
+    states (N, K, C); labels: ranks (N, K), margins (N,), probabilities (N,), as ranking_loss takes them."""
     N, _, C = states.shape
     heads = (torch.randn(count, C, device=states.device) / math.sqrt(C + 1)).requires_grad_()
     optimizer = torch.optim.Adam([heads], lr)
     drawn = torch.randint(N, (count, N), device=states.device)
     for some in drawn.split(batch, dim=1) * epochs:
-        losses = [ranking_loss(states[prompts] @ head, ranks[prompts]) for prompts, head in zip(some, heads)]
+        losses = [ranking_loss(states[prompts] @ head, *(label[prompts] for label in labels))
+                  for prompts, head in zip(some, heads)]
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
@@ -75,24 +80,33 @@ def distance(states, mean, precision):
     return torch.linalg.vecdot(away @ precision, away).clamp(min=0).sqrt()
 
 
-def doubt(model, tokens, lengths):
-    """Of answers (B, T), prompt and answer lengths (B,) together: "heads", what each head of a reward model's
-    ensemble says, (B, M), and "distance" from its training answers, (B,), 1 at the threshold. model.known is
-    what `learn` has returned."""
-    states = at_least_float32(model.last_state(tokens, lengths))
-    known = {name: x.to(states) for name, x in model.known.items()}
+def score(model, tokens, lengths):
+    """A reward model's "scores" (B,) of answers; and if it knows where they are guesses (model.known, what
+    `learn` has returned), "heads", what each head of its ensemble says, (B, M), and "distance" from its
+    training answers, (B,), 1 at the threshold. tokens (B, T): prompts with their answers, right-padded;
+    lengths (B,): of both together."""
+    if not model.known:
+        return {"scores": model.score(tokens, lengths)}
+    states = model.last_state(tokens, lengths).to(model.head.weight.dtype)
+    known = model.known = {name: x.to(states) for name, x in model.known.items()}
     away = distance(states, known["mean"], known["precision"]) / known["threshold"]
-    return {"heads": states @ known["heads"].T + known["bias"], "distance": away}
+    return {"scores": model.head(states).flatten(), "heads": states @ known["heads"].T + known["bias"],
+            "distance": away}
 
 
-def cautious(scores, heads, distance, pessimism, pessimism_coef, penalty):
+def cautious(batch, pessimism, pessimism_coef, penalty, least):
     """Scores (B,) that count where they are guesses as low as they may well be (Coste et al. 2023): the
     ensemble's mean less c standard deviations ("deviation"), or its lowest head ("worst"), instead of the
-    model's own ("none"). And `penalty` is taken off for each threshold's width beyond the threshold.
+    model's own ("none"). And `penalty` is taken off for each threshold that an answer is beyond the
+    threshold. Caution takes no score below `least`, that of an answer without an end, or it would pay not to
+    end.
 
-    scores (B,), heads (B, M), distance (B,): of `doubt`; pessimism_coef is c."""
+    batch: scores (B,), heads (B, M), distance (B,), as `score` returns them; pessimism_coef is c."""
+    scores, heads = batch["scores"], batch["heads"]
+    found = scores
     if pessimism == "deviation":
-        scores = heads.mean(1) - pessimism_coef * heads.std(1)
+        found = heads.mean(1) - pessimism_coef * heads.std(1)
     elif pessimism == "worst":
-        scores = heads.min(1).values
-    return scores - penalty * (distance - 1).clamp(min=0)
+        found = heads.min(1).values
+    found = found - penalty * (batch["distance"] - 1).clamp(min=0)
+    return found.maximum(scores.clamp(max=least))

@@ -71,7 +71,7 @@ def warnings(seen):
     return found
 
 
-def opened(tokenizer, prompts, batch, step, count=6):
+def opened(tokenizer, prompts, batch, step, count=3):
     """The first answers of a rollout of ppo.py with all that is known of each token: a list of dicts."""
     found, names = [], ("old_logprobs", "ref_logprobs", "rewards", "old_values", "returns", "advantages")
     for i in range(min(count, len(prompts))):

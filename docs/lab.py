@@ -1,11 +1,11 @@
 """The hacking lab: what a policy does to its reward model, and what stops it, on the embedded world.
 
-    python -m docs.lab              one seed, some twenty minutes on two cores (make lab)
+    python -m docs.lab              one seed, some twelve minutes on two cores (make lab)
     python -m docs.lab --seed 1     another one
 
 Trains PPO without a KL penalty, and under each defence, from one SFT model and one reward model, in
-out/lab/<seed>/ (what is there is not made again). Prints and draws (docs/lab.png) the judge's score against
-√KL, with best-of-n; fits the laws of Gao et al. (2022), section 3,
+out/lab/<seed>/ (what is there is not made again). Prints and draws the judge's score against √KL, with
+best-of-n; fits the laws of Gao et al. (2022), section 3,
 
     PPO        R(d) = d·(α − β·log d)
     best of n  R(d) = d·(α − β·d)            d = √KL(π ‖ SFT), R: the judge's score above the SFT model's
@@ -23,7 +23,7 @@ import torch
 
 import evaluate
 import uncertainty
-from data import world
+from data import loading, world
 from docs.methods import ROOT, run
 from runtime.compute import select
 from runtime.models import load, load_reward_model
@@ -67,9 +67,8 @@ def steps(folder, name):
 
 
 def smooth(values, width=5):
-    """Means over `width` steps around each, fewer at the ends: one step's judge is that of 128 answers."""
-    half = width // 2
-    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    """Means over each step and those before it, `width` in all: one step's judge is that of 128 answers."""
+    windows = [values[max(0, i + 1 - width):i + 1] for i in range(len(values))]
     return [sum(w) / len(w) for w in windows]
 
 
@@ -87,10 +86,12 @@ def interval(draws):
 
 
 def law_of_ppo(folder, name, start):
-    """α, β and their intervals for a run, by the bootstrap over its steps."""
+    """α, β and their intervals for a run, by the bootstrap over blocks of five steps, since neighbours are
+    alike. start: the judge of the SFT model on training prompts, which these are."""
     rows = [s for s in steps(folder, name) if s["kl"] > 0.01]
     d, R = torch.tensor([s["kl"] for s in rows]).sqrt(), torch.tensor([s["judge"] - start for s in rows])
-    some = torch.randint(len(d), (DRAWS, len(d)), generator=torch.Generator().manual_seed(0))
+    first = torch.randint(len(d) - 4, (DRAWS, len(d) // 5), generator=torch.Generator().manual_seed(0))
+    some = (first[:, :, None] + torch.arange(5)).flatten(1)
     return fit(d, R, torch.log), interval(fit(d[some], R[some], torch.log))
 
 
@@ -114,10 +115,10 @@ def law_of_best_of_n(rewards, judged):
 
 # ----------------------------------------------------------------------------------------- answers
 
-def answer(together, model, samples, noise):
-    """A model's answers to the held-out prompts, and the judge's score of each, (prompts · samples,)."""
-    found = together.answers(model, together.prompts, samples, noise)
-    asked = [prompt for prompt in together.prompts for _ in range(samples)]
+def answer(together, model, prompts, samples, noise):
+    """A model's answers to some prompts, and the judge's score of each, (prompts · samples,)."""
+    found = together.answers(model, prompts, samples, noise)
+    asked = [prompt for prompt in prompts for _ in range(samples)]
     judged = [world.judge(prompt, text) for prompt, text in zip(asked, together.texts(found))]
     return found, torch.tensor(judged)
 
@@ -133,11 +134,11 @@ def detect(together, start):
     SFT model's average: do its own signals tell the ones that the judge likes less? {name: number}"""
     model = load("out/none").requires_grad_(False)
     together.compute.place(model)
-    answers, judged = answer(together, model, 8, "none")
+    answers, judged = answer(together, model, together.prompts, 8, "none")
 
     def read(rows):
         b = select(answers, rows)
-        found = uncertainty.doubt(together.scorer, b["tokens"], b["lengths"])
+        found = uncertainty.score(together.scorer, b["tokens"], b["lengths"])
         return {"distance": found["distance"], "disagreement": found["heads"].std(1)}
     found = together.compute.map(read, range(len(judged)), answers["lengths"])
     found["reward itself"] = torch.tensor(together.scores(together.scorer, answers))
@@ -166,18 +167,18 @@ def draw(path, folder, curve):
     figure.savefig(path, dpi=150)
 
 
-def table(folder, start):
-    """Of each run: the best judge on the way, and reward, judge, KL and OOD share at the end, means over five
-    steps; and the steps at which judge and OOD share say that something is wrong."""
+def table(folder):
+    """Of each run: the best judge on the way, and judge, KL and OOD share at the end, means over five steps
+    of training answers; and the first step of which more than a tenth of the answers is OOD."""
     heads = ["defence", "best judge", "at step", "last judge", "last KL", "last OOD share",
-             "OOD share above 10 % from step"]
+             "OOD share first above 10 %"]
     lines = [heads, ["---"] * len(heads)]
     for name, (label, _, _) in RUNS.items():
         rows = steps(folder, name)
         judge, kl = smooth([s["judge"] for s in rows]), smooth([s["kl"] for s in rows])
         ood = smooth([s.get("ood", math.nan) for s in rows])
         best = max(range(len(judge)), key=judge.__getitem__)
-        alarm = next((str(i + 1) for i, share in enumerate(ood) if share > 0.1), "–")
+        alarm = next((f"step {s['step']}" for s in rows if s.get("ood", 0) > 0.1), "–")
         lines.append([label, f"{judge[best]:.2f}", str(best + 1), f"{judge[-1]:.2f}", f"{kl[-1]:.1f}",
                       f"{ood[-1]:.0%}" if ood[-1] == ood[-1] else "–", alarm])
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -194,14 +195,17 @@ def main():
     figure = os.path.abspath(args.figure or f"{folder}/lab.png")
     os.chdir(folder)
     together = evaluate.Contest(evaluate.Config(seed=args.seed), "out/sft")
-    answers, judged = answer(together, together.reference, 64, "best_of_n")
+    answers, judged = answer(together, together.reference, together.prompts, 64, "best_of_n")
     start = judged.mean().item()
-    print(f"judge of the SFT model: {start:.2f}\n\n" + "\n".join(table(folder, start)) + "\n")
+    prompts, _ = loading.load("prompts", "world")
+    in_training = answer(together, together.reference, prompts[:1000], 4, "training")[1].mean().item()
+    print(f"judge of the SFT model: {start:.2f} held out, {in_training:.2f} in training\n")
+    print("\n".join(table(folder)) + "\n")
     small = load_reward_model("out/reward_model_small").requires_grad_(False)
     together.compute.place(small)
     for size, run_name, scorer in (("", "none", together.scorer), ("small ", "none_small", small)):
         rewards = torch.tensor(together.scores(scorer, answers)).view(-1, 64)
-        laws = {"PPO": law_of_ppo(folder, run_name, start)}
+        laws = {"PPO": law_of_ppo(folder, run_name, in_training)}
         laws["best of n"], curve = law_of_best_of_n(rewards, judged.view(-1, 64))
         if not size:
             draw(figure, folder, curve)

@@ -74,7 +74,12 @@ def load_reward_model(folder):
     """A network that gives scores, and in `known` what uncertainty.learn found out about them, or None.
     Raises ValueError for any other."""
     model, path = load(folder), os.path.join(find(folder), UNCERTAINTY)
-    model.known = load_tensors(path) if os.path.exists(path) else None
+    if os.path.exists(path):
+        model.known, C = load_tensors(path), model.config.n_embd
+        shapes = {name: tuple(x.shape) for name, x in model.known.items()}
+        M = shapes.get("bias", (0,))[0]
+        if shapes != {"heads": (M, C), "bias": (M,), "mean": (C,), "precision": (C, C), "threshold": ()}:
+            raise ValueError(f"{path} does not fit the model beside it: train that once more, or remove it")
     if model.head_kind != "scalar":
         raise ValueError(f"{folder} is no reward model: it has no score")
     return model

@@ -7,6 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import models
+from runtime.safetensors import save_tensors
 
 
 def test_a_folder_without_a_model_says_what_to_run_first(tmp_path):
@@ -71,3 +72,17 @@ def test_a_reward_is_a_folder_a_function_or_both(tmp_path):
         models.load_rewards(f"{path}:two")
     with pytest.raises(ValueError, match="missing.py:one: FileNotFoundError"):
         models.load_rewards("missing.py:one")
+
+
+def test_what_is_known_of_another_models_scores_is_refused_in_one_line(tmp_path):
+    GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8), "scalar").save(str(tmp_path))
+    assert models.load_reward_model(str(tmp_path)).known is None
+    for C, fits in ((8, True), (6, False)):
+        known = {"heads": torch.zeros(3, C), "bias": torch.zeros(3), "mean": torch.zeros(C),
+                 "precision": torch.eye(C), "threshold": torch.tensor(1.0)}
+        save_tensors(str(tmp_path / models.UNCERTAINTY), known)
+        if fits:
+            assert models.load_reward_model(str(tmp_path)).known.keys() == known.keys()
+            continue
+        with pytest.raises(ValueError, match="uncertainty.safetensors does not fit the model beside it"):
+            models.load_reward_model(str(tmp_path))

@@ -130,6 +130,11 @@ def test_what_a_folder_says_of_uncertainty_goes_with_the_model_that_it_is_of(tra
     assert not os.path.exists(f"{cfg.out}/uncertainty.safetensors")
 
 
+def test_an_ensemble_of_one_is_refused():
+    with pytest.raises(ValueError, match="a single head disagrees with nobody"):
+        reward_model.Config(ensemble=1)
+
+
 def test_without_normalisation_the_score_is_left_as_it_was_trained(trained):
     torch.manual_seed(0)
     plain, tokenizer = GPT.load("out/sft", head="scalar"), Tokenizer.load("out/sft")

@@ -255,8 +255,9 @@ def scale(cfg, model, sft_model, tokenizer, preferences, steps):
     return average, deviation
 
 
-def heads(states, ranks, count):
-    """An ensemble's heads, (count, C) in lists, from states[p][k] of answers and their ranks[p][k]."""
+def heads(states, ranks, margins, sure, count):
+    """An ensemble's heads, (count, C) in lists, from states[p][k] of answers and their ranks[p][k]; margins
+    and how sure labels are, of each prompt."""
     N, C = len(states), len(states[0][0])
     found = [(x / math.sqrt(C + 1)).requires_grad_() for x in torch.randn(count, C)]
     drawn = torch.randint(N, (count, N)).tolist()
@@ -267,7 +268,9 @@ def heads(states, ranks, count):
                 losses = []
                 for p in mine[start:start + 512]:
                     r = [head @ torch.tensor(h) for h in states[p]]
-                    losses.append(mean([-log_sigmoid(r[i] - r[j]) for i, j in ordered_pairs(ranks[p])]))
+                    losses.append(mean([-sure[p] * log_sigmoid(r[i] - r[j] - margins[p])
+                                        - (1 - sure[p]) * log_sigmoid(r[j] - r[i] - margins[p])
+                                        for i, j in ordered_pairs(ranks[p])]))
                 optimizer.zero_grad()
                 mean(losses).backward()
                 optimizer.step()
@@ -277,14 +280,20 @@ def heads(states, ranks, count):
 def uncertainty(cfg, model, tokenizer, preferences, steps):
     """What a reward model's folder says of how far its scores can be trusted: {name: lists}."""
     states, ranks, own = [], [], []
-    for p in comparisons_that_fit(model, tokenizer, preferences)[:4000]:
+    rng = begin(cfg, steps)
+    preferences = comparisons_that_fit(model, tokenizer, preferences)
+    rng.choices(preferences, k=cfg.normalize)               # the prompts and seeds that set the scale
+    for _ in range(cfg.normalize):
+        rng.getrandbits(62)
+    preferences = rng.sample(preferences, len(preferences))
+    for p in preferences:
         prompt, answers = sequences(tokenizer, p)
         with torch.no_grad():
             states.append([model.hidden(torch.tensor([prompt + a]))[0, -1].tolist() for a in answers])
             own += [score(model, prompt + a).item() for a in answers]
         ranks.append(p.ranks)
-    begin(cfg, steps)
-    found = heads(states, ranks, cfg.ensemble)
+    found = heads(states, ranks, [p.margin for p in preferences], [p.probability for p in preferences],
+                  cfg.ensemble)
     every = [h for some in states for h in some]
     scaled, biases = [], []
     for head in found:
@@ -458,11 +467,12 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
             if cfg.advantage == "gae":
                 a["values"] = nets["critic"](torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].tolist()
             a["score"] = score(nets["reward"], prompt + ids).item() if "reward" in nets else 0.0
-        if program:
-            a["score"] = cfg.reward_model_coef * a["score"] + program(messages, tokenizer.decode(ids))
         if known:
             doubt(a, nets["reward"], known)
-            a["score"] = PESSIMISM[cfg.pessimism](cfg, a) - cfg.ood_penalty * max(0, a["distance"] - 1)
+            careful = PESSIMISM[cfg.pessimism](cfg, a) - cfg.ood_penalty * max(0, a["distance"] - 1)
+            a["score"] = max(careful, min(a["score"], cfg.no_end_score))
+        if program:
+            a["score"] = cfg.reward_model_coef * a["score"] + program(messages, tokenizer.decode(ids))
         if not a["ended"]:
             a["score"] = cfg.no_end_score
         a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
@@ -482,7 +492,7 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
     if cfg.whiten_advantages:
         whitened(answers, "advantages", shift=True)
     for a in answers:
-        if cfg.ood_drop and a["distance"] > 1:
+        if cfg.ood_drop and a["distance"] > 1 and a["ended"]:
             a["advantages"], a["returns"] = [0.0] * len(a["ids"]), a["values"]
     return answers
 
@@ -554,6 +564,8 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None)
         chosen = rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]
         answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta, program, known)
+        if known and mean([float(a["distance"] > 1) for a in answers]) > cfg.stop_ood:
+            break
         stats, updates = [], 0
         minibatches = []
         for _ in range(cfg.epochs):
@@ -590,6 +602,4 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None)
             "helpful": mean([world.parts(p, text)["helpful"] for p, text in zip(chosen, texts)])})
         if cfg.adaptive_kl:
             beta *= 1 + min(max(kl / cfg.kl_target - 1, -0.2), 0.2) * cfg.batch / cfg.kl_horizon
-        if fit.get("ood", 0) > cfg.stop_ood:
-            break
     return lines
