@@ -167,11 +167,12 @@ def draw(path, folder, curve):
     figure.savefig(path, dpi=150)
 
 
-def table(folder):
-    """Of each run: the best judge on the way, and judge, KL and OOD share at the end, means over five steps
-    of training answers; and the first step of which more than a tenth of the answers is OOD."""
-    heads = ["defence", "best judge", "at step", "last judge", "last KL", "last OOD share",
-             "OOD share first above 10 %"]
+def table(folder, together):
+    """Of each run: the best judge on the way, KL and OOD share at the end, means over five steps of training
+    answers; the first step of which more than a tenth of the answers is OOD; and the judge of the policy that
+    it saved, on held-out prompts."""
+    heads = ["defence", "best judge", "at step", "last KL", "last OOD share", "OOD share first above 10 %",
+             "saved policy: judge"]
     lines = [heads, ["---"] * len(heads)]
     for name, (label, _, _) in RUNS.items():
         rows = steps(folder, name)
@@ -179,8 +180,11 @@ def table(folder):
         ood = smooth([s.get("ood", math.nan) for s in rows])
         best = max(range(len(judge)), key=judge.__getitem__)
         alarm = next((f"step {s['step']}" for s in rows if s.get("ood", 0) > 0.1), "–")
-        lines.append([label, f"{judge[best]:.2f}", str(best + 1), f"{judge[-1]:.2f}", f"{kl[-1]:.1f}",
-                      f"{ood[-1]:.0%}" if ood[-1] == ood[-1] else "–", alarm])
+        model = load(f"out/{name}").requires_grad_(False)
+        together.compute.place(model)
+        saved = answer(together, model, together.prompts, 8, name)[1].mean()
+        lines.append([label, f"{judge[best]:.2f}", str(best + 1), f"{kl[-1]:.1f}",
+                      f"{ood[-1]:.0%}" if ood[-1] == ood[-1] else "–", alarm, f"{saved:.2f}"])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -200,7 +204,7 @@ def main():
     prompts, _ = loading.load("prompts", "world")
     in_training = answer(together, together.reference, prompts[:1000], 4, "training")[1].mean().item()
     print(f"judge of the SFT model: {start:.2f} held out, {in_training:.2f} in training\n")
-    print("\n".join(table(folder)) + "\n")
+    print("\n".join(table(folder, together)) + "\n")
     small = load_reward_model("out/reward_model_small").requires_grad_(False)
     together.compute.place(small)
     for size, run_name, scorer in (("", "none", together.scorer), ("small ", "none_small", small)):
