@@ -483,7 +483,8 @@ MISTAKES = {
 # Tests beyond the file's own that are likely to notice.
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
-          "data/answers.py": ["test_feedback"],
+          "data/answers.py": ["test_feedback", "test_dpo"],
+          "uncertainty.py": ["test_reward_model", "test_ppo"],
           "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
