@@ -64,6 +64,7 @@ def total_variation(p, q):
 
 class Judge:
     """In the reward model's place: knows r(x, y) of every whole answer."""
+    known = None
 
     def __init__(self, r):
         self.r = {tuple(row): x for row, x in zip(ROWS, r.tolist())}

@@ -405,7 +405,7 @@ CASES = [                                       # each flag of the stage is set 
     dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5),
     dict(pessimism="worst", ood_drop=True, reward="out/reward_model,program.py:words"),
     dict(ood_drop=True, ood_penalty=0.5),
-    dict(stop_ood=0.5, lr=0.05, steps=9),
+    dict(stop_ood=0.3, seed=5, lr=1e-6, steps=6),
 ]
 
 
