@@ -34,10 +34,12 @@ def pick_device(name):
 
 def keep_freed_memory():
     """Let the C library keep what is freed for the next array. Given back, it would come again page by page,
-    each cleared by the system: on the CPU that takes longer than most arithmetic on it."""
+    each cleared by the system: on the CPU that takes longer than most arithmetic on it. But arrays of 64 MB,
+    as a chunk of logits is one, go back: between others they would leave holes, and memory would grow with
+    the vocabulary."""
     with contextlib.suppress(OSError, AttributeError):          # other systems have other libraries
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 26)
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
