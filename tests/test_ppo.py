@@ -420,7 +420,8 @@ def with_doubts(settings, folder):
     known = {"heads": torch.randn(3, C, generator=noise, dtype=torch.float64),
              "bias": torch.randn(3, generator=noise, dtype=torch.float64),
              "mean": torch.randn(C, generator=noise, dtype=torch.float64), "precision": root @ root.T,
-             "threshold": torch.tensor(17.0, dtype=torch.float64)}        # about half are further
+             # About half are further; but of those that are dropped, most, for few of them end.
+             "threshold": torch.tensor(15.0 if "ood_drop" in settings else 17.0, dtype=torch.float64)}
     save_tensors(f"{folder}/uncertainty.safetensors", known)
     reward = settings.get("reward", "out/reward_model").replace("out/reward_model", str(folder))
     return known, settings | {"reward": reward}
