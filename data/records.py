@@ -179,18 +179,12 @@ def _kind(value):
 
 
 def _text(record, field, where="", empty=False):
-    """A field that must be text. where: what leads to the record, such as "messages[0]."."""
+    """A field that must be text, and not blank unless empty is allowed. where: what leads to the record, such
+    as "messages[0]."."""
     name = f"{where}{field}"
     if field not in record:
-        missing = f'field "{name}" is missing'
-        if where:
-            raise RecordError(missing)
-        raise UnknownShape(missing)
-    return _check_text(record[field], name, empty)
-
-
-def _check_text(value, name, empty=False):
-    """The value itself, if it is text, and not blank unless empty is allowed."""
+        raise (RecordError if where else UnknownShape)(f'field "{name}" is missing')
+    value = record[field]
     if not isinstance(value, str):
         raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
     if not value.strip() and not empty:
@@ -201,115 +195,94 @@ def _check_text(value, name, empty=False):
 
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TWO_WAYS = "can be read in two ways, by its {} and by its {}: leave one out"
 
 
-def _messages(value, name):
+def _messages(record, field):
     """A list of {"role", "content"}, or ShareGPT's {"from", "value"}."""
-    if not isinstance(value, list) or not value:
-        found = "none" if value == [] else _kind(value)
-        raise RecordError(f'field "{name}": expected a list of messages, found {found}')
     out = []
-    for i, message in enumerate(value):
+    if not isinstance(record[field], list) or not record[field]:
+        found = "none" if record[field] == [] else _kind(record[field])
+        raise RecordError(f'field "{field}": expected a list of messages, found {found}')
+    for i, message in enumerate(record[field]):
+        name = f"{field}[{i}]"
         if not isinstance(message, dict):
-            raise RecordError(f'field "{name}[{i}]": expected an object, found {_kind(message)}')
-        by, said = ("from", "value") if "from" in message else ("role", "content")
-        role = _text(message, by, f"{name}[{i}].")
-        role = SHAREGPT.get(role) if by == "from" else role
-        if role not in ROLES:
-            raise RecordError(f'field "{name}[{i}].{by}": {message[by][:40]!r} is none of '
-                              f'{", ".join(ROLES if by == "role" else SHAREGPT)}')
-        out.append({"role": role, "content": _text(message, said, f"{name}[{i}].")})
+            raise RecordError(f'field "{name}": expected an object, found {_kind(message)}')
+        by, said, roles = "role", "content", {role: role for role in ROLES}
+        if "from" in message:
+            by, said, roles = "from", "value", SHAREGPT
+        role = _text(message, by, f"{name}.")
+        if role not in roles:
+            raise RecordError(f'field "{name}.{by}": {role[:40]!r} is none of {", ".join(roles)}')
+        out.append({"role": roles[role], "content": _text(message, said, f"{name}.")})
     return out
 
 
-def _one_of(readings):
-    """What a record says, of {what it is read as: reader}. Raises RecordError if two readings differ."""
-    found = {name: read() for name, read in readings.items()}
-    (first, value), *others = found.items()
-    for name, other in others:
-        if other != value:
-            raise RecordError(f"can be read in two ways, by its {first} and by its {name}: leave one out")
-    return value
-
-
 def _prompt(record):
-    if "prompt" in record:
-        return _asked(record["prompt"], "prompt")
-    if "instruction" in record:
-        text = _text(record, "instruction")
-        if record.get("input") is not None:
+    """What comes before the answer: messages, a user's last."""
+    fields = ("prompt", "instruction", "messages", "conversations", "chosen")
+    field = next((name for name in fields if name in record), None)
+    if field is None:
+        raise UnknownShape('field "prompt" is missing')
+    if field == "instruction" or field == "prompt" and not isinstance(record["prompt"], list):
+        text = _text(record, field)
+        if field == "instruction" and record.get("input") is not None:
             more = _text(record, "input", empty=True)
             if more.strip():
                 text += "\n\n" + more
         return [{"role": "user", "content": text}]
-    for field in ("messages", "conversations"):
-        if field in record:
-            messages = _messages(record[field], field)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return _ends_with_the_user(messages, field)
-    if "chosen" in record:
-        return _ends_with_the_user(_conversation(record, "chosen")[:-1], "chosen")
-    raise UnknownShape('field "prompt" is missing')
-
-
-def _asked(value, name):
-    """A prompt: text, or a list of messages whose last is the user's."""
-    if not isinstance(value, list):
-        return [{"role": "user", "content": _check_text(value, name)}]
-    return _ends_with_the_user(_messages(value, name), name)
-
-
-def _ends_with_the_user(messages, name):
+    messages = _conversation(record, field)[:-1] if field == "chosen" else _messages(record, field)
+    while field in ("messages", "conversations") and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
     if not messages or messages[-1]["role"] != "user":
         last = messages[-1]["role"] if messages else "assistant"
-        raise Unusable(f'field "{name}": the last message must be the user\'s, not the {last}\'s')
+        raise Unusable(f'field "{field}": the last message must be the user\'s, not the {last}\'s')
     return messages
 
 
 def _demonstration(record):
-    readings = {}
+    readings = {}                       # what the record says, by the field that says it
     for field in ("messages", "conversations"):
         if field in record:
-            readings[field] = lambda field=field: _messages(record[field], field)
-    if "response" in record:
-        readings["response"] = lambda: _prompt(record) + [_said(_text(record, "response"))]
-    if "completion" in record:
-        readings["completion"] = lambda: _answer(record["completion"], "completion", _prompt(record))
+            readings[field] = _messages(record, field)
+    for field in ("response", "completion"):
+        if field in record:
+            readings[field] = _answered(record, field)
     if "prompt" not in record and not readings and {"instruction", "output"} & record.keys():
-        readings["output"] = lambda: _prompt(record) + [_said(_text(record, "output"))]
+        readings["output"] = _answered(record, "output")
     if "chosen" in record and not {"prompt", "instruction"} & record.keys():
-        readings["chosen"] = lambda: _conversation(record, "chosen")
+        readings["chosen"] = _conversation(record, "chosen")
     if "responses" in record:
-        readings["responses"] = lambda: _best(_preference(record))
+        p = _preference(record)
+        if len(set(p.ranks)) == 1:
+            raise Unusable('field "ranks": no answer is better than another')
+        readings["responses"] = [*p.prompt, _said(p.responses[p.ranks.index(min(p.ranks))])]
     if not readings:
         raise UnknownShape('field "response" is missing')
-    messages = _one_of(readings)
+    (field, messages), *others = readings.items()
+    for other, said in others:
+        if said != messages:
+            raise RecordError(TWO_WAYS.format(field, other))
     if not any(m["role"] == "assistant" for m in messages):
-        raise Unusable(f'field "{next(iter(readings))}": the assistant says nothing')
+        raise Unusable(f'field "{field}": the assistant says nothing')
     return messages
-
-
-def _best(preference):
-    if len(set(preference.ranks)) == 1:
-        raise Unusable('field "ranks": no answer is better than another')
-    return [*preference.prompt, _said(preference.responses[preference.ranks.index(min(preference.ranks))])]
 
 
 def _said(text):
     return {"role": "assistant", "content": text}
 
 
-def _answer(value, name, prompt):
-    """A prompt with its answer: text, or a list of messages that begins with the assistant's."""
-    if not isinstance(value, list):
-        return [*prompt, _said(_check_text(value, name))]
-    return _follows(_messages(value, name), name, prompt)
+def _answered(record, field):
+    """A prompt with its answer: text, or as a completion a list of messages that goes on from it."""
+    prompt = _prompt(record)
+    if field == "completion" and isinstance(record[field], list):
+        return _follows(_messages(record, field), field, prompt)
+    return [*prompt, _said(_text(record, field))]
 
 
-def _follows(messages, name, prompt):
+def _follows(messages, field, prompt):
     if messages[0]["role"] != "assistant":
-        raise RecordError(f'field "{name}": after the prompt the assistant must speak, not the '
+        raise RecordError(f'field "{field}": after the prompt the assistant must speak, not the '
                           f"{messages[0]['role']}")
     return prompt + messages
 
@@ -317,11 +290,12 @@ def _follows(messages, name, prompt):
 def _preference(record):
     if "responses" in record:
         if "chosen" in record:
-            raise RecordError("can be read in two ways, by its responses and by its chosen: leave one out")
+            raise RecordError(TWO_WAYS.format("responses", "chosen"))
         prompt, responses, ranks = _prompt(record), record["responses"], record.get("ranks")
         if not isinstance(responses, list) or len(responses) < 2:
             raise RecordError('field "responses": expected a list of at least two')
-        responses = [_check_text(r, f"responses[{i}]") for i, r in enumerate(responses)]
+        named = {f"responses[{i}]": response for i, response in enumerate(responses)}
+        responses = [_text(named, name) for name in named]
         if not isinstance(ranks, list) or len(ranks) != len(responses):
             raise RecordError('field "ranks": expected a list as long as "responses"')
         if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
@@ -333,10 +307,9 @@ def _preference(record):
                        "the conversations must share all but the last answer")
     if chosen == rejected:
         raise Unusable('fields "chosen" and "rejected" are the same')
-    margin = record.get("margin", 0.0)
+    margin, probability = record.get("margin", 0.0), record.get("probability", 1.0)
     if type(margin) not in (int, float) or not 0 <= margin <= 1e6:
         raise RecordError('field "margin": expected a number from 0 to 1000000')
-    probability = record.get("probability", 1.0)
     if type(probability) not in (int, float) or not 0 <= probability <= 1:
         raise RecordError('field "probability": expected a number from 0 to 1')
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
@@ -347,12 +320,10 @@ def _conversation(record, field):
     """A whole conversation, whose last message is the answer: the prompt with a text, with a list of messages
     that goes on from it or begins with it; or without a prompt such a list, or a transcript."""
     has_prompt = "prompt" in record or "instruction" in record
-    if field not in record:
-        raise UnknownShape(f'field "{field}" is missing')
-    if not isinstance(record[field], list):
+    if field not in record or not isinstance(record[field], list):
         text = _text(record, field)
         return _prompt(record) + [_said(text)] if has_prompt else _transcript(text, field)
-    messages = _messages(record[field], field)
+    messages = _messages(record, field)
     if messages[-1]["role"] != "assistant":
         raise Unusable(f'field "{field}": the last message must be the assistant\'s')
     if has_prompt and messages[:-1] and isinstance(record.get("prompt"), str):

@@ -467,8 +467,8 @@ MISTAKES = {
         ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
     ],
     "data/records.py": [
-        ("rejection sampling keeps the worst", "index(min(preference.ranks))",
-         "index(max(preference.ranks))"),
+        ("rejection sampling keeps the worst", "index(min(p.ranks))",
+         "index(max(p.ranks))"),
         ("the rejected answer is the chosen one",
          'answers = [chosen[-1]["content"], rejected[-1]["content"]]',
          'answers = [rejected[-1]["content"], chosen[-1]["content"]]'),
