@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 
@@ -89,14 +90,12 @@ class Tokenizer:
         it."""
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        ids, learn = [*self.begin], [False] * len(self.begin)
+        ids, learn = [], []
         for i, message in enumerate(messages):
-            header = self.headers[message["role"]]
+            header = (self.gap if i else self.begin) + self.headers[message["role"]]
             content = self.encode(message["content"]) + [self.end]
-            gap = self.gap if i + 1 < len(messages) else []
-            by_assistant = message["role"] == "assistant"
-            ids += header + content + gap
-            learn += [False] * len(header) + [by_assistant] * len(content) + [False] * len(gap)
+            ids += header + content
+            learn += [False] * len(header) + [message["role"] == "assistant"] * len(content)
         return ids, learn
 
     def prompt(self, messages):
@@ -164,16 +163,13 @@ class Tokenizer:
         if not os.path.exists(os.path.join(source, "tokenizer.json")) and base_of(source):
             source = find(base_of(source))                          # adapters, whose model has it
         try:
-            with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as f:
-                about = json.load(f)
-            path = os.path.join(source, "tokenizer_config.json")
-            if not system and os.path.exists(path):
-                with open(path, encoding="utf-8") as f:
-                    system = json.load(f).get("system", "")
+            about = json.loads(Path(source, "tokenizer.json").read_text("utf-8"))
+            config = Path(source, "tokenizer_config.json")
+            if not system and config.exists():
+                system = json.loads(config.read_text("utf-8")).get("system", "")
             return cls.from_json(about, system)
-        except FileNotFoundError as e:
-            missing = os.path.basename(e.filename)
-            raise ValueError(f"{source}: no tokenizer here ({missing} is missing)") from None
+        except FileNotFoundError:
+            raise ValueError(f"{source}: no tokenizer here (tokenizer.json is missing)") from None
         except Exception as e:                      # tiktoken raises exceptions of its own for a bad file
             reason = f"{e} is missing" if isinstance(e, KeyError) else e
             raise ValueError(f"{source}: not a readable tokenizer: {reason}") from None
@@ -282,12 +278,10 @@ def learn(texts, vocab_size):
             break
         a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
-        for word, parts in words.items():
-            if a in parts:
-                merged, i = [], 0
-                while i < len(parts):
-                    step = 2 if parts[i:i + 2] == [a, b] else 1
-                    merged.append(b"".join(parts[i:i + step]))
-                    i += step
-                words[word] = merged
+        for parts in words.values():
+            i = 0
+            while a in parts[i:-1]:                             # from left to right
+                i = parts.index(a, i) + 1
+                if parts[i] == b:
+                    parts[i - 1:i + 1] = [a + b]
     return Tokenizer(ranks, {END_OF_TEXT: len(ranks)}, PATTERN)
