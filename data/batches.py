@@ -69,8 +69,7 @@ def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0
     for p in fit(preferences, length, block_size, what, shorter, max_dropped):
         prompt = tokenizer.prompt(p.prompt)
         sequences = [prompt + tokenizer.response(response) for response in p.responses]
-        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability,
-                                   p.prompt))
+        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability, p.prompt))
     return examples
 
 
@@ -98,25 +97,23 @@ def fit(examples, length, block_size, what, shorter=lambda example: None, max_dr
             kept.append(rest)
             cut += rest is not example
     dropped, limit = len(examples) - len(kept), f"{block_size} tokens (block_size)"
+    longer = f"of {len(examples)} {what} are longer than {limit}"
     if not kept:
         raise ValueError(f"none of the {len(examples)} {what} fits into {limit}")
     if cut:
-        print(f"{cut} of {len(examples)} {what} are longer than {limit}: without their oldest turns")
+        print(f"{cut} {longer}: without their oldest turns")
     if dropped > max_dropped * len(examples):
-        raise ValueError(f"{dropped} of {len(examples)} {what} are longer than {limit}: more than "
-                         f"--max_dropped {max_dropped:g} of them")
+        raise ValueError(f"{dropped} {longer}: more than --max_dropped {max_dropped:g} of them")
     if dropped:
-        print(f"{dropped} of {len(examples)} {what} are longer than {limit}: left out")
+        print(f"{dropped} {longer}: left out")
     return kept
 
 
 def batches(lengths, size, epochs, seed, start=0):
     """The batches of by_length for each epoch in turn, from batch number `start` on. Their order depends only
     on the seed and the epoch, so a run can go on where it stopped."""
-    def all_epochs():
-        for epoch in range(epochs):
-            yield from by_length(lengths, size, random.Random(f"{seed}/{epoch}"))
-    return itertools.islice(all_epochs(), start, None)
+    orders = (by_length(lengths, size, random.Random(f"{seed}/{epoch}")) for epoch in range(epochs))
+    return itertools.islice(itertools.chain.from_iterable(orders), start, None)
 
 
 def by_length(lengths, size, rng):
