@@ -42,10 +42,7 @@ def look(prompt, response):
 
 def gumbel(rng):
     """Standard Gumbel noise."""
-    u = rng.random()
-    if u == 0:                  # its logarithm does not exist
-        u = 0.5
-    return -math.log(-math.log(u))
+    return -math.log(-math.log(rng.random() or 0.5))            # 0 has no logarithm
 
 
 def rank(prompt, responses, rng, panel=1):
@@ -58,9 +55,7 @@ def rank(prompt, responses, rng, panel=1):
     places = [0] * len(responses)               # the sum over the panel: its order is that of the mean
     for annotator in rng.choices(ANNOTATORS, k=panel):
         noisy = [annotator.utility(s) + gumbel(rng) for s in seen]
-        best_first = sorted(range(len(noisy)), key=lambda i: -noisy[i])
-        for place, i in enumerate(best_first):
-            places[i] += place
+        places = [place + sum(other > x for other in noisy) for place, x in zip(places, noisy)]
     return [1 + sum(other < place for other in places) for place in places]
 
 
@@ -86,7 +81,5 @@ def agreement(records):
         for (a, rank_a), (b, rank_b) in itertools.combinations(zip(r.responses, r.ranks), 2):
             gap = world.judge(r.prompt, a) - world.judge(r.prompt, b)
             if abs(gap) > 1e-9 and rank_a != rank_b:
-                judge_prefers_a = gap > 0
-                annotators_prefer_a = rank_a < rank_b
-                agree.append(judge_prefers_a == annotators_prefer_a)
+                agree.append((gap > 0) == (rank_a < rank_b))
     return sum(agree) / len(agree)

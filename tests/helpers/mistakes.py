@@ -463,7 +463,8 @@ MISTAKES = {
     ],
     "data/annotators.py": [
         ("a taste for short answers", "self.length * words / 10", "-self.length * words / 10"),
-        ("the worst answer ranked first", "key=lambda i: -noisy[i]", "key=lambda i: noisy[i]"),
+        ("the worst answer ranked first", "sum(other > x for other in noisy)",
+         "sum(other < x for other in noisy)"),
         ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
     ],
     "data/records.py": [
