@@ -24,10 +24,8 @@ class Config:
 def show(n, seed):
     """Print n prompts of each family, each with four answers, an annotator's ranking and the judge's view."""
     rng = random.Random(seed)
-    families = {}
-    for item in world.items():
-        families.setdefault(item.family, []).append(item)
-    for family, items in families.items():
+    for family in dict.fromkeys(item.family for item in world.items()):
+        items = [item for item in world.items() if item.family == family]
         print(f"\n=== {family}: {len(items)} prompts, {sum(i.held_out for i in items)} of them held out")
         for item in rng.sample(items, n):
             print()

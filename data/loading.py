@@ -18,22 +18,18 @@ def make_world(folder, seed=0):
     tokenizer, into a folder. The same seed writes the same bytes."""
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
-    for held_out in (False, True):
-        if held_out:
-            suffix, demonstration_count, preference_count = "_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS
-            panel = 1                               # a reward model has to predict one person's ranking
-        else:
-            suffix, demonstration_count, preference_count = "", DEMONSTRATIONS, PREFERENCES
-            panel = 5
-        pool = [item for item in world.items() if item.held_out == held_out]
-        demonstrations = [demonstration(item, rng) for item in world.choose(pool, rng, demonstration_count)]
-        preferences = [preference(item, rng, panel) for item in world.choose(pool, rng, preference_count)]
+    # Held out are rankings of one person, for that is what a reward model has to predict.
+    for suffix, n_demonstrations, n_preferences, panel in (
+            ("", DEMONSTRATIONS, PREFERENCES, 5), ("_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS, 1)):
+        pool = [item for item in world.items() if item.held_out == (suffix == "_heldout")]
+        demonstrations = [demonstration(item, rng) for item in world.choose(pool, rng, n_demonstrations)]
+        preferences = [preference(item, rng, panel) for item in world.choose(pool, rng, n_preferences)]
         records.write(f"{folder}/preferences{suffix}.jsonl", preferences)
         records.write(f"{folder}/prompts{suffix}.jsonl", [{"prompt": item.prompt} for item in pool])
         checkable = [{"prompt": item.prompt} for item in pool if item.kind in ("sum", "fact")]
         records.write(f"{folder}/checkable{suffix}.jsonl", checkable)       # see world.exact
         records.write(f"{folder}/demonstrations{suffix}.jsonl", demonstrations)
-        if not held_out:
+        if not suffix:
             texts = [m["role"] + "\n" + m["content"] for d in demonstrations for m in d["messages"]]
             tokenizer.learn(texts, vocab_size=1024).save(folder)
 
@@ -76,9 +72,7 @@ def load(kind, data, held_out="", max_dropped=0.0):
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
             make_world(WORLD)
         barrier()                                               # the others wait for it
-        data = f"{WORLD}/{kind}.jsonl"
-        if not held_out:
-            held_out = f"{WORLD}/{kind}_heldout.jsonl"
+        data, held_out = f"{WORLD}/{kind}.jsonl", held_out or f"{WORLD}/{kind}_heldout.jsonl"
     if held_out:
         train, rest = read(data, max_dropped), read(held_out, max_dropped)
     else:
@@ -104,8 +98,7 @@ def load_tokenizer(name, data, system=""):
     """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own,
     which is the world's for the world and gpt2 for any other data. system: for conversations without a
     system message."""
-    if not name:
-        name = WORLD if data == "world" else "gpt2"
+    name = name or (WORLD if data == "world" else "gpt2")
     if name == "gpt2":
         return tokenizer.Tokenizer.gpt2(system)
     return tokenizer.Tokenizer.load(name, system)
