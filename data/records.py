@@ -241,13 +241,10 @@ def _prompt(record):
 
 
 def _demonstration(record):
-    readings = {}                       # what the record says, by the field that says it
-    for field in ("messages", "conversations"):
-        if field in record:
-            readings[field] = _messages(record, field)
-    for field in ("response", "completion"):
-        if field in record:
-            readings[field] = _answered(record, field)
+    """A conversation, as all fields that hold one say it."""
+    readers = {"messages": _messages, "conversations": _messages,
+               "response": _answered, "completion": _answered}
+    readings = {field: read(record, field) for field, read in readers.items() if field in record}
     if "prompt" not in record and not readings and {"instruction", "output"} & record.keys():
         readings["output"] = _answered(record, "output")
     if "chosen" in record and not {"prompt", "instruction"} & record.keys():
