@@ -25,15 +25,13 @@ def sample(run, model, tokenizer, prompts, k, max_new_tokens, seeds, temperature
 def score(run, model, tokenizer, prompts, answers):
     """A reward model's scores of the Answers to each prompt: a list of lists. One without an end, which the
     model has never seen, is worse than any other."""
-    pairs = [(p, a) for p, some in zip(prompts, answers) for a in some]
-    rows = [tokenizer.prompt(p) + a.ids for p, a in pairs]
+    rows = [tokenizer.prompt(p) + a.ids for p, some in zip(prompts, answers) for a in some]
 
     def read(rows):
         lengths = torch.tensor([len(ids) for ids in rows], device=run.device)
         return {"scores": model.score(pad(rows).to(run.device), lengths)}
-    found = run.map(read, rows, [len(ids) for ids in rows])["scores"].tolist()
-    flat = iter([x if a.ended else -torch.inf for x, (_, a) in zip(found, pairs)])
-    return [[next(flat) for _ in some] for some in answers]
+    found = iter(run.map(read, rows, [len(ids) for ids in rows])["scores"].tolist())
+    return [[x if a.ended else -torch.inf for a, x in zip(some, found)] for some in answers]
 
 
 def check(run, program, prompts, answers, lengths):

@@ -99,8 +99,7 @@ def rewarded(run, folder, pairs):
     """Whether a reward model scores the first answer higher, (N,)."""
     tokenizer, model = Tokenizer.load(folder), load_reward_model(folder).requires_grad_(False)
     run.place(model)
-    answers = [[Answer([*tokenizer.encode(text), tokenizer.end], text, True) for text in p.responses]
-               for p in pairs]
+    answers = [[Answer(tokenizer.response(text), text, True) for text in p.responses] for p in pairs]
     scores = torch.tensor(score(run, model, tokenizer, [p.prompt for p in pairs], answers))
     return scores[:, 0] > scores[:, 1]
 

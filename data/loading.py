@@ -36,8 +36,7 @@ def make_world(folder, seed=0):
 
 def demonstration(item, rng):
     """A record: the item's messages and what somebody in the crowd answers."""
-    messages = [{"role": role, "content": text} for role, text in item.messages]
-    return {"messages": messages + [{"role": "assistant", "content": world.crowd_answer(item, rng)}]}
+    return {"messages": [*item.turns, {"role": "assistant", "content": world.crowd_answer(item, rng)}]}
 
 
 def preference(item, rng, panel):
