@@ -51,8 +51,8 @@ class Tokenizer:
         self.ranks, self.special, self.pattern = ranks, special, pattern
         self.system, self.about = system, about
         is_llama3 = LLAMA3.before in special and LLAMA3.end in special and IM_END not in special
-        self.chat_format = LLAMA3 if is_llama3 else CHATML
-        for text in (self.chat_format.before, self.chat_format.end):    # a base model: in rows after its last
+        self.chat_format = chat = LLAMA3 if is_llama3 else CHATML
+        for text in (chat.before, chat.end):                    # a base model: in rows after its last
             special.setdefault(text, 1 + max([*ranks.values(), *special.values()]))
         self.vocab_size = 1 + max([*ranks.values(), *special.values()])     # ids in use
         # Bytes that a vocabulary lacks get ids after it, and are dropped.
@@ -61,15 +61,13 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
         self.composed = bool(about and about["normalizer"])             # NFC: é is one character, not two
-        self.text_ids, self.end = set(self.ranks.values()), special[self.chat_format.end]
+        self.text_ids, self.end = set(self.ranks.values()), special[chat.end]
         # What fills a batch elsewhere must not be what ends an answer: a reward model's score stands there.
-        fillers = [text for text in special if text not in "".join(vars(self.chat_format).values())]
-        best_first = [text for text in fillers if "pad" in text] + fillers + [self.chat_format.before]
+        fillers = [text for text in special if text not in "".join(vars(chat).values())]
+        best_first = [text for text in fillers if "pad" in text] + fillers + [chat.before]
         self.pad = special[best_first[0]]
-        self.begin = self.with_control(self.chat_format.begin)
-        self.gap = self.with_control(self.chat_format.gap)
-        self.headers = {role: self.with_control(self.chat_format.before + role + self.chat_format.after)
-                        for role in ROLES}
+        self.begin, self.gap = self.with_control(chat.begin), self.with_control(chat.gap)
+        self.headers = {role: self.with_control(chat.before + role + chat.after) for role in ROLES}
 
     def with_control(self, text):
         """Text of the chat format itself to ids, control tokens and all."""
