@@ -58,19 +58,17 @@ class Comparison:
 def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0):
     """Preferences (records.Preference) as Comparisons whose longest answer, with its prompt, takes at most
     block_size tokens: see fit."""
-    def length(p):
-        return len(tokenizer.prompt(p.prompt)) + max(len(tokenizer.response(r)) for r in p.responses)
+    def encode(p):
+        prompt = tokenizer.prompt(p.prompt)
+        sequences = [prompt + tokenizer.response(response) for response in p.responses]
+        return Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability, p.prompt)
 
     def shorter(p):
         prompt = without_oldest_turn(p.prompt)
         return replace(p, prompt=prompt) if prompt else None
 
-    examples = []
-    for p in fit(preferences, length, block_size, what, shorter, max_dropped):
-        prompt = tokenizer.prompt(p.prompt)
-        sequences = [prompt + tokenizer.response(response) for response in p.responses]
-        examples.append(Comparison(sequences, len(prompt), p.ranks, p.margin, p.probability, p.prompt))
-    return examples
+    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, what, shorter, max_dropped)
+    return [encode(p) for p in kept]
 
 
 def without_oldest_turn(messages):
