@@ -19,7 +19,6 @@ import torch
 from data import records
 from data.answers import Answer, sample, score
 from data.batches import fit, fit_prompts
-from data.records import Preference
 from data.tokenizer import Tokenizer
 from runtime import Compute, Settings, flag, load, load_reward_model, main, pad
 from runtime.compute import row_seeds
@@ -89,9 +88,9 @@ def read_pairs(cfg, run, model, tokenizer):
         prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
         seeds = row_seeds(random.Random(cfg.seed), 2 * len(prompts))
         answers = sample(run, model, tokenizer, prompts, 2, cfg.max_new_tokens, seeds)
-        return [Preference(p, [a.text, b.text], [1, 1]) for p, (a, b) in zip(prompts, answers)
+        return [records.Preference(p, [a.text, b.text], [1, 1]) for p, (a, b) in zip(prompts, answers)
                 if a.text != b.text and a.text.strip() and b.text.strip()]
-    return [Preference(p.prompt, [p.responses[i], p.responses[j]], [1, 2]) for p in preferences
+    return [records.Preference(p.prompt, [p.responses[i], p.responses[j]], [1, 2]) for p in preferences
             for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
 
 
