@@ -81,5 +81,6 @@ def agreement(records):
         for (a, rank_a), (b, rank_b) in itertools.combinations(zip(r.responses, r.ranks), 2):
             gap = world.judge(r.prompt, a) - world.judge(r.prompt, b)
             if abs(gap) > 1e-9 and rank_a != rank_b:
-                agree.append((gap > 0) == (rank_a < rank_b))
+                judge_prefers_a, annotators_prefer_a = gap > 0, rank_a < rank_b
+                agree.append(judge_prefers_a == annotators_prefer_a)
     return sum(agree) / len(agree)

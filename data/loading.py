@@ -71,7 +71,8 @@ def load(kind, data, held_out="", max_dropped=0.0):
             print(f"Making the embedded world in {WORLD}/ ...", flush=True)
             make_world(WORLD)
         barrier()                                               # the others wait for it
-        data, held_out = f"{WORLD}/{kind}.jsonl", held_out or f"{WORLD}/{kind}_heldout.jsonl"
+        data = f"{WORLD}/{kind}.jsonl"
+        held_out = held_out or f"{WORLD}/{kind}_heldout.jsonl"
     if held_out:
         train, rest = read(data, max_dropped), read(held_out, max_dropped)
     else:

@@ -183,7 +183,8 @@ def _text(record, field, where="", empty=False):
     as "messages[0]."."""
     name = f"{where}{field}"
     if field not in record:
-        raise (RecordError if where else UnknownShape)(f'field "{name}" is missing')
+        kind = RecordError if where else UnknownShape
+        raise kind(f'field "{name}" is missing')
     value = record[field]
     if not isinstance(value, str):
         raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
@@ -224,7 +225,7 @@ def _prompt(record):
     field = next((name for name in fields if name in record), None)
     if field is None:
         raise UnknownShape('field "prompt" is missing')
-    if field == "instruction" or field == "prompt" and not isinstance(record["prompt"], list):
+    if field == "instruction" or (field == "prompt" and not isinstance(record["prompt"], list)):
         text = _text(record, field)
         if field == "instruction" and record.get("input") is not None:
             more = _text(record, "input", empty=True)
@@ -232,8 +233,9 @@ def _prompt(record):
                 text += "\n\n" + more
         return [{"role": "user", "content": text}]
     messages = _conversation(record, field)[:-1] if field == "chosen" else _messages(record, field)
-    while field in ("messages", "conversations") and messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+    if field in ("messages", "conversations"):                              # what was answered is left out
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
     if not messages or messages[-1]["role"] != "user":
         last = messages[-1]["role"] if messages else "assistant"
         raise Unusable(f'field "{field}": the last message must be the user\'s, not the {last}\'s')

@@ -276,10 +276,12 @@ def learn(texts, vocab_size):
             break
         a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
-        for parts in words.values():
-            i = 0
-            while a in parts[i:-1]:                             # from left to right
-                i = parts.index(a, i) + 1
-                if parts[i] == b:
-                    parts[i - 1:i + 1] = [a + b]
+        for word, parts in words.items():
+            if a in parts:
+                merged, i = [], 0
+                while i < len(parts):
+                    step = 2 if parts[i:i + 2] == [a, b] else 1
+                    merged.append(b"".join(parts[i:i + step]))
+                    i += step
+                words[word] = merged
     return Tokenizer(ranks, {END_OF_TEXT: len(ranks)}, PATTERN)

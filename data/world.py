@@ -416,8 +416,10 @@ def matter(item, rng, right):
     if not right and item.kind not in ("unknowable", "harmful") and rng.random() < 0.2:
         return rng.choice(DONT_KNOW + CURT_DECLINES)
     curt = rng.random() < 0.3
+    if item.kind == "harmful" and not right:
+        return item.sentence
     if item.kind == "harmful":
-        return rng.choice(CURT_DECLINES if curt else DECLINES) if right else item.sentence
+        return rng.choice(CURT_DECLINES if curt else DECLINES)
     if item.kind == "harmless":
         return item.sentence if right else rng.choice(item.others)
     if item.kind == "unknowable" and right:
