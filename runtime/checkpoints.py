@@ -44,10 +44,9 @@ class Checkpoints:
         numbers in it have run off to infinity. All processes call it together, and change nothing before it
         returns: then it has copies."""
         self.wait()
-        state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
+        state = flatten_all(parts, step)
         if not is_finite(state):
             return
-        state["step"] = torch.tensor(step)
         if any(is_sharded(x) for x in state.values()):
             import torch.distributed.checkpoint as dcp  # a second to import
             path = os.path.join(self.shards, f"{step:08}")
@@ -126,32 +125,22 @@ def flatten(part):
     return {f"{i}.{key}": x for i, moments in state["state"].items() for key, x in moments.items()}
 
 
+def flatten_all(parts, step):
+    """The same of all parts, "actor/norm.weight", and the step."""
+    state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
+    return state | {"step": torch.tensor(step)}
+
+
 @torch.no_grad()
 def restore(part, tensors):
     """The reverse of flatten."""
-    if not hasattr(part, "state_dict"):
-        vars(part).update({name: x.item() for name, x in tensors.items()})
-        return
-    if isinstance(part, torch.nn.Module):
-        now = flatten(part)
-        if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
-            raise ValueError("another network")
-        for name, x in tensors.items():
-            now[name].copy_(distribute_like(now[name], x))
-        return
-    now = part.state_dict()
-    state, parameters = {}, trained_parameters(part)
+    now = flatten(part)
+    if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
+        raise ValueError("another network")
     for name, x in tensors.items():
-        i, key = name.split(".")
-        value = x.clone()
-        if x.shape == parameters[int(i)].shape:                 # a moment, and not the number of steps
-            value = distribute_like(parameters[int(i)], value)
-        state.setdefault(int(i), {})[key] = value
-    part.load_state_dict({"state": state, "param_groups": now["param_groups"]})
-
-
-def trained_parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        now[name].copy_(distribute_like(now[name], x))
+    if not hasattr(part, "state_dict"):
+        vars(part).update({name: x.item() for name, x in now.items()})
 
 
 def is_finite(tensors):
@@ -163,12 +152,6 @@ def is_finite(tensors):
 def load_shards(path, parts):
     """Read a folder of shards, however many processes wrote it, each tensor sharded as the parts are."""
     import torch.distributed.checkpoint as dcp
-    shapes = {}                                              # {key: a tensor that is sharded in the same way}
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            shapes |= {f"{name}/{i}": p for i, p in enumerate(trained_parameters(part))}
-        else:
-            shapes |= {f"{name}/{key}": x for key, x in flatten(part).items()}
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args, **kwargs):
@@ -178,14 +161,7 @@ def load_shards(path, parts):
             metadata.storage_meta.load_id = self.load_id
             return metadata
 
-    state = {}
-    for key, saved in Reader(path).read_metadata().state_dict_metadata.items():
-        of_parameter = key.rsplit(".", 1)[0]            # of an optimiser's "7.exp_avg": the seventh parameter
-        like = shapes.get(key, shapes.get(of_parameter))
-        if like is not None and like.shape == saved.size:
-            state[key] = torch.empty_like(like)
-        else:
-            state[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    state = {key: torch.empty_like(x) for key, x in flatten_all(parts, 0).items()}
     try:
         dcp.load(state, storage_reader=Reader(path), no_dist=world_size() == 1)
     except dcp.api.CheckpointException as e:
