@@ -7,6 +7,7 @@
 Any number of processes reads either of them. Reading runs no code from the files.
 """
 import contextlib
+import glob
 import os
 import pickle
 import shutil
@@ -34,9 +35,9 @@ class Checkpoints:
 
     def last(self):
         """The newest one that is complete, a path, or None."""
-        for name in sorted(listdir(self.shards), reverse=True):
-            if os.path.exists(os.path.join(self.shards, name, ".metadata")):
-                return os.path.join(self.shards, name)
+        complete = sorted(glob.glob("*/.metadata", root_dir=self.shards))
+        if complete:
+            return os.path.join(self.shards, os.path.dirname(complete[-1]))
         return self.whole if os.path.exists(self.whole) else None
 
     def save(self, parts, step):
@@ -76,13 +77,13 @@ class Checkpoints:
         if but != self.whole:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.whole)
-        for name in listdir(self.shards):
+        for name in glob.glob("*", root_dir=self.shards):
             path = os.path.join(self.shards, name)
             if path != but:
                 with contextlib.suppress(FileNotFoundError):    # first what makes it a checkpoint
                     os.remove(os.path.join(path, ".metadata"))
                 shutil.rmtree(path)
-        if os.path.isdir(self.shards) and not os.listdir(self.shards):
+        with contextlib.suppress(OSError):                      # it is not there, or not empty
             os.rmdir(self.shards)
 
     def load(self, parts):
@@ -99,14 +100,6 @@ class Checkpoints:
                 pickle.UnpicklingError) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise ValueError(f"{path} does not fit this run ({reason}): add --no-resume") from None
-
-
-def listdir(folder):
-    """Names in a folder, none if it is not there."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
 
 
 def one_failure(e):

@@ -421,8 +421,8 @@ MISTAKES = {
         ("the writer gets the live tensors", '.detach().to("cpu", copy=True)', '.detach().to("cpu")'),
         ("Adam's second moment forgotten", 'for key, x in moments.items()}',
          'for key, x in moments.items() if key != "exp_avg_sq"}'),
-        ("the checkpoint before the last one", "sorted(listdir(self.shards), reverse=True)",
-         "sorted(listdir(self.shards))"),
+        ("the checkpoint before the last one", "os.path.dirname(complete[-1])",
+         "os.path.dirname(complete[0])"),
         ("weights that ran off are saved", "        if not is_finite(state):\n            return\n", ""),
     ],
     "runtime/optimizer.py": [
