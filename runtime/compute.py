@@ -14,6 +14,7 @@ import ctypes
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from runtime.precision import StandIns
 from runtime.processes import gather, is_distributed, rank, total, world_size
@@ -47,11 +48,7 @@ def keep_freed_memory():
 
 def pad(rows):
     """Lists of different lengths as a tensor (B, T), right-padded with 0: int64, float or bool."""
-    first = torch.tensor(rows[0][:1])
-    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=first.dtype)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.tensor(row)
-    return out
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def concatenate(parts):
@@ -198,25 +195,22 @@ class Compute:
         over these rows, where a row counts as much as its weight says. rows: anything that can be indexed.
         weights: of each row, numbers. lengths: of each row, see micro_batches. Returns {name: float}, means
         over all rows."""
-        return self.weighted_mean(loss, rows, weights, lengths, backward=True)
-
-    @torch.no_grad()
-    def average(self, loss, rows, weights, lengths):
-        """accumulate() without gradients: an evaluation."""
-        return self.weighted_mean(loss, rows, weights, lengths, backward=False)
-
-    def weighted_mean(self, loss, rows, weights, lengths, backward):
         weights, lengths = as_list(weights), as_list(lengths)
         sums = {}
         with self.computing():
             for piece, is_filler in self.passes(lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
                 means = loss([rows[i] for i in piece])
-                if backward:
+                if torch.is_grad_enabled():
                     (means["loss"] * share).backward()
                 for name, mean in means.items():
                     sums[name] = sums.get(name, 0) + mean.detach() * share
         return dict(zip(sums, total(torch.stack(list(sums.values()))).tolist()))
+
+    @torch.no_grad()
+    def average(self, loss, rows, weights, lengths):
+        """accumulate() without gradients: an evaluation."""
+        return self.accumulate(loss, rows, weights, lengths)
 
     @torch.no_grad()
     def map(self, function, rows, lengths, micro_batch=None):
