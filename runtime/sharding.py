@@ -30,13 +30,10 @@ def choose(kind, models, device):
         return kind
     if device != "cuda":
         return "ddp"
-    trained, frozen = 0, {}         # networks out of one folder share what is frozen: see to_device
-    for model in models:
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                trained += p.numel()
-            else:
-                frozen[model.folder or id(model), name] = p.numel()
+    trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
+    # Networks out of one folder share what is frozen: see to_device.
+    frozen = {(model.folder or id(model), name): p.numel() for model in models
+              for name, p in model.named_parameters() if not p.requires_grad}
     need = 16 * trained + 4 * sum(frozen.values())
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
