@@ -72,11 +72,6 @@ def row_seeds(rng, n):
     return [rng.getrandbits(62) for _ in range(n)]
 
 
-def sequences_and_longest(length):
-    """A row is one sequence, given by its number of tokens, or several, given by a list of them."""
-    return (1, length) if isinstance(length, int) else (len(length), max(length))
-
-
 def micro_batches(lengths, micro_batch, micro_tokens, ranks):
     """Cut rows into micro-batches for each of so many processes: a list per process of lists of row numbers.
 
@@ -84,14 +79,16 @@ def micro_batches(lengths, micro_batch, micro_tokens, ranks):
     holds at most micro_batch sequences, and if micro_tokens is not 0, at most so many tokens with their
     padding; a row that is larger comes alone. Rows are taken in order of length, so that little is padding,
     and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order."""
-    order = sorted(range(len(lengths)), key=lambda i: sequences_and_longest(lengths[i])[1])
-    return [cut(order[r::ranks], lengths, micro_batch, micro_tokens) for r in range(ranks)]
+    sizes = [(1, length) if isinstance(length, int) else (len(length), max(length)) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: sizes[i][1])
+    return [cut(order[r::ranks], sizes, micro_batch, micro_tokens) for r in range(ranks)]
 
 
-def cut(rows, lengths, micro_batch, micro_tokens):
+def cut(rows, sizes, micro_batch, micro_tokens):
+    """Rows in order of length as micro-batches. sizes: of each, its sequences, and the longest's tokens."""
     pieces, sequences, shortest, tokens = [], 0, 0, 0
     for i in rows:
-        more, longest = sequences_and_longest(lengths[i])       # rows come by length: the longest so far
+        more, longest = sizes[i]                                # the longest so far
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
         # What is a quarter longer would make too much padding of the others, where they are enough for a
@@ -226,14 +223,11 @@ class Compute:
                 if not is_filler:
                     order += piece
                     parts.append(found)
-        mine = {name: concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-        if world_size() > 1:
-            everyone = gather((order, {name: x.cpu() for name, x in mine.items()}))
-            order = [i for theirs, _ in everyone for i in theirs]
-            held = [tensors for _, tensors in everyone if tensors]
-            mine = {name: concatenate([tensors[name] for tensors in held]) for name in held[0]}
-        back = torch.tensor(order).argsort()
-        return {name: x[back.to(x.device)].to(self.device) for name, x in mine.items()}
+        everyone = gather((order, [{name: x.cpu() for name, x in part.items()} for part in parts]))
+        back = torch.tensor([i for order, _ in everyone for i in order]).argsort()
+        parts = [part for _, parts in everyone for part in parts]
+        return {name: concatenate([part[name] for part in parts])[back].to(self.device)
+                for name in (parts[0] if parts else ())}
 
     def sample(self, model, prompts, seeds, max_new_tokens, temperature=1.0, stop_token=None):
         """GPT.generate for any number of prompts (lists of ids), each with a seed. Returns the dict of

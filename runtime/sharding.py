@@ -9,6 +9,7 @@ over the whole batch, and so the gradients of all processes, added up, are the b
             and gathers a block's parameters when it is the block's turn
 """
 import weakref
+from dataclasses import replace
 
 import torch
 
@@ -75,8 +76,7 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
     exact, waiting = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False), fsdp.OffloadPolicy()
     precision = exact
     if bfloat16:
-        precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32,
-                                              cast_forward_inputs=False)
+        precision = replace(exact, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and is_frozen(model):
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     parts = [(block, precision) for block in model.blocks] + [(model, precision)]
