@@ -220,16 +220,13 @@ class Plan:
         return sent
 
 
-LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False)
+LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, n_kv_head=8, vocab_size=128256)
 MODELS = {
     "GPT-2 small, 124 M": dict(),
     "GPT-2 XL, 1.6 B": dict(n_layer=48, n_head=25, n_embd=1600),
-    "Llama 3.2 3 B": dict(n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, mlp_hidden=8192, vocab_size=128256,
-                          tied=True, **LLAMA),
-    "Llama 3.1 8 B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, mlp_hidden=14336,
-                          vocab_size=128256, tied=False, **LLAMA),
-    "Llama 3.1 70 B": dict(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, mlp_hidden=28672,
-                           vocab_size=128256, tied=False, **LLAMA),
+    "Llama 3.2 3 B": dict(LLAMA, n_layer=28, n_head=24, n_embd=3072, mlp_hidden=8192),
+    "Llama 3.1 8 B": dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, mlp_hidden=14336, tied=False),
+    "Llama 3.1 70 B": dict(LLAMA, n_layer=80, n_head=64, n_embd=8192, mlp_hidden=28672, tied=False),
 }
 
 
