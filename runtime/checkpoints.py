@@ -145,18 +145,13 @@ def is_finite(tensors):
 def load_shards(path, parts):
     """Read a folder of shards, however many processes wrote it, each tensor sharded as the parts are."""
     import torch.distributed.checkpoint as dcp
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            with open(os.path.join(path, ".metadata"), "rb") as f:
-                metadata = Metadata(f).load()
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
+    with open(os.path.join(path, ".metadata"), "rb") as f:
+        contents = Metadata(f).load()
+    reader = dcp.FileSystemReader(path)
+    reader.read_metadata = lambda: contents             # whose own unpickler would run what the file names
     state = {key: torch.empty_like(x) for key, x in flatten_all(parts, 0).items()}
     try:
-        dcp.load(state, storage_reader=Reader(path), no_dist=world_size() == 1)
+        dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
     except dcp.api.CheckpointException as e:
         raise ValueError(str(one_failure(e))) from None
     return state
