@@ -183,21 +183,19 @@ class Plan:
 
     def sampling(self):
         """The most that sampling needs, apart from the state: weights, cache, activations of one token."""
-        cfg, shape, b, stage = self.cfg, self.shape, self.b, self.cfg.stage
-        if stage == "dpo" or (stage == "reward_model" and not cfg.normalize):
-            return 0
-        lm = network(shape)
-        rows, prompt, answer, extra = 1, cfg.length * (1 - cfg.learnt), 0, 0
-        if stage == "ppo":
-            rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
-        if stage == "reward_model":                                     # its SFT network is there only now
-            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
-            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
-        weights = 0
+        cfg, shape, b = self.cfg, self.shape, self.b
+        lm, prompt, extra, weights = network(shape), cfg.length * (1 - cfg.learnt), 0, 0
         if self.is_sharded:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
-        if stage == "sft":                                              # a few answers, one at a time
+        if cfg.stage == "sft":                                          # a few answers, one at a time
             return weights
+        if cfg.stage == "ppo":
+            rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
+        elif cfg.stage == "reward_model" and cfg.normalize:             # its SFT network is there only now
+            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
+            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
+        else:
+            return 0
         cache = rows * (prompt + answer) * cached_numbers(shape) * b
         reading = rows * prompt * (self.mlp + 4 * shape.n_embd) * b
         return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
