@@ -157,16 +157,10 @@ class Compute:
             for p in model.parameters():
                 p.data = p.data.to(self.device, non_blocking=True)
 
-    def send_back(self):
-        """Forget the copies on the device: what waits on the CPU is what it was."""
-        for model, waiting in self.fetched.items():
-            for p, x in zip(model.parameters(), waiting):
-                p.data = x
-        self.fetched.clear()
-
     @contextlib.contextmanager
     def computing(self):
-        """In here networks compute, in bfloat16 if so chosen."""
+        """In here networks compute, in bfloat16 if so chosen. Those that were fetched go after it: what waits
+        on the CPU is what it was."""
         for stand_ins in self.stand_ins:
             stand_ins.enter()
         try:
@@ -174,7 +168,10 @@ class Compute:
         finally:
             for stand_ins in self.stand_ins:
                 stand_ins.leave()
-            self.send_back()
+            for model, waiting in self.fetched.items():
+                for p, x in zip(model.parameters(), waiting):
+                    p.data = x
+            self.fetched.clear()
 
     def passes(self, lengths, micro_batch):
         """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
