@@ -13,6 +13,7 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -75,13 +76,11 @@ class Checkpoints:
     def remove(self, but=None):
         """Delete all checkpoints, but one."""
         if but != self.whole:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.whole)
+            Path(self.whole).unlink(missing_ok=True)
         for name in glob.glob("*", root_dir=self.shards):
             path = os.path.join(self.shards, name)
             if path != but:
-                with contextlib.suppress(FileNotFoundError):    # first what makes it a checkpoint
-                    os.remove(os.path.join(path, ".metadata"))
+                Path(path, ".metadata").unlink(missing_ok=True)         # first what makes it a checkpoint
                 shutil.rmtree(path)
         with contextlib.suppress(OSError):                      # it is not there, or not empty
             os.rmdir(self.shards)

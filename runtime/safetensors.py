@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import struct
+from pathlib import Path
 
 import torch
 
@@ -37,8 +38,7 @@ def write_tensors(path, about, make):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except OSError:                                             # a full disk needs the room back
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        Path(path + ".tmp").unlink(missing_ok=True)
         raise
 
 
