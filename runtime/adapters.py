@@ -8,7 +8,7 @@ from torch.nn import Parameter
 
 from model import Linear
 from runtime import folders
-from runtime.safetensors import load_tensors, save_tensors
+from runtime.safetensors import load_tensors, reading, save_tensors
 
 LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,10 +59,7 @@ def base_of(folder):
 
 def read_config(folder):
     """adapter_config.json. Raises ValueError for adapters that are not LoRA as model.py has it."""
-    path = os.path.join(folder, CONFIG)
-    try:
-        with open(path, encoding="utf-8") as f:
-            about = json.load(f)
+    with reading(os.path.join(folder, CONFIG), "adapters") as about:
         about["lora_alpha"], about["task_type"]                                     # must be there
         if not about["base_model_name_or_path"]:
             raise ValueError("base_model_name_or_path is empty: write the name of their model there")
@@ -75,10 +72,6 @@ def read_config(folder):
             if about.get(key):
                 raise ValueError(f"{key} is not supported")
         return about
-    except KeyError as e:
-        raise ValueError(f"{path}: not adapters: {e} is missing") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
-        raise ValueError(f"{path}: not adapters: {e}") from None
 
 
 def places(model):

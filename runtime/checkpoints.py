@@ -7,11 +7,13 @@
 Any number of processes reads either of them. Reading runs no code from the files.
 """
 import contextlib
+import glob
 import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,9 +36,9 @@ class Checkpoints:
 
     def last(self):
         """The newest one that is complete, a path, or None."""
-        for name in sorted(listdir(self.shards), reverse=True):
-            if os.path.exists(os.path.join(self.shards, name, ".metadata")):
-                return os.path.join(self.shards, name)
+        complete = sorted(glob.glob("*/.metadata", root_dir=self.shards))
+        if complete:
+            return os.path.join(self.shards, os.path.dirname(complete[-1]))
         return self.whole if os.path.exists(self.whole) else None
 
     def save(self, parts, step):
@@ -44,10 +46,9 @@ class Checkpoints:
         numbers in it have run off to infinity. All processes call it together, and change nothing before it
         returns: then it has copies."""
         self.wait()
-        state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
+        state = flatten_all(parts, step)
         if not is_finite(state):
             return
-        state["step"] = torch.tensor(step)
         if any(is_sharded(x) for x in state.values()):
             import torch.distributed.checkpoint as dcp  # a second to import
             path = os.path.join(self.shards, f"{step:08}")
@@ -75,15 +76,13 @@ class Checkpoints:
     def remove(self, but=None):
         """Delete all checkpoints, but one."""
         if but != self.whole:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.whole)
-        for name in listdir(self.shards):
+            Path(self.whole).unlink(missing_ok=True)
+        for name in glob.glob("*", root_dir=self.shards):
             path = os.path.join(self.shards, name)
             if path != but:
-                with contextlib.suppress(FileNotFoundError):    # first what makes it a checkpoint
-                    os.remove(os.path.join(path, ".metadata"))
+                Path(path, ".metadata").unlink(missing_ok=True)         # first what makes it a checkpoint
                 shutil.rmtree(path)
-        if os.path.isdir(self.shards) and not os.listdir(self.shards):
+        with contextlib.suppress(OSError):                      # it is not there, or not empty
             os.rmdir(self.shards)
 
     def load(self, parts):
@@ -102,14 +101,6 @@ class Checkpoints:
             raise ValueError(f"{path} does not fit this run ({reason}): add --no-resume") from None
 
 
-def listdir(folder):
-    """Names in a folder, none if it is not there."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
 def one_failure(e):
     """torch.distributed.checkpoint's own error holds one exception per process: one of them will do."""
     return next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
@@ -126,32 +117,22 @@ def flatten(part):
     return {f"{i}.{key}": x for i, moments in state["state"].items() for key, x in moments.items()}
 
 
+def flatten_all(parts, step):
+    """The same of all parts, "actor/norm.weight", and the step."""
+    state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
+    return state | {"step": torch.tensor(step)}
+
+
 @torch.no_grad()
 def restore(part, tensors):
     """The reverse of flatten."""
-    if not hasattr(part, "state_dict"):
-        vars(part).update({name: x.item() for name, x in tensors.items()})
-        return
-    if isinstance(part, torch.nn.Module):
-        now = flatten(part)
-        if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
-            raise ValueError("another network")
-        for name, x in tensors.items():
-            now[name].copy_(distribute_like(now[name], x))
-        return
-    now = part.state_dict()
-    state, parameters = {}, trained_parameters(part)
+    now = flatten(part)
+    if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
+        raise ValueError("another network")
     for name, x in tensors.items():
-        i, key = name.split(".")
-        value = x.clone()
-        if x.shape == parameters[int(i)].shape:                 # a moment, and not the number of steps
-            value = distribute_like(parameters[int(i)], value)
-        state.setdefault(int(i), {})[key] = value
-    part.load_state_dict({"state": state, "param_groups": now["param_groups"]})
-
-
-def trained_parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        now[name].copy_(distribute_like(now[name], x))
+    if not hasattr(part, "state_dict"):
+        vars(part).update({name: x.item() for name, x in now.items()})
 
 
 def is_finite(tensors):
@@ -163,31 +144,13 @@ def is_finite(tensors):
 def load_shards(path, parts):
     """Read a folder of shards, however many processes wrote it, each tensor sharded as the parts are."""
     import torch.distributed.checkpoint as dcp
-    shapes = {}                                              # {key: a tensor that is sharded in the same way}
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            shapes |= {f"{name}/{i}": p for i, p in enumerate(trained_parameters(part))}
-        else:
-            shapes |= {f"{name}/{key}": x for key, x in flatten(part).items()}
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            with open(os.path.join(path, ".metadata"), "rb") as f:
-                metadata = Metadata(f).load()
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
-    state = {}
-    for key, saved in Reader(path).read_metadata().state_dict_metadata.items():
-        of_parameter = key.rsplit(".", 1)[0]            # of an optimiser's "7.exp_avg": the seventh parameter
-        like = shapes.get(key, shapes.get(of_parameter))
-        if like is not None and like.shape == saved.size:
-            state[key] = torch.empty_like(like)
-        else:
-            state[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    with open(os.path.join(path, ".metadata"), "rb") as f:
+        contents = Metadata(f).load()
+    reader = dcp.FileSystemReader(path)
+    reader.read_metadata = lambda: contents             # whose own unpickler would run what the file names
+    state = {key: torch.empty_like(x) for key, x in flatten_all(parts, 0).items()}
     try:
-        dcp.load(state, storage_reader=Reader(path), no_dist=world_size() == 1)
+        dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
     except dcp.api.CheckpointException as e:
         raise ValueError(str(one_failure(e))) from None
     return state

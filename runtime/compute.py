@@ -14,6 +14,7 @@ import ctypes
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from runtime.precision import StandIns
 from runtime.processes import gather, is_distributed, rank, total, world_size
@@ -47,11 +48,7 @@ def keep_freed_memory():
 
 def pad(rows):
     """Lists of different lengths as a tensor (B, T), right-padded with 0: int64, float or bool."""
-    first = torch.tensor(rows[0][:1])
-    out = torch.zeros(len(rows), max(len(row) for row in rows), dtype=first.dtype)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.tensor(row)
-    return out
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def concatenate(parts):
@@ -75,11 +72,6 @@ def row_seeds(rng, n):
     return [rng.getrandbits(62) for _ in range(n)]
 
 
-def sequences_and_longest(length):
-    """A row is one sequence, given by its number of tokens, or several, given by a list of them."""
-    return (1, length) if isinstance(length, int) else (len(length), max(length))
-
-
 def micro_batches(lengths, micro_batch, micro_tokens, ranks):
     """Cut rows into micro-batches for each of so many processes: a list per process of lists of row numbers.
 
@@ -87,14 +79,16 @@ def micro_batches(lengths, micro_batch, micro_tokens, ranks):
     holds at most micro_batch sequences, and if micro_tokens is not 0, at most so many tokens with their
     padding; a row that is larger comes alone. Rows are taken in order of length, so that little is padding,
     and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order."""
-    order = sorted(range(len(lengths)), key=lambda i: sequences_and_longest(lengths[i])[1])
-    return [cut(order[r::ranks], lengths, micro_batch, micro_tokens) for r in range(ranks)]
+    sizes = [(1, length) if isinstance(length, int) else (len(length), max(length)) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: sizes[i][1])
+    return [cut(order[r::ranks], sizes, micro_batch, micro_tokens) for r in range(ranks)]
 
 
-def cut(rows, lengths, micro_batch, micro_tokens):
+def cut(rows, sizes, micro_batch, micro_tokens):
+    """Rows in order of length as micro-batches. sizes: of each, its sequences, and the longest's tokens."""
     pieces, sequences, shortest, tokens = [], 0, 0, 0
     for i in rows:
-        more, longest = sequences_and_longest(lengths[i])       # rows come by length: the longest so far
+        more, longest = sizes[i]                                # the longest so far
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
         # What is a quarter longer would make too much padding of the others, where they are enough for a
@@ -163,16 +157,10 @@ class Compute:
             for p in model.parameters():
                 p.data = p.data.to(self.device, non_blocking=True)
 
-    def send_back(self):
-        """Forget the copies on the device: what waits on the CPU is what it was."""
-        for model, waiting in self.fetched.items():
-            for p, x in zip(model.parameters(), waiting):
-                p.data = x
-        self.fetched.clear()
-
     @contextlib.contextmanager
     def computing(self):
-        """In here networks compute, in bfloat16 if so chosen."""
+        """In here networks compute, in bfloat16 if so chosen. Those that were fetched go after it: what waits
+        on the CPU is what it was."""
         for stand_ins in self.stand_ins:
             stand_ins.enter()
         try:
@@ -180,7 +168,10 @@ class Compute:
         finally:
             for stand_ins in self.stand_ins:
                 stand_ins.leave()
-            self.send_back()
+            for model, waiting in self.fetched.items():
+                for p, x in zip(model.parameters(), waiting):
+                    p.data = x
+            self.fetched.clear()
 
     def passes(self, lengths, micro_batch):
         """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
@@ -198,25 +189,22 @@ class Compute:
         over these rows, where a row counts as much as its weight says. rows: anything that can be indexed.
         weights: of each row, numbers. lengths: of each row, see micro_batches. Returns {name: float}, means
         over all rows."""
-        return self.weighted_mean(loss, rows, weights, lengths, backward=True)
-
-    @torch.no_grad()
-    def average(self, loss, rows, weights, lengths):
-        """accumulate() without gradients: an evaluation."""
-        return self.weighted_mean(loss, rows, weights, lengths, backward=False)
-
-    def weighted_mean(self, loss, rows, weights, lengths, backward):
         weights, lengths = as_list(weights), as_list(lengths)
         sums = {}
         with self.computing():
             for piece, is_filler in self.passes(lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
                 means = loss([rows[i] for i in piece])
-                if backward:
+                if torch.is_grad_enabled():
                     (means["loss"] * share).backward()
                 for name, mean in means.items():
                     sums[name] = sums.get(name, 0) + mean.detach() * share
         return dict(zip(sums, total(torch.stack(list(sums.values()))).tolist()))
+
+    @torch.no_grad()
+    def average(self, loss, rows, weights, lengths):
+        """accumulate() without gradients: an evaluation."""
+        return self.accumulate(loss, rows, weights, lengths)
 
     @torch.no_grad()
     def map(self, function, rows, lengths, micro_batch=None):
@@ -232,14 +220,11 @@ class Compute:
                 if not is_filler:
                     order += piece
                     parts.append(found)
-        mine = {name: concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-        if world_size() > 1:
-            everyone = gather((order, {name: x.cpu() for name, x in mine.items()}))
-            order = [i for theirs, _ in everyone for i in theirs]
-            held = [tensors for _, tensors in everyone if tensors]
-            mine = {name: concatenate([tensors[name] for tensors in held]) for name in held[0]}
-        back = torch.tensor(order).argsort()
-        return {name: x[back.to(x.device)].to(self.device) for name, x in mine.items()}
+        everyone = gather((order, [{name: x.cpu() for name, x in part.items()} for part in parts]))
+        back = torch.tensor([i for order, _ in everyone for i in order]).argsort()
+        parts = [part for _, parts in everyone for part in parts]
+        return {name: concatenate([part[name] for part in parts])[back].to(self.device)
+                for name in (parts[0] if parts else ())}
 
     def sample(self, model, prompts, seeds, max_new_tokens, temperature=1.0, stop_token=None):
         """GPT.generate for any number of prompts (lists of ids), each with a seed. Returns the dict of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPT, GPTConfig, Linear
-from runtime.safetensors import copy, load_folder, write_tensors
+from runtime.safetensors import copy, load_folder, reading, write_tensors
 
 
 @dataclass
@@ -79,10 +79,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")   # in old
 
 def read_config(folder):
     """(GPTConfig, Family, head) of a folder's config.json. Raises ValueError saying what does not fit."""
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            source = json.load(f)
+    with reading(os.path.join(folder, "config.json"), "a model's config") as source:
         kind = source["model_type"]
         if kind not in FAMILIES:
             raise ValueError(f"models of type {kind!r} are not supported: {', '.join(FAMILIES)} are")
@@ -103,10 +100,6 @@ def read_config(folder):
         if "sliding_window" in about and about.get("use_sliding_window", True):
             shape["block_size"] = min(shape["block_size"], about["sliding_window"])
         return GPTConfig(**shape), family, read_head(about)
-    except KeyError as e:
-        raise ValueError(f"{path}: not a model's config: {e} is missing") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
-        raise ValueError(f"{path}: not a model's config: {e}") from None
 
 
 def read_head(about):

@@ -88,10 +88,8 @@ def load_reward_model(folder):
 def load_rewards(names):
     """(the folder of a reward model or None, a Python function or None), from `--reward`: a folder,
     file.py:name, or both with a comma between."""
-    folders, functions = [], []
-    for name in names.split(","):
-        is_function = re.fullmatch(r".+\.py:\w+", name) is not None
-        (functions if is_function else folders).append(name)
+    functions = [name for name in names.split(",") if re.fullmatch(r".+\.py:\w+", name)]
+    folders = [name for name in names.split(",") if name not in functions]
     if len(folders) > 1 or len(functions) > 1:
         raise ValueError(f"--reward {names}: one reward model and one function at most")
     return (folders[0] if folders else None), (load_function(functions[0]) if functions else None)

@@ -11,6 +11,9 @@ def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, fused=True)
+    for p in trained:           # Adam would begin so at its first step: here, a checkpoint finds its place
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     # A fused step leaves no mark on the weights, by which copies of them could tell that they are old.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
     return optimizer

@@ -25,7 +25,7 @@ Bytes, with P parameters, N processes and b bytes per number in matrix products;
                   for each network that reads a micro-batch
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -36,8 +36,6 @@ from runtime.sharding import BUCKET, LOGITS, cached_numbers
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
-SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden", "vocab_size", "mlp", "norm", "positions",
-         "bias", "tied")
 PPO_MINIBATCHES, PPO_EPOCHS = 2, 2                                  # ppo.py's defaults
 CHUNK = 2 ** 24                                                     # logits that exist at once: GPT.logprobs
 GB, TB = 1e9, 1e12
@@ -72,7 +70,8 @@ class Config:
     debug: bool = flag(False, "show the traceback of an error")
 
     def __post_init__(self):
-        self.shape = GPTConfig(**{name: getattr(self, name) for name in SHAPE}, block_size=self.length)
+        shape = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)}
+        self.shape = GPTConfig(**shape, block_size=self.length)
 
 
 @dataclass
@@ -98,44 +97,49 @@ class Plan:
     def __init__(self, cfg):
         self.cfg, self.shape, self.b, self.N = cfg, cfg.shape, cfg.bytes, cfg.processes
         self.trained = [network(cfg.shape, head) for head in TRAINED[cfg.stage]]
-        self.frozen = [network(cfg.shape, head) for head in FROZEN[cfg.stage]]
-        self.P_trained, self.P_frozen = (sum(net.all for net in nets) for nets in (self.trained, self.frozen))
+        self.P_trained = sum(net.all for net in self.trained)
+        self.P_frozen = sum(network(cfg.shape, head).all for head in FROZEN[cfg.stage])
         self.shards = cfg.processes if cfg.parallel == "fsdp" else 1
         self.is_sharded = self.shards > 1
         self.minibatches, self.epochs = (PPO_MINIBATCHES, PPO_EPOCHS) if cfg.stage == "ppo" else (1, 1)
         self.passes = math.ceil(cfg.batch / self.minibatches / self.N / cfg.micro_batch)  # per optimiser step
-        self.without_gradients = (12 * self.P_trained + 4 * self.P_frozen) / self.shards
-        if not self.is_sharded:
-            copies = 2 * self.P_trained if self.b < 4 else 0
-            self.without_gradients = 12 * self.P_trained + copies + self.b * self.P_frozen
-        self.gradients = 4 * self.P_trained / self.shards
         self.embedding = cfg.shape.vocab_size * cfg.shape.n_embd * self.b
+        # Numbers per token before and after an MLP's nonlinearity; with a gate, also its and the product.
+        self.mlp = cfg.shape.mlp_hidden * (4 if cfg.shape.mlp == "swiglu" else 2)
 
     def numbers(self):
         """{what: bytes}. The peak is the largest of four: in a backward pass, at its end, where the
         embeddings' gradients are, while they are added up, and while sampling."""
-        backward, end, sampling = self.backward(), self.end_of_backward(), self.sampling()
-        return {"state": self.without_gradients + self.gradients, "backward": backward, "sampling": sampling,
-                "peak": self.without_gradients + max(backward, end, sampling, self.adding_up()),
+        state = (12 * self.P_trained + 4 * self.P_frozen) / self.shards             # without gradients
+        if not self.is_sharded:
+            state = 12 * self.P_trained + self.b * self.P_frozen
+            state += 2 * self.P_trained if self.b < 4 else 0
+        gradients, backward, end = 0, 0, 0
+        for net in self.trained:                # one after the other, beside the gradients of those before
+            backward = max(backward, self.backward(net, gradients))
+            end = max(end, self.end_of_backward(net, gradients))
+            gradients += 4 * net.all / self.shards
+        sampling = self.sampling()
+        return {"state": state + gradients, "backward": backward, "sampling": sampling,
+                "peak": state + max(backward, end, sampling, self.adding_up(gradients)),
                 "sent per step": self.sent()}
 
-    def adding_up(self):
+    def adding_up(self, gradients):
         """ddp: all gradients, and those in transit, as they are sent and as they come."""
         if self.is_sharded or self.N == 1:
             return 0
         at_once = max(BUCKET, self.shape.vocab_size * self.shape.n_embd)        # a parameter is not parted
-        return self.gradients + 2 * 4 * min(at_once, max(net.all for net in self.trained))
+        return gradients + 2 * 4 * min(at_once, max(net.all for net in self.trained))
 
     def activations(self):
-        """Bytes that the backward pass needs per token: (of a block, of a block's input)."""
-        shape = self.shape
-        C, H, kv = shape.n_embd, shape.mlp_hidden, shape.n_kv_head * (shape.n_embd // shape.n_head)
+        """Bytes that the backward pass needs per token of a block."""
+        shape, C = self.shape, self.shape.n_embd
+        kv = shape.n_kv_head * (C // shape.n_head)
         attention = C + 2 * kv + C                # queries, keys and values, and what attention makes of them
         if shape.positions == "rotary":
             attention += C + kv                         # also turned queries and keys
-        mlp = 4 * H if shape.mlp == "swiglu" else 2 * H  # before and after the nonlinearity; gate and product
         norms = 4 * C if shape.norm == "layernorm" else 6 * C     # in and out, and RMSNorm's product, of both
-        return (norms + attention + mlp) * self.b, C * self.b
+        return (norms + attention + self.mlp) * self.b
 
     def gathered(self, ends):
         """Parameters that are whole while others read them. What has just been gathered is there twice for a
@@ -144,29 +148,17 @@ class Plan:
             return 0
         return (max(ends, self.trained[0].block) + ends + self.trained[0].block) * self.b
 
-    def backward(self):
-        """The most that a forward and backward pass needs, apart from the rest of the state: gradients,
-        too."""
-        return max(self.backward_of(net, earlier) for net, earlier in self.one_after_the_other())
-
-    def one_after_the_other(self):
-        """(network, bytes of the gradients that are there before its passes) of each that is trained."""
-        earlier = 0
-        for net in self.trained:
-            yield net, earlier
-            earlier += 4 * net.all / self.shards
-
-    def backward_of(self, net, earlier):
+    def backward(self, net, earlier):
+        """The most that a network's forward and backward pass needs, apart from the rest of the state:
+        gradients too. earlier: those that are there before."""
         cfg, shape, b = self.cfg, self.shape, self.b
         tokens = cfg.micro_batch * cfg.length
-        of_block, of_input = self.activations()
-        kept, recomputed = tokens * shape.n_layer * of_block, 0
-        if cfg.checkpoint_blocks:
-            kept, recomputed = tokens * shape.n_layer * of_input, tokens * of_block
+        of_block, recomputed = tokens * self.activations(), 0
+        if cfg.checkpoint_blocks:                                   # its input alone
+            of_block, recomputed = tokens * shape.n_embd * b, of_block
         # In a block's backward pass: gradients of what is inside; under fsdp its parameters' gradients, and
         # in float32 those of the block before, in transit.
-        hidden = shape.mlp_hidden * (2 if shape.mlp == "swiglu" else 1)
-        inside = recomputed + tokens * (hidden + 2 * shape.n_embd) * b
+        inside = recomputed + tokens * (self.mlp / 2 + 2 * shape.n_embd) * b
         if self.is_sharded:
             inside += net.block * (b + 4)
         gradients, half, moments = 4 * net.all / self.shards, 0, []
@@ -176,73 +168,63 @@ class Plan:
             logits = min(tokens * cfg.learnt * shape.vocab_size, CHUNK) * 4
             if shape.tied:
                 half = self.embedding                               # its gradient waits for its other half
-            moments.append(kept + 3 * logits + self.embedding - half)               # the head's gradient
-        moments.append(kept - kept / shape.n_layer + inside + half)                 # in the last block
+            moments.append(shape.n_layer * of_block + 3 * logits + self.embedding - half)   # the head's
+        moments.append((shape.n_layer - 1) * of_block + inside + half)              # in the last block
         moments.append(gradients + inside + half)                                   # in the first block
         return earlier + self.gathered(net.ends) + max(moments)
 
-    def end_of_backward(self):
+    def end_of_backward(self, net, earlier):
         """When the embedding's gradient is made: both halves of a tied one and their sum, or that of the
         lookup alone; under fsdp also all that is in transit."""
-        most = 0
-        for net, earlier in self.one_after_the_other():
-            need = self.embedding * (3 if self.shape.tied and net.head == "lm" else 1)
-            if self.is_sharded:
-                need = max(need + (net.ends + net.block) * self.b,
-                           net.ends * (self.b + 4 + 4 / self.shards))
-            most = max(most, earlier + 4 * net.all / self.shards + need)
-        return most
+        need = self.embedding * (3 if self.shape.tied and net.head == "lm" else 1)
+        if self.is_sharded:
+            need = max(need + (net.ends + net.block) * self.b, net.ends * (self.b + 4 + 4 / self.shards))
+        return earlier + 4 * net.all / self.shards + need
 
     def sampling(self):
         """The most that sampling needs, apart from the state: weights, cache, activations of one token."""
-        cfg, shape, b, stage = self.cfg, self.shape, self.b, self.cfg.stage
-        if stage == "dpo" or (stage == "reward_model" and not cfg.normalize):
-            return 0
-        lm = network(shape)
-        rows, prompt, answer, extra = 1, cfg.length * (1 - cfg.learnt), 0, 0
-        if stage == "ppo":
-            rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
-        if stage == "reward_model":                                     # its SFT network is there only now
-            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
-            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
-        weights = 0
+        cfg, shape, b = self.cfg, self.shape, self.b
+        lm, prompt, extra, weights = network(shape), cfg.length * (1 - cfg.learnt), 0, 0
         if self.is_sharded:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
-        if stage == "sft":                                              # a few answers, one at a time
+        if cfg.stage == "sft":                                          # a few answers, one at a time
             return weights
+        if cfg.stage == "ppo":
+            rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
+        elif cfg.stage == "reward_model" and cfg.normalize:             # its SFT network is there only now
+            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
+            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
+        else:
+            return 0
         cache = rows * (prompt + answer) * cached_numbers(shape) * b
-        hidden = shape.mlp_hidden * (4 if shape.mlp == "swiglu" else 2)
-        reading = rows * prompt * (hidden + 4 * shape.n_embd) * b
+        reading = rows * prompt * (self.mlp + 4 * shape.n_embd) * b
         return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
 
     def sent(self):
         """Bytes that each process sends per step: a rollout with its updates, in ppo."""
         cfg, b, share = self.cfg, self.b, (self.N - 1) / self.N
         updates = self.epochs * self.minibatches
-        if self.shards == 1:
+        if not self.is_sharded:
             return 8 * self.P_trained * share * updates
         sent = self.P_trained * (2 * b + 4) * share * self.passes * updates
         if cfg.stage == "ppo":                  # answers are sampled, then read by the other networks ...
             policy = self.trained[0].all
-            readers = self.P_trained + self.P_frozen - policy
-            if b < 4:                           # ... and in bfloat16 by the policy once more
-                readers += policy
+            readers = self.P_trained + self.P_frozen
+            if b == 4:                          # in bfloat16 the policy reads its own answers once more
+                readers -= policy
             times = 1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)
             micro_batches = math.ceil(cfg.batch / self.N / cfg.micro_batch)
             sent += b * share * (policy * times + readers * micro_batches)
         return sent
 
 
-LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False)
+LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, n_kv_head=8, vocab_size=128256)
 MODELS = {
     "GPT-2 small, 124 M": dict(),
     "GPT-2 XL, 1.6 B": dict(n_layer=48, n_head=25, n_embd=1600),
-    "Llama 3.2 3 B": dict(n_layer=28, n_head=24, n_kv_head=8, n_embd=3072, mlp_hidden=8192, vocab_size=128256,
-                          tied=True, **LLAMA),
-    "Llama 3.1 8 B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, mlp_hidden=14336,
-                          vocab_size=128256, tied=False, **LLAMA),
-    "Llama 3.1 70 B": dict(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, mlp_hidden=28672,
-                           vocab_size=128256, tied=False, **LLAMA),
+    "Llama 3.2 3 B": dict(LLAMA, n_layer=28, n_head=24, n_embd=3072, mlp_hidden=8192),
+    "Llama 3.1 8 B": dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, mlp_hidden=14336, tied=False),
+    "Llama 3.1 70 B": dict(LLAMA, n_layer=80, n_head=64, n_embd=8192, mlp_hidden=28672, tied=False),
 }
 
 
@@ -257,19 +239,17 @@ def table():
     holds, and what it sends per step on eight of them. Eight sequences of 1,024 tokens per device, one per
     forward pass; the policy is gathered at once to sample if that is less than 40 GB."""
     counts = (1, 8, 16, 64)
-    heads = ["1 GPU" if n == 1 else f"{n} GPUs" for n in counts]
-    lines = [f"| model | stage | {' | '.join(heads)} | each of 8 sends per step |",
-             "|---" * (3 + len(counts)) + "|"]
+    heads = " | ".join("1 GPU" if n == 1 else f"{n} GPUs" for n in counts)
+    lines = [f"| model | stage | {heads} | each of 8 sends per step |", "|---" * (3 + len(counts)) + "|"]
     for name, shape in MODELS.items():
         for stage in ("sft", "ppo"):
-            numbers = {}
+            found = {}
             for n in counts:
-                cfg = Config(stage=stage, processes=n, batch=8 * n, micro_batch=1, checkpoint_blocks=True,
-                             **shape)
+                cfg = Config(stage, n, batch=8 * n, micro_batch=1, checkpoint_blocks=True, **shape)
                 cfg.gather_at_once = network(cfg.shape).all * cfg.bytes < 40 * GB
-                numbers[n] = Plan(cfg).numbers()
-            peaks = " | ".join(in_words(numbers[n]["peak"]) for n in counts)
-            lines.append(f"| {name} | {stage} | {peaks} | {in_words(numbers[8]['sent per step'])} |")
+                found[n] = Plan(cfg).numbers()
+            peaks = " | ".join(in_words(found[n]["peak"]) for n in counts)
+            lines.append(f"| {name} | {stage} | {peaks} | {in_words(found[8]['sent per step'])} |")
     return lines
 
 

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -189,10 +190,9 @@ class Run(Compute):
         """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or
         where show says so. Saves a checkpoint now and then, and stops here after Ctrl-C."""
         metrics, step = {name: float(value) for name, value in metrics.items()}, self.step + 1
-        line = {"step": step}
-        for name, value in metrics.items():
-            line[name] = round(value, 6) if math.isfinite(value) else None          # JSON has no NaN
-        self.metrics.write(json.dumps(line) + "\n")
+        rounded = {name: round(value, 6) if math.isfinite(value) else None          # JSON has no NaN
+                   for name, value in metrics.items()}
+        self.metrics.write(json.dumps({"step": step} | rounded) + "\n")
         self.metrics.flush()
         if self.board:
             for name, value in metrics.items():
@@ -264,10 +264,9 @@ class Run(Compute):
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
-            for path in (os.path.join(folder, name) for folder in (aside, self.cfg.out)
-                         for name in (*others, UNCERTAINTY)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+            for name in (*others, UNCERTAINTY):
+                for folder in (aside, self.cfg.out):
+                    Path(folder, name).unlink(missing_ok=True)
             if uncertainty:
                 save_tensors(os.path.join(aside, UNCERTAINTY), uncertainty)
             self.keep(aside, facts)

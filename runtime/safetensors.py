@@ -1,10 +1,12 @@
 """Tensor files in the safetensors format: 8 bytes of header length, a JSON header, numbers. Reading one runs
-no code."""
+no code, nor does reading the JSON files beside it."""
+import contextlib
 import json
 import math
 import mmap
 import os
 import struct
+from pathlib import Path
 
 import torch
 
@@ -36,8 +38,7 @@ def write_tensors(path, about, make):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except OSError:                                             # a full disk needs the room back
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        Path(path + ".tmp").unlink(missing_ok=True)
         raise
 
 
@@ -82,18 +83,28 @@ def copy(x, dtype, mapped):
     return out
 
 
+@contextlib.contextmanager
+def reading(path, what):
+    """For a `with` statement: what a JSON file holds. What is wrong with it, or found to be wrong in there,
+    becomes a ValueError: the file is not what it should be."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            yield json.load(f)
+    except KeyError as e:
+        raise ValueError(f"{path}: not {what}: {e} is missing") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: not {what}: {e}") from None
+
+
 def load_folder(folder):
     """{name: tensor} of model.safetensors, or of the shards that its index names. Raises ValueError if there
     is neither."""
     index, names = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
     if os.path.exists(index):
-        try:
-            with open(index, encoding="utf-8") as f:
-                names = sorted(set(json.load(f)["weight_map"].values()))
+        with reading(index, "an index of shards") as about:
+            names = sorted(set(about["weight_map"].values()))
             if any(os.path.basename(name) != name for name in names):
                 raise ValueError("a shard must lie beside its index")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{index}: not an index of shards: {e}") from None
     elif (not os.path.exists(os.path.join(folder, "model.safetensors"))
           and any(name.endswith((".bin", ".pt", ".pth")) for name in os.listdir(folder))):
         raise ValueError(f"{folder}: pickled weights can run code, and are not read; to convert them: "

@@ -9,6 +9,7 @@ over the whole batch, and so the gradients of all processes, added up, are the b
             and gathers a block's parameters when it is the block's turn
 """
 import weakref
+from dataclasses import replace
 
 import torch
 
@@ -30,13 +31,10 @@ def choose(kind, models, device):
         return kind
     if device != "cuda":
         return "ddp"
-    trained, frozen = 0, {}         # networks out of one folder share what is frozen: see to_device
-    for model in models:
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                trained += p.numel()
-            else:
-                frozen[model.folder or id(model), name] = p.numel()
+    trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
+    # Networks out of one folder share what is frozen: see to_device.
+    frozen = {(model.folder or id(model), name): p.numel() for model in models
+              for name, p in model.named_parameters() if not p.requires_grad}
     need = 16 * trained + 4 * sum(frozen.values())
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
 
@@ -78,8 +76,7 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
     exact, waiting = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False), fsdp.OffloadPolicy()
     precision = exact
     if bfloat16:
-        precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32,
-                                              cast_forward_inputs=False)
+        precision = replace(exact, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if offload and is_frozen(model):
         waiting = fsdp.CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     parts = [(block, precision) for block in model.blocks] + [(model, precision)]
