@@ -404,7 +404,6 @@ def write_report(cfg, checkpoints, contestants, prompts):
 
 # ------------------------------------------------------------------------------------------ talking
 
-@torch.no_grad()
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
     tokenizer, compute, messages = Tokenizer.load(folder), Compute(cfg), []
@@ -431,11 +430,10 @@ def chat(cfg, folder):
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        prompt, length = (torch.tensor([x], device=model.device) for x in (ids, len(ids)))
-        with compute.computing():
-            tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
-        messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
-        print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
+        answer = compute.sample(model, [ids], row_seeds(random, 1), room, cfg.temperature, tokenizer.end)
+        text = tokenizer.decode(answer["tokens"][answer["mask"]].tolist())
+        messages.append({"role": "assistant", "content": text})
+        print(f"{os.path.basename(folder)}> {text}")
 
 
 # ------------------------------------------------------------------------------------- all together
