@@ -171,6 +171,12 @@ class Contest:
                         "prompts of the red team")
             self.red_team = [item for item in items for _ in range(cfg.samples)]
 
+    def network(self, folder):
+        """A frozen network out of a folder, where this contest's run."""
+        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
+        self.compute.place(model)
+        return model
+
     def answers(self, model, prompts, noise, longest=None):
         """A sampled answer to each prompt, as Compute.sample gives them. noise: a name for their seeds.
         longest: in tokens, if not the flag's."""
@@ -233,8 +239,7 @@ class Contest:
         return entered
 
     def enter_checkpoint(self, number, name, folder):
-        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
-        self.compute.place(model)
+        model = self.network(folder)
         print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
         answers = self.answers(model, self.asked, noise=number)
         loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
