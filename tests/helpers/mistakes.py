@@ -98,7 +98,7 @@ MISTAKES = {
         ("an answer without an end keeps its score", "x if a.ended else -torch.inf", "x"),
     ],
     "loop.py": [
-        ("a round learns from its own labels alone", "join(labels, data)", "join(labels[-1:], data)"),
+        ("a round learns from its own labels alone", "for file in labels)", "for file in labels[-1:])"),
         ("each round samples from the SFT model", "label(cfg, policy, name, cfg.labels,",
          "label(cfg, cfg.init, name, cfg.labels,"),
     ],
