@@ -331,17 +331,6 @@ def read_run(folder):
         return {}
 
 
-def summarize(cfg, contestants, prompts):
-    """All numbers of the report, as report.json holds them."""
-    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
-              "models": {c.name: c.numbers for c in contestants}}
-    about = read_run(cfg.reward)
-    if "held_out" in about:
-        report["reward_model"] = about["held_out"]
-    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
-    return report
-
-
 def facts(report):
     """What the tables do not say, as lines."""
     lines = [f"{report['prompts']} held-out prompts, {report['answers_each']} answers each, "
@@ -362,9 +351,9 @@ def plot(path, out, models):
     """Both scores against √KL: PPO's rollouts step by step, and best-of-n. A run has one colour in both.
     models: the report's."""
     figure, curve = Figure(figsize=(10, 4)), models["best_of_n"]["curve"]
-    for axis, score, in_rollout, title in zip(
-            figure.subplots(1, 2, sharex=True), ("reward", "judge"), ("score", "judge"),
-            ("What PPO sees: the learned reward", "What is true: the judge's score")):
+    panels = (("reward", "score", "What PPO sees: the learned reward"),
+              ("judge", "judge", "What is true: the judge's score"))
+    for axis, (score, in_rollout, title) in zip(figure.subplots(1, 2, sharex=True), panels):
         for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
                                     ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
             if name not in models or not os.path.exists(os.path.join(out, name, "metrics.jsonl")):
@@ -388,12 +377,18 @@ def plot(path, out, models):
 
 def write_report(cfg, checkpoints, contestants, prompts):
     """report.json, which it returns, report.md, report.html and the figure; prints tables and answers."""
-    report, image, figure = summarize(cfg, contestants, prompts), None, []
+    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
+              "models": {c.name: c.numbers for c in contestants}}
+    about = read_run(cfg.reward)
+    if "held_out" in about:
+        report["reward_model"] = about["held_out"]
+    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
+    write_json(os.path.join(cfg.out, "report.json"), report)
+    image, figure = None, []
     if Figure and "curve" in report["models"].get("best_of_n", {}):
         image = os.path.join(cfg.out, "overoptimization.png")
         plot(image, cfg.out, report["models"])
         figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
-    write_json(os.path.join(cfg.out, "report.json"), report)
     shown, answers = tables(report), examples(contestants, prompts, cfg.samples, 24)
     lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Side by side",
              *side_by_side(answers)]

@@ -118,7 +118,7 @@ def auroc(signal, positive):
 
 def detect(together, start):
     """Among answers of the policy that nothing held back, those that the reward model likes better than the
-    SFT model's average: do its own signals tell the ones that the judge likes less? {name: number}"""
+    SFT model's average: do its own signals tell the ones that the judge likes less? Prints how well."""
     answers, judged = answer(together, together.network("out/none"), together.prompts, 8, "none")
 
     def read(rows):
@@ -129,8 +129,10 @@ def detect(together, start):
     found["reward itself"] = torch.tensor(together.scores(together.scorer, answers))
     liked = found["reward itself"] > 0
     hacked = judged[liked] < start
-    return {"answers": len(hacked), "of which hacked": hacked.float().mean().item()} | {
-        f"AUROC of {name}": auroc(x[liked], hacked) for name, x in found.items()}
+    print("\nthe last policy without a defence, answers that the reward model likes:")
+    print(f"  answers: {len(hacked)}\n  of which hacked: {hacked.float().mean():.2f}")
+    for name, signal in found.items():
+        print(f"  AUROC of {name}: {auroc(signal[liked], hacked):.2f}")
 
 
 # ------------------------------------------------------------------------------------- all together
@@ -192,9 +194,7 @@ def main():
             draw(figure or "lab.png", curve)
         print(f"{size}reward model, PPO: {law_of_ppo(name, in_training)}")
         print(f"{size}reward model, best of n: {law}")
-    print("\nthe last policy without a defence, answers that the reward model likes:")
-    for name, number in detect(together, start).items():
-        print(f"  {name}: {number:.2f}" if isinstance(number, float) else f"  {name}: {number}")
+    detect(together, start)
 
 
 if __name__ == "__main__":
