@@ -275,7 +275,7 @@ class Contest:
                 found[f"conversation_reward{after}"] = world.mean(self.scores(self.scorer, answers))
         return found
 
-    def enter_best_of(self, sft_loss):
+    def enter_best_of(self):
         """The first model's best of n answers by the reward model, as a Contestant. Its numbers hold a curve
         over n = 1, 2, 4, ...: the same number of answers for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
@@ -287,7 +287,7 @@ class Contest:
         curve = []
         for n in [*(2 ** i for i in range(10) if 2 ** i < self.cfg.best_of), self.cfg.best_of]:
             won = select(answers, best_of(pool, n, keep=self.cfg.samples))
-            entered = self.enter("best_of_n", won, best_of_n_kl(n), sft_loss)
+            entered = self.enter("best_of_n", won, best_of_n_kl(n), self.first.numbers["sft_loss"])
             curve.append({"n": n, "kl": best_of_n_kl(n), "reward": entered.numbers["reward"],
                           "judge": entered.numbers["judge"]})
         entered.numbers |= {"n": n, "curve": curve}
@@ -300,7 +300,7 @@ def contest(cfg, checkpoints):
     for number, (name, folder) in enumerate(checkpoints.items()):
         contestants.append(together.enter_checkpoint(number, name, folder))
         if number == 0 and together.scorer and cfg.best_of:
-            contestants.append(together.enter_best_of(contestants[0].numbers["sft_loss"]))
+            contestants.append(together.enter_best_of())
     return contestants, together.prompts
 
 
@@ -430,7 +430,8 @@ def chat(cfg, folder):
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        answer = compute.sample(model, [ids], row_seeds(random, 1), room, cfg.temperature, tokenizer.end)
+        seeds = torch.randint(2 ** 62, (1,)).tolist()
+        answer = compute.sample(model, [ids], seeds, room, cfg.temperature, tokenizer.end)
         text = tokenizer.decode(answer["tokens"][answer["mask"]].tolist())
         messages.append({"role": "assistant", "content": text})
         print(f"{os.path.basename(folder)}> {text}")
