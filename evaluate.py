@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,11 +39,9 @@ from runtime.processes import is_first
 from sft import mean_loss
 
 try:                                        # an extra: pip install matplotlib
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 except ImportError:
-    plt = None
+    Figure = None
 
 DEFAULT_MODELS = ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl")
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -78,13 +77,9 @@ class Contestant:
     """A model's answers to P prompts, N times each; lists hold prompt 0's answers, then prompt 1's, ..."""
     name: str
     texts: list
-    lengths: list                           # of answers in tokens, <|im_end|> included
-    ended: list                             # bools
     judge: list                             # the judge's scores; of a chat model, P(better than the first's)
     reward: list                            # the reward model's, or empty
-    kl: float                               # nats per answer from the first model
-    sft_loss: float                         # nats per token on held-out demonstrations
-    world: dict                             # what only the world's judge can tell, for the report
+    numbers: dict                           # what report.json says of it
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -127,10 +122,6 @@ def named(folders):
     return found
 
 
-def mean(values):
-    return round(sum(values) / len(values), 4) if values else None
-
-
 def requirements(text):
     """The conditions of --require: [(name, operator, number), ...]. Raises ValueError for what is none."""
     names, found = (*NUMBERS, *OF_THE_WORLD), []
@@ -157,7 +148,7 @@ class Contest:
         """first: folder of the model to beat."""
         self.cfg, self.compute, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(first)
         self.reference = load(first, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
-        self.scorer, self.judge, self.to_beat = None, None, None
+        self.scorer, self.judge, self.first = None, None, None              # first: the Contestant to beat
         if cfg.reward != Config.reward or os.path.exists(cfg.reward):
             self.tokenizer.check_same(cfg.reward)
             self.scorer = load_reward_model(cfg.reward).requires_grad_(False)
@@ -168,20 +159,28 @@ class Contest:
                 self.tokenizer.check_same(cfg.judge)
         self.compute.place(*(net for net in (self.reference, self.scorer, self.judge) if net is not None))
         block_size = self.reference.config.block_size
-        _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
         room = block_size - cfg.max_new_tokens
+        _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
         self.prompts = fit_prompts(self.tokenizer, prompts, room, "held-out prompts")
+        self.asked = [p for p in self.prompts for _ in range(cfg.samples)]
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)
         self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
                                                     "held-out demonstrations")
         if cfg.judge == "world":
-            self.red_team = fit(world.red_team(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
-                                "prompts of the red team")
+            items = fit(world.red_team(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
+                        "prompts of the red team")
+            self.red_team = [item for item in items for _ in range(cfg.samples)]
 
-    def answers(self, model, prompts, n, noise, longest=None):
-        """n sampled answers to each prompt, as Compute.sample gives them. noise: a name for their seeds.
+    def network(self, folder):
+        """A frozen network out of a folder, where this contest's run."""
+        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
+        self.compute.place(model)
+        return model
+
+    def answers(self, model, prompts, noise, longest=None):
+        """A sampled answer to each prompt, as Compute.sample gives them. noise: a name for their seeds.
         longest: in tokens, if not the flag's."""
-        ids = [self.tokenizer.prompt(p) for p in prompts for _ in range(n)]
+        ids = [self.tokenizer.prompt(p) for p in prompts]
         seeds = row_seeds(random.Random(f"{self.cfg.seed}/{noise}"), len(ids))
         return self.compute.sample(model, ids, seeds, longest or self.cfg.max_new_tokens,
                                    self.cfg.temperature, self.tokenizer.end)
@@ -207,41 +206,48 @@ class Contest:
         lengths = answers["lengths"]
         return self.compute.map(log_ratio, range(len(lengths)), lengths)["kl"].mean().item()
 
-    def compare(self, prompts, texts):
+    def compare(self, texts):
         """P(better than the first contestant's answer) of each, by a chat model. The same words tie: 0.5."""
-        self.to_beat = self.to_beat or texts
-        pairs = [Preference(p, [a, b], [1, 2]) for p, a, b in zip(prompts, texts, self.to_beat) if a != b]
+        theirs = self.first.texts if self.first else texts
+        pairs = [Preference(p, [a, b], [1, 2]) for p, a, b in zip(self.asked, texts, theirs) if a != b]
         found = iter(preferred(self.compute, self.judge, self.judges_tokenizer, pairs))
-        return [0.5 if a == b else next(found) for a, b in zip(texts, self.to_beat)]
+        return [0.5 if a == b else next(found) for a, b in zip(texts, theirs)]
 
     def enter(self, name, answers, kl, sft_loss):
-        """A Contestant with its scores."""
-        prompts = [p for p in self.prompts for _ in range(self.cfg.samples)]
+        """A Contestant with its scores. kl: nats per answer from the first model; sft_loss: nats per token on
+        held-out demonstrations."""
         texts, seen = self.texts(answers), {}
         if self.judge is None:
-            judged = [world.judge(prompt, text) for prompt, text in zip(prompts, texts)]
-            families = [world.find(prompt).family for prompt in prompts]
-            seen = world.mean_parts(prompts, texts) | {"families": world.means_by(families, judged)}
+            judged = [world.judge(prompt, text) for prompt, text in zip(self.asked, texts)]
+            families = [world.find(prompt).family for prompt in self.asked]
+            seen = world.mean_parts(self.asked, texts) | {"families": world.means_by(families, judged)}
         elif self.judge.head_kind == "scalar":
             judged = self.scores(self.judge, answers)
         else:
-            judged = self.compare(prompts, texts)
+            judged = self.compare(texts)
         rewards = self.scores(self.scorer, answers) if self.scorer else []
-        return Contestant(name, texts, answers["mask"].sum(1).tolist(), answers["ended"].tolist(), judged,
-                          rewards, kl, sft_loss, seen)
+        rate, low, high = win_rate(judged, self.first.judge if self.first else judged, self.cfg.samples)
+        numbers = {
+            "judge": world.mean(judged), "reward": world.mean(rewards) if rewards else None,
+            "win_rate": round(rate, 4), "win_rate_interval": [round(low, 4), round(high, 4)],
+            "kl": round(kl, 3) + 0.0,                               # -0.0 becomes 0.0
+            "length": world.mean(answers["mask"].sum(1).tolist()),          # in tokens, <|im_end|> included
+            "ended": world.mean(answers["ended"].tolist()),
+            "distinct2": round(distinct2(texts), 4), "sft_loss": round(sft_loss, 4)} | seen
+        entered = Contestant(name, texts, judged, rewards, numbers)
+        self.first = self.first or entered
+        return entered
 
     def enter_checkpoint(self, number, name, folder):
-        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
-        self.compute.place(model)
+        model = self.network(folder)
         print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
-        answers = self.answers(model, self.prompts, self.cfg.samples, noise=number)
+        answers = self.answers(model, self.asked, noise=number)
         loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
         entered = self.enter(name, answers, self.kl(model, answers), loss)
         if self.judge is None:
-            asked = [item for item in self.red_team for _ in range(self.cfg.samples)]
-            turns = [item.turns for item in asked]
-            texts = self.texts(self.answers(model, turns, 1, f"{number}/red team"))
-            entered.world |= world.red_team_shares(asked, texts) | self.converse(model, number)
+            turns = [item.turns for item in self.red_team]
+            texts = self.texts(self.answers(model, turns, f"{number}/red team"))
+            entered.numbers |= world.red_team_shares(self.red_team, texts) | self.converse(model, number)
         return entered
 
     def converse(self, model, number):
@@ -251,9 +257,9 @@ class Contest:
         with the same noise: second answers after the right first one."""
         block_size = self.reference.config.block_size
         room = min(self.cfg.max_new_tokens, block_size // 4)        # for a second answer
-        right = [p for p in self.prompts if len(p) == 3 for _ in range(self.cfg.samples)]
+        right = [p for p in self.asked if len(p) == 3]
         asked = [p[:1] for p in right]
-        first = self.texts(self.answers(model, asked, 1, f"{number}/first")) if asked else []
+        first = self.texts(self.answers(model, asked, f"{number}/first")) if asked else []
         talks = [(text, [p[0], p[1] | {"content": text}, p[2]], p) for p, text in zip(right, first)]
         talks = [talk for talk in talks if len(self.tokenizer.prompt(talk[1])) + room <= block_size]
         if not talks:
@@ -262,40 +268,40 @@ class Contest:
         found = {"conversations": len(talks),
                  "first_manner": world.mean_parts([p[:1] for p in right], first)["manner"]}
         for after, prompts in (("", own), ("_after_right", right)):
-            answers = self.answers(model, prompts, 1, f"{number}/second", room)
+            answers = self.answers(model, prompts, f"{number}/second", room)
             seen = world.mean_parts(right, self.texts(answers))     # the same question, whatever came before
             found |= {f"second_{part}{after}": seen[part] for part in ("manner", "helpful")}
             if self.scorer:
-                found[f"conversation_reward{after}"] = mean(self.scores(self.scorer, answers))
+                found[f"conversation_reward{after}"] = world.mean(self.scores(self.scorer, answers))
         return found
 
-    def enter_best_of(self, sft_loss):
-        """The first model's best of n = 1, 2, 4, ... and best_of answers by the reward model, as Contestants:
-        the same number of answers for every n, out of one pool."""
+    def enter_best_of(self):
+        """The first model's best of n answers by the reward model, as a Contestant. Its numbers hold a curve
+        over n = 1, 2, 4, ...: the same number of answers for every n, out of one pool."""
         many = self.cfg.samples * self.cfg.best_of
         print(f"best of {self.cfg.best_of}: {many} answers to each prompt ...", flush=True)
-        answers = self.answers(self.reference, self.prompts, many, noise="best_of_n")
+        asked = [p for p in self.prompts for _ in range(many)]
+        answers = self.answers(self.reference, asked, noise="best_of_n")
         scores = self.scores(self.scorer, answers)
         pool = [[(scores[i], i) for i in range(p * many, (p + 1) * many)] for p in range(len(self.prompts))]
-        sizes = [2 ** i for i in range(10) if 2 ** i < self.cfg.best_of] + [self.cfg.best_of]
-        found = {}
-        for n in sizes:
+        curve = []
+        for n in [*(2 ** i for i in range(10) if 2 ** i < self.cfg.best_of), self.cfg.best_of]:
             won = select(answers, best_of(pool, n, keep=self.cfg.samples))
-            found[n] = self.enter("best_of_n", won, best_of_n_kl(n), sft_loss)
-        return found
+            entered = self.enter("best_of_n", won, best_of_n_kl(n), self.first.numbers["sft_loss"])
+            curve.append({"n": n, "kl": best_of_n_kl(n), "reward": entered.numbers["reward"],
+                          "judge": entered.numbers["judge"]})
+        entered.numbers |= {"n": n, "curve": curve}
+        return entered
 
 
 def contest(cfg, checkpoints):
-    """Let every checkpoint (see named) answer, and score that: (contestants, prompts, best-of-n curve)."""
-    together, contestants, curve = Contest(cfg, next(iter(checkpoints.values()))), [], []
+    """Let every checkpoint (see named) answer, and score that: (contestants, prompts)."""
+    together, contestants = Contest(cfg, next(iter(checkpoints.values()))), []
     for number, (name, folder) in enumerate(checkpoints.items()):
         contestants.append(together.enter_checkpoint(number, name, folder))
         if number == 0 and together.scorer and cfg.best_of:
-            by_n = together.enter_best_of(contestants[0].sft_loss)
-            curve = [{"n": n, "kl": c.kl, "reward": mean(c.reward), "judge": mean(c.judge)}
-                     for n, c in by_n.items()]
-            contestants.append(by_n[max(by_n)])                     # only the largest n competes
-    return contestants, together.prompts, curve
+            contestants.append(together.enter_best_of())
+    return contestants, together.prompts
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -320,93 +326,76 @@ def seconds(out, names):
 def read_run(folder):
     """What a run wrote about itself, or {}."""
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
-            about = json.load(f)
+        return json.loads(Path(folder, "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) else {}
-
-
-def summarize(cfg, contestants, prompts, curve):
-    """All numbers of the report, as report.json holds them."""
-    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
-              "models": {}}
-    for c in contestants:
-        rate, low, high = win_rate(c.judge, contestants[0].judge, cfg.samples)
-        report["models"][c.name] = {
-            "judge": mean(c.judge), "reward": mean(c.reward),
-            "win_rate": round(rate, 4), "win_rate_interval": [round(low, 4), round(high, 4)],
-            "kl": round(c.kl, 3) + 0.0,                             # -0.0 becomes 0.0
-            "length": mean(c.lengths), "ended": mean(c.ended),
-            "distinct2": round(distinct2(c.texts), 4), "sft_loss": round(c.sft_loss, 4)} | c.world
-        if c.name == "best_of_n":
-            report["models"][c.name] |= {"n": cfg.best_of, "curve": curve}
-    about = read_run(cfg.reward)
-    if "held_out" in about:
-        report["reward_model"] = about["held_out"]
-    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
-    return report
 
 
 def facts(report):
     """What the tables do not say, as lines."""
     lines = [f"{report['prompts']} held-out prompts, {report['answers_each']} answers each, "
              f"judged by {report['judge']}."]
-    learnt = report.get("reward_model", {})
-    if "accuracy" in learnt:
-        line = f"Reward model: {learnt['accuracy']:.1%} of {learnt['pairs']} held-out pairs"
-        if "ceiling" in learnt:
-            line += f"; the best any scorer could reach is {learnt['ceiling']:.1%}"
-        lines.append(line + ".")
+    if learnt := report.get("reward_model"):
+        best = f"; the best any scorer could reach is {learnt['ceiling']:.1%}" if "ceiling" in learnt else ""
+        lines.append(f"Reward model: {learnt['accuracy']:.1%} of {learnt['pairs']} held-out pairs{best}.")
     taken = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
     return [*lines, f"Seconds: {taken}."]
 
 
-def plot(path, out, report, curve):
-    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. A run has one colour in both."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
-                                ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
-        metrics = os.path.join(out, name, "metrics.jsonl")
-        if name not in report["models"] or not os.path.exists(metrics):
-            continue
-        with open(metrics, encoding="utf-8") as f:
-            steps = [json.loads(line) for line in f]
-        root, m = [math.sqrt(max(0.0, s["kl"])) for s in steps], report["models"][name]
-        for axis, in_rollout, held_out in zip(axes, ("score", "judge"), ("reward", "judge")):
+def read_steps(folder):
+    """The metrics of a run's steps: dicts."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def plot(path, out, models):
+    """Both scores against √KL: PPO's rollouts step by step, and best-of-n. A run has one colour in both.
+    models: the report's."""
+    figure, curve = Figure(figsize=(10, 4)), models["best_of_n"]["curve"]
+    panels = (("reward", "score", "What PPO sees: the learned reward"),
+              ("judge", "judge", "What is true: the judge's score"))
+    for axis, (score, in_rollout, title) in zip(figure.subplots(1, 2, sharex=True), panels):
+        for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
+                                    ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
+            if name not in models or not os.path.exists(os.path.join(out, name, "metrics.jsonl")):
+                continue
+            steps = read_steps(os.path.join(out, name))
             if in_rollout in steps[0]:
+                root = [math.sqrt(max(0.0, s["kl"])) for s in steps]
                 axis.plot(root, [s[in_rollout] for s in steps], color=colour, alpha=0.6, linewidth=1.2)
-            axis.plot(math.sqrt(max(0.0, m["kl"])), m[held_out], "o", color=colour, label=label)
-    for axis, key in zip(axes, ("reward", "judge")):
-        axis.plot([math.sqrt(c["kl"]) for c in curve], [c[key] for c in curve], "s-", color="#555555",
+            root = math.sqrt(max(0.0, models[name]["kl"]))
+            axis.plot(root, models[name][score], "o", color=colour, label=label)
+        axis.plot([math.sqrt(c["kl"]) for c in curve], [c[score] for c in curve], "s-", color="#555555",
                   markersize=4, label=f"best of n, n up to {curve[-1]['n']}")
-        axis.set_xlabel("√KL(π ‖ SFT), nats per answer")
+        axis.set(xlabel="√KL(π ‖ SFT), nats per answer", title=title)
         axis.grid(alpha=0.25)
-    axes[0].set_title("What PPO sees: the learned reward")
-    axes[1].set_title("What is true: the judge's score")
-    axes[0].legend(frameon=False)
+    figure.axes[0].legend(frameon=False)
     figure.text(0.5, 0.015, "lines: training rollouts, step by step; dots and squares: held-out prompts",
                 fontsize=9, color="#666666", ha="center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
 
 
-def write_report(cfg, checkpoints, contestants, prompts, curve):
+def write_report(cfg, checkpoints, contestants, prompts):
     """report.json, which it returns, report.md, report.html and the figure; prints tables and answers."""
-    report, image = summarize(cfg, contestants, prompts, curve), None
-    if plt and curve:
-        image = os.path.join(cfg.out, "overoptimization.png")
-        plot(image, cfg.out, report, curve)
+    report = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
+              "models": {c.name: c.numbers for c in contestants}}
+    about = read_run(cfg.reward)
+    if "held_out" in about:
+        report["reward_model"] = about["held_out"]
+    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
     write_json(os.path.join(cfg.out, "report.json"), report)
+    image, figure = None, []
+    if Figure and "curve" in report["models"].get("best_of_n", {}):
+        image = os.path.join(cfg.out, "overoptimization.png")
+        plot(image, cfg.out, report["models"])
+        figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
     shown, answers = tables(report), examples(contestants, prompts, cfg.samples, 24)
-    figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"] if image else []
     lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Side by side",
              *side_by_side(answers)]
     rollouts = {name: read_rollouts(folder) for name, folder in checkpoints.items()}
     html = page(shown, facts(report), answers, rollouts, image)
     for name, text in (("report.md", "\n".join(lines) + "\n"), ("report.html", html)):
-        with open(os.path.join(cfg.out, name), "w", encoding="utf-8", errors="replace") as f:
-            f.write(text)
+        Path(cfg.out, name).write_text(text, encoding="utf-8", errors="replace")
     print("\n".join(side_by_side(examples(contestants, prompts, cfg.samples, cfg.show))))
     print("\n" + "\n".join([*markdown(shown[:3]), "", *facts(report)]))
     print(f"wrote {cfg.out}/report.json, report.md and report.html")
@@ -415,7 +404,6 @@ def write_report(cfg, checkpoints, contestants, prompts, curve):
 
 # ------------------------------------------------------------------------------------------ talking
 
-@torch.no_grad()
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
     tokenizer, compute, messages = Tokenizer.load(folder), Compute(cfg), []
@@ -442,32 +430,32 @@ def chat(cfg, folder):
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        prompt, length = (torch.tensor([x], device=model.device) for x in (ids, len(ids)))
-        with compute.computing():
-            tokens, mask, _ = model.generate(prompt, length, room, cfg.temperature, stop_token=tokenizer.end)
-        messages.append({"role": "assistant", "content": tokenizer.decode(tokens[mask].tolist())})
-        print(f"{os.path.basename(folder)}> {messages[-1]['content']}")
+        seeds = torch.randint(2 ** 62, (1,)).tolist()
+        answer = compute.sample(model, [ids], seeds, room, cfg.temperature, tokenizer.end)
+        text = tokenizer.decode(answer["tokens"][answer["mask"]].tolist())
+        messages.append({"role": "assistant", "content": text})
+        print(f"{os.path.basename(folder)}> {text}")
 
 
 # ------------------------------------------------------------------------------------- all together
 
 def evaluate(cfg):
-    if cfg.chat:
-        folder = cfg.models[0] if cfg.models else "out/ppo"
-        find(folder)
-        return chat(cfg, folder)
     folders = cfg.models
-    if not folders:
+    if cfg.chat:
+        folders = folders[:1] or ("out/ppo",)
+    elif not folders:
         folders = [f for f in DEFAULT_MODELS if os.path.exists(f"{f}/tokenizer.json")] or DEFAULT_MODELS[:1]
     for folder in folders:
         find(folder)
+    if cfg.chat:
+        return chat(cfg, *folders)
     if cfg.judge == "world" and cfg.data != "world":
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
     checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
-    contestants, prompts, curve = contest(cfg, checkpoints)
+    contestants, prompts = contest(cfg, checkpoints)
     if is_first():
-        report, last = write_report(cfg, checkpoints, contestants, prompts, curve), [*checkpoints][-1]
+        report, last = write_report(cfg, checkpoints, contestants, prompts), [*checkpoints][-1]
         if missed := unmet(requirements(cfg.require), report["models"][last]):
             raise ValueError(f"{last} does not meet --require: {'; '.join(missed)}")
 

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import reward_model
 from data import loading, records
@@ -39,12 +40,12 @@ class Config(Settings):
     labels: int = flag(1000, "prompts per round, with four ranked answers each", 10)
 
 
-def run(script, done, **flags):
+def run(script, done, *words, **flags):
     """A script of the project with flags, unless the file that it ends with is there."""
     if os.path.exists(done):
         return
     name = ["-m", script] if "." in script else [os.path.join(HERE, f"{script}.py")]
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    words += tuple(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))
     print(f"\n--- {script} {' '.join(words)}", flush=True)
     if subprocess.run([sys.executable, *name, *words], env={**os.environ, "PYTHONPATH": HERE}).returncode:
         raise ValueError(f"{script} did not end well: see above")
@@ -54,11 +55,11 @@ def label(cfg, policy, name, prompts, seed):
     """Labels of a policy's answers: the name of their file."""
     folder = f"{cfg.out}/labels_{name}"
     file = f"{folder}/preferences.jsonl"
+    how = {"model": policy, "prompts": prompts, "seed": seed}
     if cfg.by == "person":
-        run("data.label", file, model=policy, prompts=prompts, tasks=f"{folder}/tasks.jsonl", out=file,
-            seed=seed)
+        run("data.label", file, tasks=f"{folder}/tasks.jsonl", out=file, **how)
     else:
-        run("data.feedback", file, model=policy, by=cfg.by, prompts=prompts, out=folder, seed=seed)
+        run("data.feedback", file, by=cfg.by, out=folder, **how)
     return file
 
 
@@ -66,7 +67,7 @@ def learn(cfg, name, labels):
     """A reward model from files of labels, and a policy from it: the policy's folder."""
     data, reward = f"{cfg.out}/labels_{name}.jsonl", f"{cfg.out}/reward_model_{name}"
     policy = f"{cfg.out}/{name}"
-    join(labels, data)
+    Path(data).write_text("".join(Path(file).read_text("utf-8") for file in labels), "utf-8")
     run("reward_model", f"{reward}/model.safetensors", data=data, init=cfg.init, out=reward, seed=cfg.seed)
     run("ppo", f"{policy}/model.safetensors", init=cfg.init, reward=reward, out=policy, seed=cfg.seed)
     return policy
@@ -78,13 +79,6 @@ def imitate(cfg, name, labels, policy):
     run("sft", f"{out}/model.safetensors", data=labels[-1], init=policy, out=out, lr=5e-4, seed=cfg.seed,
         max_dropped=1)                                          # where all answers tie none is imitated
     return out
-
-
-def join(files, path):
-    with open(path, "w", encoding="utf-8") as out:
-        for file in files:
-            with open(file, encoding="utf-8") as f:
-                out.write(f.read())
 
 
 def accuracy(cfg, folder, file):
@@ -102,7 +96,7 @@ def loop(cfg):
     os.makedirs(cfg.out, exist_ok=True)
     policy, labels, names = cfg.init, [], [f"{cfg.way}_{r}" for r in range(1, cfg.rounds + 1)]
     for r, name in enumerate(names):
-        labels.append(label(cfg, policy, name, cfg.labels, seed=cfg.seed + r))
+        labels.append(label(cfg, policy, name, cfg.labels, cfg.seed + r))
         policy = learn(cfg, name, labels) if cfg.way == "ppo" else imitate(cfg, name, labels, policy)
     if cfg.way == "ppo":
         once = label(cfg, cfg.init, "once", cfg.labels * cfg.rounds, cfg.seed + cfg.rounds + 1)
@@ -113,8 +107,7 @@ def loop(cfg):
         for name in names:
             print(f"  reward model of {name}: {accuracy(cfg, f'{cfg.out}/reward_model_{name}', fresh):.1%}")
     folders = [cfg.init, *(f"{cfg.out}/{name}" for name in names)]
-    command = [sys.executable, os.path.join(HERE, "evaluate.py"), *folders, "--best_of", "0", "--show", "0"]
-    subprocess.run([*command, "--out", cfg.out, "--seed", str(cfg.seed)], check=True)
+    run("evaluate", "", *folders, best_of=0, show=0, out=cfg.out, seed=cfg.seed)
 
 
 if __name__ == "__main__":

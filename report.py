@@ -1,9 +1,9 @@
 """What evaluate.py measured, for people: tables, and one HTML page that needs no network and opens rollouts
 up. Whatever comes from a model or a file is escaped: the page shows an answer, and never runs it."""
 import json
-import os
 from base64 import b64encode
 from html import escape
+from pathlib import Path
 from string import Template
 
 from runtime.launch import warn
@@ -33,6 +33,9 @@ COLUMNS = {
         "manner, second": ("second_manner", ".2f", "of the next, after the model's own first answer"),
         "helpful, second": ("second_helpful", ".2f", "whether this second answer is right"),
         "reward": ("conversation_reward", ".2f", "what the reward model thinks of both turns together")}}
+BY_KIND = (("The judge's score by kind of question", "families", ".2f"),
+           ("Unsafe declined, by form of the request", "unsafe_declined_by_wrapper", ".0%"),
+           ("Safe declined, by form of the request", "safe_declined_by_wrapper", ".0%"))
 TOKEN_NUMBERS = {"old_logprobs": "log π", "ref_logprobs": "log π_ref", "rewards": "KL reward",
                  "old_values": "value", "returns": "return", "advantages": "advantage"}
 
@@ -53,9 +56,7 @@ def tables(report):
         measured = {name: m for name, m in models.items() if any(key in m for key, *_ in columns.values())}
         rows = [[name, *(cell(m, *about[:2]) for about in columns.values())] for name, m in measured.items()]
         found.append((title, [["model", *columns], *rows]))
-    for title, key, form in (("The judge's score by kind of question", "families", ".2f"),
-                             ("Unsafe declined, by form of the request", "unsafe_declined_by_wrapper", ".0%"),
-                             ("Safe declined, by form of the request", "safe_declined_by_wrapper", ".0%")):
+    for title, key, form in BY_KIND:
         measured = {name: m[key] for name, m in models.items() if key in m}
         kinds = dict.fromkeys(kind for numbers in measured.values() for kind in numbers)
         rows = [[kind, *(cell(numbers, kind, form) for numbers in measured.values())] for kind in kinds]
@@ -96,10 +97,9 @@ def read_rollouts(folder):
     """Three answers of a run's first step and of its last, from what ppo.py writes of them, if it did. A file
     that cannot be used is named in a warning."""
     found = []
-    for path in (os.path.join(folder, f"rollout_{which}.json") for which in ("first", "last")):
+    for path in (Path(folder, f"rollout_{which}.json") for which in ("first", "last")):
         try:
-            with open(path, encoding="utf-8") as f:
-                found += [read_answer(answer) for answer in json.load(f)[:3]]
+            found += [read_answer(answer) for answer in json.loads(path.read_text("utf-8"))[:3]]
         except FileNotFoundError:
             pass
         except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -150,8 +150,7 @@ def page(tables, facts, examples, rollouts, image=None):
                        for name, about, text in several)
         answers += f"<article><h3>{escape(question)}</h3><dl>{said}</dl></article>"
     if image:
-        with open(image, "rb") as f:
-            figure = f'<img alt="" src="data:image/png;base64,{b64encode(f.read()).decode()}">'
+        figure = f'<img alt="" src="data:image/png;base64,{b64encode(Path(image).read_bytes()).decode()}">'
     inside = "".join(f"<h2>{escape(name)}</h2>{opened_up(r)}" for name, r in rollouts.items() if r)
     return PAGE.substitute(facts=escape(" ".join(facts)), first=shown[0], figure=figure,
                            tables="".join(shown[1:]), answers=answers, inside=inside)

@@ -14,26 +14,21 @@ for two sizes of reward model; and asks whether distance from the training answe
 ensemble tell, without a judge, which answers please the reward model alone.
 """
 import argparse
-import json
 import math
 import os
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 import evaluate
 import uncertainty
 from data import loading, world
-from docs.methods import ROOT, run
+from docs.methods import ROOT, learn
 from runtime.compute import select
-from runtime.models import load, load_reward_model
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after its backend has been chosen
+from runtime.models import load_reward_model
 
 FREE = "--kl_coef 0 --no-adaptive_kl --steps 60"
 DRAWS = 2000                    # of the bootstrap
-SMALL = "--n_embd 48 --n_layer 2"
 # name: (what the figure calls it, colour, flags of ppo.py)
 RUNS = {
     "none": ("nothing", "#d62728", FREE),
@@ -48,28 +43,22 @@ RUNS = {
     "ood_drop": ("OOD answers dropped", "#e377c2", f"{FREE} --ood_drop"),
     "stop": ("stopped at 10 % OOD", "#ff7f0e", f"{FREE} --stop_ood 0.1"),
 }
-
-
-def train(folder, seed):
-    stages = {"world": "-m data", "sft": "sft.py", "reward_model": "reward_model.py --ensemble 5",
-              "sft_small": f"sft.py {SMALL} --out out/sft_small",
-              "reward_model_small": "reward_model.py --init out/sft_small --out out/reward_model_small"}
-    stages |= {name: f"ppo.py {flags} --out out/{name}" for name, (_, _, flags) in RUNS.items()}
-    for name, command in stages.items():
-        done = "prompts.jsonl" if name == "world" else "model.safetensors"
-        if not os.path.exists(f"{folder}/out/{name}/{done}"):
-            run(f"{command} --seed {seed}", folder)
-
-
-def steps(folder, name):
-    with open(f"{folder}/out/{name}/metrics.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+STAGES = {"sft": "-m data && sft.py", "reward_model": "reward_model.py --ensemble 5",
+          "sft_small": "sft.py --n_embd 48 --n_layer 2",
+          "reward_model_small": "reward_model.py --init out/sft_small",
+          **{name: f"ppo.py {flags}" for name, (_, _, flags) in RUNS.items()}}
 
 
 def smooth(values, width=5):
     """Means over each step and those before it, `width` in all: one step's judge is that of 128 answers."""
     windows = [values[max(0, i + 1 - width):i + 1] for i in range(len(values))]
     return [sum(w) / len(w) for w in windows]
+
+
+def smoothed(name):
+    """A run's judge, KL and OOD share over its steps: lists. NaN is what its reward model cannot tell."""
+    steps = evaluate.read_steps(f"out/{name}")
+    return [smooth([s.get(key, math.nan) for s in steps]) for key in ("judge", "kl", "ood")]
 
 
 # ------------------------------------------------------------------------------------------ the law
@@ -79,25 +68,25 @@ def fit(d, R, decline):
     return torch.linalg.lstsq(torch.stack([d, -d * decline(d)], -1), R[..., None]).solution[..., 0]
 
 
-def interval(draws):
-    """The middle 95 % of (draws, 2), as text for α and β."""
+def in_words(found, draws):
+    """α and β (2,), each with the middle 95 % of draws (DRAWS, 2)."""
     low, high = draws.quantile(torch.tensor([0.025, 0.975]), dim=0)
-    return [f"{a:.3f} to {b:.3f}" for a, b in zip(low.tolist(), high.tolist())]
+    return ", ".join(f"{name} {x:.3f} ({a:.3f} to {b:.3f})" for name, x, a, b in zip("αβ", found, low, high))
 
 
-def law_of_ppo(folder, name, start):
-    """α, β and their intervals for a run, by the bootstrap over blocks of five steps, since neighbours are
-    alike. start: the judge of the SFT model on training prompts, which these are."""
-    rows = [s for s in steps(folder, name) if s["kl"] > 0.01]
-    d, R = torch.tensor([s["kl"] for s in rows]).sqrt(), torch.tensor([s["judge"] - start for s in rows])
+def law_of_ppo(name, start):
+    """α and β of a run in words, with intervals by the bootstrap over blocks of five steps, since neighbours
+    are alike. start: the judge of the SFT model on training prompts, which these are."""
+    steps = [s for s in evaluate.read_steps(f"out/{name}") if s["kl"] > 0.01]
+    d, R = torch.tensor([s["kl"] for s in steps]).sqrt(), torch.tensor([s["judge"] - start for s in steps])
     first = torch.randint(len(d) - 4, (DRAWS, len(d) // 5), generator=torch.Generator().manual_seed(0))
     some = (first[:, :, None] + torch.arange(5)).flatten(1)
-    return fit(d, R, torch.log), interval(fit(d[some], R[some], torch.log))
+    return in_words(fit(d, R, torch.log), fit(d[some], R[some], torch.log))
 
 
 def law_of_best_of_n(rewards, judged):
-    """α, β and intervals for best of n, by the bootstrap over prompts; and (d, judge) for n = 1, 2, 4, ...
-    Both (prompts, answers)."""
+    """α and β of best of n in words, with intervals by the bootstrap over prompts; and (d, judge) for n = 1,
+    2, 4, ... Both (prompts, answers)."""
     P, many = rewards.shape
     sizes = [2 ** i for i in range(int(math.log2(many)) + 1)]
     d = torch.tensor([evaluate.best_of_n_kl(n) for n in sizes]).sqrt()
@@ -109,18 +98,16 @@ def law_of_best_of_n(rewards, judged):
     R = won - won[:, :1]
     some = torch.randint(P, (DRAWS, P), generator=torch.Generator().manual_seed(0))
     draws = fit(d.expand(DRAWS, -1), R[some].mean(1), torch.clone)
-    curve = list(zip(d.tolist(), won.mean(0).tolist()))
-    return (fit(d, R.mean(0), torch.clone), interval(draws)), curve
+    return in_words(fit(d, R.mean(0), torch.clone), draws), list(zip(d.tolist(), won.mean(0).tolist()))
 
 
 # ----------------------------------------------------------------------------------------- answers
 
 def answer(together, model, prompts, samples, noise):
     """A model's answers to some prompts, and the judge's score of each, (prompts · samples,)."""
-    found = together.answers(model, prompts, samples, noise)
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    judged = [world.judge(prompt, text) for prompt, text in zip(asked, together.texts(found))]
-    return found, torch.tensor(judged)
+    found = together.answers(model, asked, noise)
+    return found, torch.tensor([world.judge(*pair) for pair in zip(asked, together.texts(found))])
 
 
 def auroc(signal, positive):
@@ -131,10 +118,8 @@ def auroc(signal, positive):
 
 def detect(together, start):
     """Among answers of the policy that nothing held back, those that the reward model likes better than the
-    SFT model's average: do its own signals tell the ones that the judge likes less? {name: number}"""
-    model = load("out/none").requires_grad_(False)
-    together.compute.place(model)
-    answers, judged = answer(together, model, together.prompts, 8, "none")
+    SFT model's average: do its own signals tell the ones that the judge likes less? Prints how well."""
+    answers, judged = answer(together, together.network("out/none"), together.prompts, 8, "none")
 
     def read(rows):
         b = select(answers, rows)
@@ -144,48 +129,46 @@ def detect(together, start):
     found["reward itself"] = torch.tensor(together.scores(together.scorer, answers))
     liked = found["reward itself"] > 0
     hacked = judged[liked] < start
-    return {"answers": len(hacked), "of which hacked": hacked.float().mean().item()} | {
-        f"AUROC of {name}": auroc(x[liked], hacked) for name, x in found.items()}
+    print("\nthe last policy without a defence, answers that the reward model likes:")
+    print(f"  answers: {len(hacked)}\n  of which hacked: {hacked.float().mean():.2f}")
+    for name, signal in found.items():
+        print(f"  AUROC of {name}: {auroc(signal[liked], hacked):.2f}")
 
 
 # ------------------------------------------------------------------------------------- all together
 
-def draw(path, folder, curve):
-    figure, axis = plt.subplots(figsize=(8, 5))
+def draw(path, curve):
+    figure = Figure(figsize=(8, 5))
+    axis = figure.subplots()
     for name, (label, colour, _) in RUNS.items():
-        rows = steps(folder, name)
-        d = [math.sqrt(max(0, kl)) for kl in smooth([s["kl"] for s in rows])]
-        axis.plot(d, smooth([s["judge"] for s in rows]), color=colour, label=label, linewidth=1.6)
-        axis.plot(d[-1], smooth([s["judge"] for s in rows])[-1], "o", color=colour, markersize=4)
+        judge, kl, _ = smoothed(name)
+        d = [math.sqrt(max(0, x)) for x in kl]
+        axis.plot(d, judge, color=colour, label=label, linewidth=1.6)
+        axis.plot(d[-1], judge[-1], "o", color=colour, markersize=4)
     axis.plot(*zip(*curve), "s-", color="#555555", markersize=4, label="best of n")
-    axis.set_xlabel("√KL(π ‖ SFT), KL in nats per answer")
-    axis.set_ylabel("judge's score of the answers")
-    axis.set_title("What holds when the reward is climbed")
+    axis.set(xlabel="√KL(π ‖ SFT), KL in nats per answer", ylabel="judge's score of the answers",
+             title="What holds when the reward is climbed")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
-def table(folder, together):
+def table(together):
     """Of each run: the best judge on the way, KL and OOD share at the end, means over five steps of training
     answers; the first step of which more than a tenth of the answers is OOD; and the judge of the policy that
     it saved, on held-out prompts."""
     heads = ["defence", "best judge", "at step", "last KL", "last OOD share", "OOD share first above 10 %",
              "saved policy: judge"]
-    lines = [heads, ["---"] * len(heads)]
+    rows = [heads, ["---"] * len(heads)]
     for name, (label, _, _) in RUNS.items():
-        rows = steps(folder, name)
-        judge, kl = smooth([s["judge"] for s in rows]), smooth([s["kl"] for s in rows])
-        ood = smooth([s.get("ood", math.nan) for s in rows])
-        best = max(range(len(judge)), key=judge.__getitem__)
-        alarm = next((f"step {s['step']}" for s in rows if s.get("ood", 0) > 0.1), "–")
-        model = load(f"out/{name}").requires_grad_(False)
-        together.compute.place(model)
-        saved = answer(together, model, together.prompts, 8, name)[1].mean()
-        lines.append([label, f"{judge[best]:.2f}", str(best + 1), f"{kl[-1]:.1f}",
-                      f"{ood[-1]:.0%}" if ood[-1] == ood[-1] else "–", alarm, f"{saved:.2f}"])
-    return [f"| {' | '.join(line)} |" for line in lines]
+        judge, kl, ood = smoothed(name)
+        alarms = [s["step"] for s in evaluate.read_steps(f"out/{name}") if s.get("ood", 0) > 0.1]
+        saved = answer(together, together.network(f"out/{name}"), together.prompts, 8, name)[1].mean()
+        rows.append([label, f"{max(judge):.2f}", str(judge.index(max(judge)) + 1), f"{kl[-1]:.1f}",
+                     "–" if math.isnan(ood[-1]) else f"{ood[-1]:.0%}", f"step {alarms[0]}" if alarms else "–",
+                     f"{saved:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main():
@@ -193,31 +176,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", default="", help="file of the figure; none is lab.png beside the runs")
     args = parser.parse_args()
-    folder = os.path.join(ROOT, "out", "lab", str(args.seed))
-    os.makedirs(folder, exist_ok=True)
-    train(folder, args.seed)
-    figure = os.path.abspath(args.figure or f"{folder}/lab.png")
-    os.chdir(folder)
+    figure = args.figure and os.path.abspath(args.figure)
+    learn(ROOT / f"out/lab/{args.seed}", STAGES, args.seed)
     together = evaluate.Contest(evaluate.Config(seed=args.seed), "out/sft")
     answers, judged = answer(together, together.reference, together.prompts, 64, "best_of_n")
     start = judged.mean().item()
     prompts, _ = loading.load("prompts", "world")
     in_training = answer(together, together.reference, prompts[:1000], 4, "training")[1].mean().item()
     print(f"judge of the SFT model: {start:.2f} held out, {in_training:.2f} in training\n")
-    print("\n".join(table(folder, together)) + "\n")
+    print(table(together) + "\n")
     small = load_reward_model("out/reward_model_small").requires_grad_(False)
     together.compute.place(small)
-    for size, run_name, scorer in (("", "none", together.scorer), ("small ", "none_small", small)):
+    for size, name, scorer in (("", "none", together.scorer), ("small ", "none_small", small)):
         rewards = torch.tensor(together.scores(scorer, answers)).view(-1, 64)
-        laws = {"PPO": law_of_ppo(folder, run_name, in_training)}
-        laws["best of n"], curve = law_of_best_of_n(rewards, judged.view(-1, 64))
-        if not size:
-            draw(figure, folder, curve)
-        for kind, ((alpha, beta), (of_alpha, of_beta)) in laws.items():
-            print(f"{size}reward model, {kind}: α {alpha:.3f} ({of_alpha}), β {beta:.3f} ({of_beta})")
-    print("\nthe last policy without a defence, answers that the reward model likes:")
-    for name, number in detect(together, start).items():
-        print(f"  {name}: {number:.2f}" if isinstance(number, float) else f"  {name}: {number}")
+        law, curve = law_of_best_of_n(rewards, judged.view(-1, 64))
+        if scorer is together.scorer:
+            draw(figure or "lab.png", curve)
+        print(f"{size}reward model, PPO: {law_of_ppo(name, in_training)}")
+        print(f"{size}reward model, best of n: {law}")
+    detect(together, start)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BASE = ["-m data", "sft.py", "reward_model.py"]
+from runtime.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = {"sft": "-m data && sft.py", "reward_model": "reward_model.py"}
 # name: (commands, networks held while it learns, answers that are sampled to learn from)
 METHODS = {
     "rejection": ("-m data.feedback --by out/reward_model --prompts 4000 --answers 9 --out out/picked && "
@@ -35,46 +38,42 @@ METHODS = {
 }
 
 
-def run(command, folder):
-    """A script, in a folder. Ends this program where it fails."""
+def learn(folder, stages, seed):
+    """Go to a folder, and run {name: commands} there, the last of which leaves out/<name>/. What has run
+    already does not run again; seconds.json says how long it took. Ends this program where one fails."""
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    for name, commands in stages.items():
+        if os.path.exists(f"out/{name}/seconds.json"):
+            continue
+        began = time.time()
+        for command in f"{commands} --out out/{name}".split(" && "):
+            run(f"{command} --seed {seed}")
+        write_json(f"out/{name}/seconds.json", time.time() - began)
+
+
+def run(command):
     script, *words = command.split()
-    path = [script] if script == "-m" else [os.path.join(ROOT, script)]
-    if subprocess.run([sys.executable, *path, *words], cwd=folder, stdout=subprocess.DEVNULL,
-                      env={**os.environ, "PYTHONPATH": ROOT}).returncode:
-        sys.exit(f"{command} in {folder} failed")
-
-
-def learn(name, folder, seed):
-    """Run a method's commands, and note how long they took together."""
-    commands = METHODS[name][0].split(" && ")
-    began = time.time()
-    for command in commands[:-1]:
-        run(f"{command} --seed {seed}", folder)
-    run(f"{commands[-1]} --seed {seed} --out out/{name}", folder)
-    with open(f"{folder}/out/{name}/seconds.json", "w", encoding="utf-8") as f:
-        json.dump(time.time() - began, f)
+    path = script if script == "-m" else ROOT / script
+    if subprocess.run([sys.executable, path, *words], stdout=subprocess.DEVNULL,
+                      env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
+        sys.exit(f"{command} in {os.getcwd()} failed")
 
 
 def measure(seed, names):
     """The report's numbers of each method on one seed: {name: {"judge", "kl", "seconds", ...}}."""
-    folder = os.path.join(ROOT, "out", "methods", str(seed))
-    os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(f"{folder}/out/reward_model/model.safetensors"):
-        for command in BASE:
-            run(f"{command} --seed {seed}", folder)
-    for name in names:
-        if not os.path.exists(f"{folder}/out/{name}/seconds.json"):
-            learn(name, folder, seed)
+    learn(ROOT / f"out/methods/{seed}", BASE | {name: METHODS[name][0] for name in names}, seed)
     models = " ".join(f"out/{name}" for name in ["sft", *names])
-    run(f"evaluate.py {models} --best_of 16 --show 0 --seed {seed}", folder)
-    with open(f"{folder}/out/report.json", encoding="utf-8") as f:
-        found = json.load(f)["models"]
+    run(f"evaluate.py {models} --best_of 16 --show 0 --seed {seed}")
+    found = read("out/report.json")["models"]
     for name in names:
-        with open(f"{folder}/out/{name}/run.json", encoding="utf-8") as f:
-            found[name]["memory"] = json.load(f)["peak_memory"] / 1e9
-        with open(f"{folder}/out/{name}/seconds.json", encoding="utf-8") as f:
-            found[name]["seconds"] = json.load(f)
+        found[name]["memory"] = read(f"out/{name}/run.json")["peak_memory"] / 1e9
+        found[name]["seconds"] = read(f"out/{name}/seconds.json")
     return found
+
+
+def read(path):
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def main():

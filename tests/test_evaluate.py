@@ -249,7 +249,7 @@ def test_two_checkpoints_are_compared_on_the_prompts_of_a_file(trained, other, t
     low, high = report["models"][b]["win_rate_interval"]
     assert low <= report["models"][b]["win_rate"] <= high and low < high
     assert f"| {b} |" in text and "helpful" not in report["models"][b] and "Two turns" not in text
-    contestants, _, _ = evaluate.contest(cfg, evaluate.named(models))
+    contestants, _ = evaluate.contest(cfg, evaluate.named(models))
     wins = [float(x > y) for x, y in zip(contestants[1].judge, contestants[0].judge)]
     assert report["models"][b]["win_rate"] == plainly.mean(wins)
 
@@ -267,7 +267,7 @@ def test_a_chat_model_compares_answer_by_answer_in_both_orders(trained, other, t
     models = ["out/sft", other]
     cfg, report, _ = evaluated(tmp_path / "out", models, judge=str(tmp_path / "chat"), max_new_tokens=5,
                                best_of=0, samples=2)
-    (first, second), prompts, _ = evaluate.contest(cfg, evaluate.named(models))
+    (first, second), prompts = evaluate.contest(cfg, evaluate.named(models))
     with open(judge.PRINCIPLES, encoding="utf-8") as f:
         principles = f.read().strip()
 
