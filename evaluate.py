@@ -113,9 +113,9 @@ def best_of_n_kl(n):
 
 
 def named(folders):
-    """{name in the report: folder} of checkpoints: a folder's own name, or its path where two share that."""
+    """{name in the report: folder} of checkpoints: a folder's own name, or its path where that is taken."""
     paths = [os.path.normpath(folder) for folder in folders]
-    names = [os.path.basename(path) for path in paths]
+    names = [*(os.path.basename(path) for path in paths), "best_of_n"]
     found = {path if names.count(name) > 1 else name: path for path, name in zip(paths, names)}
     if len(found) < len(paths):
         raise ValueError(f"{max(paths, key=paths.count)} is named twice")
@@ -306,11 +306,13 @@ def contest(cfg, checkpoints):
 
 # --------------------------------------------------------------------------------------- the report
 
-def seconds(out, names):
-    """Wall-clock seconds of each stage from its run.json, and in all; stages that overlap count once."""
+def seconds(out, checkpoints):
+    """Wall-clock seconds of each stage from its run.json, and in all; stages that overlap count once.
+    checkpoints: {name: folder}; what they were made of is looked for in `out`."""
     spans, found = [], {}
-    for name in ("world", "sft", "reward_model", *names):
-        about = read_run(os.path.join(out, name))
+    folders = {name: os.path.join(out, name) for name in ("world", "sft", "reward_model")} | checkpoints
+    for name, folder in folders.items():
+        about = read_run(folder)
         if about.keys() >= {"seconds", "started", "ended"}:
             found["data" if name == "world" else name] = about["seconds"]
             spans.append((about["started"], about["ended"]))
@@ -347,18 +349,18 @@ def read_steps(folder):
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def plot(path, out, models):
+def plot(path, checkpoints, models):
     """Both scores against √KL: PPO's rollouts step by step, and best-of-n. A run has one colour in both.
-    models: the report's."""
+    checkpoints: {name: folder}. models: the report's."""
     figure, curve = Figure(figsize=(10, 4)), models["best_of_n"]["curve"]
     panels = (("reward", "score", "What PPO sees: the learned reward"),
               ("judge", "judge", "What is true: the judge's score"))
     for axis, (score, in_rollout, title) in zip(figure.subplots(1, 2, sharex=True), panels):
         for name, colour, label in (("ppo", "#1f77b4", "PPO, adaptive KL"),
                                     ("ppo_no_kl", "#d62728", "PPO, no KL penalty")):
-            if name not in models or not os.path.exists(os.path.join(out, name, "metrics.jsonl")):
+            if name not in checkpoints or not os.path.exists(f"{checkpoints[name]}/metrics.jsonl"):
                 continue
-            steps = read_steps(os.path.join(out, name))
+            steps = read_steps(checkpoints[name])
             if in_rollout in steps[0]:
                 root = [math.sqrt(max(0.0, s["kl"])) for s in steps]
                 axis.plot(root, [s[in_rollout] for s in steps], color=colour, alpha=0.6, linewidth=1.2)
@@ -382,12 +384,12 @@ def write_report(cfg, checkpoints, contestants, prompts):
     about = read_run(cfg.reward)
     if "held_out" in about:
         report["reward_model"] = about["held_out"]
-    report["seconds"] = seconds(cfg.out, [c.name for c in contestants[1:]])
+    report["seconds"] = seconds(cfg.out, checkpoints)
     write_json(os.path.join(cfg.out, "report.json"), report)
     image, figure = None, []
     if Figure and "curve" in report["models"].get("best_of_n", {}):
         image = os.path.join(cfg.out, "overoptimization.png")
-        plot(image, cfg.out, report["models"])
+        plot(image, checkpoints, report["models"])
         figure = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
     shown, answers = tables(report), examples(contestants, prompts, cfg.samples, 24)
     lines = ["# Report", "", *markdown(shown), "", *facts(report), *figure, "", "## Side by side",
@@ -406,7 +408,7 @@ def write_report(cfg, checkpoints, contestants, prompts):
 
 def chat(cfg, folder):
     """A conversation in the terminal: each turn sees those before it, as far as they fit."""
-    tokenizer, compute, messages = Tokenizer.load(folder), Compute(cfg), []
+    tokenizer, compute, rng, messages = Tokenizer.load(folder), Compute(cfg), random.Random(cfg.seed), []
     model = load(folder, vocab_size=tokenizer.vocab_size).requires_grad_(False)
     compute.place(model)
     if model.head_kind != "lm":
@@ -430,8 +432,7 @@ def chat(cfg, folder):
             print("(this is longer than the model can read: starting anew)")
             messages = []
             continue
-        seeds = torch.randint(2 ** 62, (1,)).tolist()
-        answer = compute.sample(model, [ids], seeds, room, cfg.temperature, tokenizer.end)
+        answer = compute.sample(model, [ids], row_seeds(rng, 1), room, cfg.temperature, tokenizer.end)
         text = tokenizer.decode(answer["tokens"][answer["mask"]].tolist())
         messages.append({"role": "assistant", "content": text})
         print(f"{os.path.basename(folder)}> {text}")

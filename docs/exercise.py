@@ -143,7 +143,7 @@ def grade():
     for sentence, cases in listener.said.items():
         wrong = [why for why in cases if why is not None]
         holds += not wrong
-        why = f": {wrong[0]}" if any(wrong) else ""
+        why = next((f": {line}" for line in wrong if line), "")
         count = f" [{len(wrong)} of {len(cases)} cases]" if wrong and len(cases) > 1 else ""
         print(f"{'NOT YET' if wrong else 'holds  '}  {sentence}{why}{count}")
     print(f"{name}: {holds} of {len(listener.said)} hold")

@@ -149,6 +149,8 @@ def load_shards(path, parts):
     reader = dcp.FileSystemReader(path)
     reader.read_metadata = lambda: contents             # whose own unpickler would run what the file names
     state = {key: torch.empty_like(x) for key, x in flatten_all(parts, 0).items()}
+    if contents.state_dict_metadata.keys() != state.keys():
+        raise ValueError("another network")
     try:
         dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
     except dcp.api.CheckpointException as e:

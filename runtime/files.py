@@ -89,12 +89,14 @@ class Journal:
         lines = self.file.read().splitlines(keepends=True)
         if lines and lines[-1][:1] in b"{\0" and not lines[-1].endswith(b"\n"):
             print(f"{path}: its last line was not written to its end, and is left out")
-            self.file.truncate(os.path.getsize(path) - len(lines[-1]))
+            self.file.truncate(self.size() - len(lines[-1]))
+
+    def size(self):
+        return os.path.getsize(self.path)
 
     def append(self, record):
         """Returns where the line begins, for cut(). If it cannot be written, the file stays as it was."""
-        start = os.path.getsize(self.path)
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        start, line = self.size(), json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
             if self.file.write(line) < len(line):
                 raise OSError("the disk is full")

@@ -61,15 +61,35 @@ def test_seconds_count_overlapping_stages_once(tmp_path, monkeypatch):
         files.write_json(str(tmp_path / name / "run.json"), about)
     os.makedirs(tmp_path / "broken")
     (tmp_path / "broken" / "run.json").write_text("{")
-    assert evaluate.seconds(str(tmp_path), ["ppo", "dpo", "broken", "absent"]) == {
+    checkpoints = {name: str(tmp_path / name) for name in ("ppo", "dpo", "broken", "absent")}
+    assert evaluate.seconds(str(tmp_path), checkpoints) == {
         "sft": 60, "reward_model": 50, "ppo": 100, "dpo": 30, "evaluate": 7.0, "total": 207.0}
 
 
 def test_a_checkpoint_is_called_by_its_folder_or_its_path_where_two_share_that():
     assert evaluate.named(["out/sft", "out/ppo/"]) == {"sft": "out/sft", "ppo": "out/ppo"}
     assert evaluate.named(["a/ppo", "b/ppo", "sft"]) == {"a/ppo": "a/ppo", "b/ppo": "b/ppo", "sft": "sft"}
+    assert evaluate.named(["out/best_of_n"]) == {"out/best_of_n": "out/best_of_n"}  # that is another's name
     with pytest.raises(ValueError, match="^out/ppo is named twice"):
         evaluate.named(["out/sft", "out/ppo", "out/ppo/"])
+
+
+def test_the_figure_draws_a_runs_own_steps_against_the_root_of_kl_and_leaves_out_what_was_not_compared(
+        tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(10, 4))
+    monkeypatch.setattr(evaluate, "Figure", lambda figsize: figure)
+    for name in ("ppo", "ppo_no_kl"):
+        os.makedirs(tmp_path / name)
+        steps = [{"kl": kl, "score": kl / 2, "judge": 1 - kl / 100} for kl in (-0.01, 4.0, 9.0)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    models = {"best_of_n": {"curve": [{"n": 2, "kl": 0.25, "reward": 0.5, "judge": 0.6}]},
+              "ppo": {"kl": 16.0, "reward": 3.0, "judge": 0.7}}
+    evaluate.plot(str(tmp_path / "figure.png"), {"ppo": str(tmp_path / "ppo")}, models)
+    for axis, rollouts, last, best in zip(figure.axes, ([-0.005, 2.0, 4.5], [1.0001, 0.96, 0.91]),
+                                          (3.0, 0.7), (0.5, 0.6)):
+        found = [[list(line.get_xdata()), list(line.get_ydata())] for line in axis.lines]
+        assert found == [[[0.0, 2.0, 3.0], pytest.approx(rollouts)], [[4.0], [last]], [[0.5], [best]]]
+    assert (tmp_path / "figure.png").stat().st_size > 10000
 
 
 # -------------------------------------------------------------------------------------------------- --require
