@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reward_model
-from data import loading, records
+from data import annotators, loading, records
 from data.batches import encode_comparisons
 from data.tokenizer import Tokenizer
 from runtime import Compute, Settings, find, flag, load_reward_model, main
@@ -106,6 +106,9 @@ def loop(cfg):
         print("\nright on the last policy's answers, which none of them has seen:")
         for name in names:
             print(f"  reward model of {name}: {accuracy(cfg, f'{cfg.out}/reward_model_{name}', fresh):.1%}")
+        if cfg.by == "annotators":
+            labelled = [p for p in records.read_preferences(fresh, 1.0) if p]
+            print(f"  the annotators' own mean utility: {annotators.accuracy(labelled):.1%}")
     folders = [cfg.init, *(f"{cfg.out}/{name}" for name in names)]
     run("evaluate", "", *folders, best_of=0, show=0, out=cfg.out, seed=cfg.seed)
 

@@ -74,6 +74,19 @@ def ceiling(records):
     return sum(max(x, 1 - x) for x in p) / len(p)
 
 
+def accuracy(records):
+    """How often the annotators' mean utility orders two answers as a record does, over the pairs that it does
+    not tie; equal utilities count half. On rankings by a panel no scorer can expect much more."""
+    right = []
+    for r in records:
+        seen = [look(r.prompt, response) for response in r.responses]
+        utilities = [sum(annotator.utility(s) for annotator in ANNOTATORS) for s in seen]
+        for (u, rank_u), (v, rank_v) in itertools.combinations(zip(utilities, r.ranks), 2):
+            if rank_u != rank_v:
+                right.append(0.5 if u == v else (u > v) == (rank_u < rank_v))
+    return sum(right) / len(right)
+
+
 def agreement(records):
     """How often annotators and judge agree on a pair, among the pairs that both of them tell apart."""
     agree = []

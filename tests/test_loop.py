@@ -33,6 +33,7 @@ def commands(tiny_inputs, tmp_path, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(loop.subprocess, "run", run)
+    monkeypatch.setattr(loop.annotators, "accuracy", lambda labelled: len(labelled) / 4)
 
     def start(**settings):
         done.clear()
@@ -56,7 +57,9 @@ def test_each_round_labels_the_last_policy_and_learns_from_all_labels(commands, 
     assert rewards == [f"{out}/reward_model_{n}" for n in ("ppo_1", "ppo_2", "once")]
     seeds = [flags["seed"] for name, flags in done if name == "data.feedback"]
     assert len(set(seeds)) == len(seeds), "each round asks about prompts and answers of its own"
-    assert capsys.readouterr().out.count("reward model of") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("reward model of") == 3
+    assert "the annotators' own mean utility: 50.0%" in printed     # of the last labels
 
 
 def test_what_is_there_is_not_made_again(commands):

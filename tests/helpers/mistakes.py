@@ -467,6 +467,8 @@ MISTAKES = {
         ("the worst answer ranked first", "sum(other > x for other in noisy)",
          "sum(other < x for other in noisy)"),
         ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
+        ("the annotators' own utility is always wrong", "(u > v) == (rank_u < rank_v)",
+         "(u > v) == (rank_u > rank_v)"),
     ],
     "data/records.py": [
         ("rejection sampling keeps the worst", "index(min(p.ranks))",
