@@ -66,6 +66,18 @@ class Got:
         return getattr, self.arguments
 
 
+def test_shards_of_more_or_fewer_networks_are_refused_in_one_line(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    nets = {name: torch.nn.Linear(2, 1) for name in ("actor", "critic")}
+    state = checkpoints_module.flatten_all(nets, step=3)
+    dcp.save(state, checkpoint_id=str(tmp_path / "resume" / "00000003"), no_dist=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    assert checkpoints.load(nets) == 3
+    for others in ({"actor": nets["actor"]}, nets | {"third": torch.nn.Linear(2, 1)}):
+        with pytest.raises(ValueError, match=r"does not fit this run \(another network\): add --no-resume$"):
+            checkpoints.load(others)
+
+
 def test_a_table_of_contents_reads_an_enum_however_python_pickles_it_and_no_other_attribute():
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Encoding
     from torch.distributed.checkpoint.metadata import StorageMeta

@@ -424,6 +424,8 @@ MISTAKES = {
          'for key, x in moments.items() if key != "exp_avg_sq"}'),
         ("the checkpoint before the last one", "os.path.dirname(complete[-1])",
          "os.path.dirname(complete[0])"),
+        ("shards of other networks are read", "if contents.state_dict_metadata.keys() != state.keys():",
+         "if False:"),
         ("weights that ran off are saved", "        if not is_finite(state):\n            return\n", ""),
     ],
     "runtime/optimizer.py": [
