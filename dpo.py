@@ -2,7 +2,6 @@
 
     python dpo.py                                           from out/sft, on the embedded world's rankings
     python dpo.py --loss ipo --beta 0.2
-    python dpo.py --online annotators --out out/online      the policy's own answers, compared as it learns
 
 PPO looks for the policy π that maximises E[r] − β·KL(π ‖ π_ref): reward r, without going far from a
 reference, the SFT model. The solution is known in closed form, π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x),
@@ -40,11 +39,10 @@ import torch
 import torch.nn.functional as F
 
 from data import loading
-from data.answers import look, sample, warnings
-from data.batches import Comparison, batches, encode_comparisons
-from data.feedback import labeller
+from data.answers import look, warnings
+from data.batches import batches, encode_comparisons
 from data.tokenizer import Tokenizer
-from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -63,8 +61,6 @@ class Config(Training):
                            "prompt's best; none is 2 with sigmoid, 0 with the other losses", 0)
     length_normalize: bool = flag(False, "compare log-probabilities per token, so that length decides "
                                   "less; β must then be larger, by about an answer's length")
-    online: str = flag("", "learn from the policy's own fresh answers to the data's prompts, ranked by this: "
-                       "annotators, or the folder of a reward model or a judge")
     max_new_tokens: int = flag(48, "longest answer that is sampled", 1)
     looks: int = flag(10, "times to look at what the policy does, on sampled answers; 0 never looks", 0)
     records: int = flag(0, "preferences to learn from, the first of the file; 0 takes all", 0)
@@ -136,21 +132,14 @@ def answer_logprobs(model, run, comparisons):
 
 def add_reference(model, run, comparisons):
     """Fill in Comparison.ref_logprobs."""
-    found = run.map(lambda rows: {"logprobs": answer_logprobs(model, run, rows)[0]}, comparisons,
-                    lengths=[c.lengths for c in comparisons])
+    found = run.map(lambda rows: {"logprobs": answer_logprobs(model, run, rows)[0]}, comparisons)
     for c, logprobs in zip(comparisons, found["logprobs"].tolist()):
         c.ref_logprobs = logprobs[:len(c.sequences)]
 
 
-def mean_loss(mean, model, run, comparisons):
-    """{name: mean over all pairs of some Comparisons}, of the loss and what is logged beside it. mean:
-    run.accumulate, which adds the loss's gradient to the model's, or run.average, which only measures."""
-    return mean(lambda rows: pair_loss(run.cfg, model, run, rows), comparisons,
-                weights=[len(c.pairs) for c in comparisons], lengths=[c.lengths for c in comparisons])
-
-
-def pair_loss(cfg, model, run, comparisons):
-    """Means over all pairs of some Comparisons: {name: scalar}."""
+def pair_loss(model, run, comparisons):
+    """The mean loss over all pairs of some Comparisons, and what a person watches: {name: mean over them}."""
+    cfg = run.cfg
     logprobs, tokens = answer_logprobs(model, run, comparisons)
     ref_logprobs = pad([c.ref_logprobs for c in comparisons]).to(logprobs)
     pairs = [(b, chosen, rejected) for b, c in enumerate(comparisons) for chosen, rejected in c.pairs]
@@ -171,68 +160,65 @@ def pair_loss(cfg, model, run, comparisons):
     losses = p * losses + (1 - p) * swapped
     nll = -logprobs[b, chosen] / tokens[b, chosen]                      # per token, as in SFT
     losses = losses + cfg.nll_coef * torch.where(is_best, nll, 0)
-    return {"loss": losses.mean(), "accuracy": (chosen_rewards > rejected_rewards).float().mean(),
-            "margin": (chosen_rewards - rejected_rewards).mean(),
-            "reward_chosen": chosen_rewards.mean(), "reward_rejected": rejected_rewards.mean(),
-            "logp_chosen": logprobs[b, chosen].mean(), "logp_rejected": logprobs[b, rejected].mean()}
+    return losses.mean(), {
+        "accuracy": (chosen_rewards > rejected_rewards).float().mean(),
+        "margin": (chosen_rewards - rejected_rewards).mean(),
+        "reward_chosen": chosen_rewards.mean(), "reward_rejected": rejected_rewards.mean(),
+        "logp_chosen": logprobs[b, chosen].mean(), "logp_rejected": logprobs[b, rejected].mean()}
 
 
-# ------------------------------------------------------------------------------ the policy's answers
-
-def fresh(cfg, run, model, reference, rank, tokenizer, old):
-    """The prompts of some Comparisons with as many answers of the policy as it is now, compared anew (Guo et
-    al. 2024, arXiv 2402.04792). What is wrong with its answers changes while it learns, and labels of others'
-    answers cannot say it. rank: see data/feedback.py."""
-    k, prompts, starts = len(old[0].sequences), [c.prompt for c in old], [c.start for c in old]
-    room = min(cfg.max_new_tokens, model.config.block_size - max(starts))
-    answers = sample(run, model, tokenizer, prompts, k, room, run.seeds(k * len(old)))
-    found = [Comparison([c.sequences[0][:c.start] + a.ids for a in some], c.start, ranks)
-             for c, some, ranks in zip(old, answers, rank(prompts, answers, run.rng))]
-    found = [c for c in found if c.pairs] or old                    # old: where all answers tie
-    add_reference(reference, run, found)
-    return found
+@torch.no_grad()
+def evaluate(model, run, comparisons):
+    """{name: mean over all pairs of held-out Comparisons}."""
+    stats = Meter()
+    for some, share in run.micro_batches(comparisons, weights=[len(c.pairs) for c in comparisons]):
+        loss, seen = pair_loss(model, run, some)
+        stats.add(share, loss=loss, **seen)
+    return stats.means()
 
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def train(cfg):
-    tokenizer = Tokenizer.load(cfg.init, cfg.system)
-    model = load(cfg.init, "lm", tokenizer.vocab_size)
+def load_examples(cfg, tokenizer, block_size):
+    """(Comparisons to learn from, held-out ones)."""
     preferences, unseen = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     if cfg.records > 0:
         preferences = preferences[:cfg.records]
-    block_size = model.config.block_size
-    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped)
-    held_out = encode_comparisons(tokenizer, unseen, block_size, "held-out preferences")
+    return (encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped),
+            encode_comparisons(tokenizer, unseen, block_size, "held-out preferences"))
+
+
+def train(cfg):
+    tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    model = load(cfg.init, "lm", tokenizer.vocab_size)
+    examples, held_out = load_examples(cfg, tokenizer, model.config.block_size)
+    prompts = [c.sequences[0][:c.start] for c in held_out[:32]]                         # to look at
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
-    run = Run(cfg, steps)
-    if cfg.online or cfg.looks > 0:                     # sampled answers will need the reference
+    run, reference = Run(cfg, steps), model             # which it is until the first step, or a resume
+    if cfg.looks > 0:                                   # sampled answers will need it later
         reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
-        run.place(model, reference)
-    else:
-        reference = model                               # which it is until the first step, or a resume
-        run.place(model)
-    rank = labeller(cfg.online, run) if cfg.online else None
-    add_reference(reference, run, held_out if cfg.online else examples + held_out)
+    run.place(*dict.fromkeys((model, reference)))
+    add_reference(reference, run, examples + held_out)
     optimizer = make_optimizer(model, cfg.lr)
     run.resume(model=model, optimizer=optimizer)
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        rows = [examples[i] for i in batch]
-        if cfg.online:
-            rows = fresh(cfg, run, model, reference, rank, tokenizer, rows)
-        metrics = mean_loss(run.accumulate, model, run, rows)
+        rows, stats = [examples[i] for i in batch], Meter()
+        for some, share in run.micro_batches(rows, weights=[len(c.pairs) for c in rows]):
+            loss, seen = pair_loss(model, run, some)
+            (share * loss).backward()
+            stats.add(share, loss=loss, **seen)
+        metrics = stats.means()
         lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
         metrics |= {"grad_norm": norm, "lr": lr}
         if cfg.looks > 0 and (run.step + 1) % max(1, steps // cfg.looks) == 0:
-            prompts = [c.sequences[0][:c.start] for c in held_out[:32]]
             seen = look(run, model, reference, tokenizer, prompts, cfg.max_new_tokens)
             run.warn(warnings(seen))
             metrics |= seen
         run.log(metrics)
-    found = mean_loss(run.average, model, run, held_out)
+    found = evaluate(model, run, held_out)
     print("held out:  " + "  ".join(f"{name} {x:.3f}" for name, x in found.items()))
     run.finish(model, tokenizer, held_out=found)
 

@@ -36,7 +36,7 @@ from runtime.compute import row_seeds
 from runtime.files import write_json
 from runtime.launch import STARTED
 from runtime.processes import is_first
-from sft import mean_loss
+from sft import evaluate as sft_loss_of
 
 try:                                        # an extra: pip install matplotlib
     from matplotlib.figure import Figure
@@ -242,7 +242,7 @@ class Contest:
         model = self.network(folder)
         print(f"{folder} answers {len(self.prompts)} prompts {self.cfg.samples} times ...", flush=True)
         answers = self.answers(model, self.asked, noise=number)
-        loss = mean_loss(self.compute.average, model, self.compute, self.demonstrations)
+        loss = sft_loss_of(model, self.compute, self.demonstrations)
         entered = self.enter(name, answers, self.kl(model, answers), loss)
         if self.judge is None:
             turns = [item.turns for item in self.red_team]

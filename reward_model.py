@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import uncertainty
 from data import annotators, loading
 from data.batches import batches, encode_comparisons, fit_prompts
 from data.tokenizer import Tokenizer
-from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule, select
+from extras import uncertainty
+from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
 
 
 @dataclass
@@ -109,10 +109,9 @@ def score_answers(model, run, comparisons):
 
 def evaluate(model, run, comparisons):
     """How well the model predicts held-out Comparisons, over all pairs: {name: number}, and calibration."""
-    scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons,
-                     lengths=[c.lengths for c in comparisons])["scores"].tolist()
+    scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons)
     gaps, longer = [], []                 # of each pair: r⁺ − r⁻, and by how many tokens the winner is longer
-    for c, r in zip(comparisons, scores):
+    for c, r in zip(comparisons, scores["scores"].tolist()):
         for winner, loser in c.pairs:
             gaps.append(r[winner] - r[loser])
             longer.append(c.lengths[winner] - c.lengths[loser])
@@ -163,10 +162,7 @@ def normalize(model, sft, tokenizer, run, prompts):
     Returns the mean and the standard deviation that they had."""
     samples = run.sample(sft, prompts, run.seeds(len(prompts)), sample_room(model), stop_token=tokenizer.end)
 
-    def score(rows):
-        b = select(samples, rows)
-        return {"scores": model.score(b["tokens"], b["lengths"])}
-    scores = run.map(score, range(len(prompts)), samples["lengths"])["scores"]
+    scores = run.map(lambda b: {"scores": model.score(b["tokens"], b["lengths"])}, samples)["scores"]
     mean, deviation = scores.mean().item(), max(scores.std().item(), 1e-6)
     model.head.weight.div_(deviation)
     model.head.bias.sub_(mean).div_(deviation)
@@ -181,16 +177,16 @@ def learn(model, run, examples, steps):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
 
-    def loss(rows):
-        scores, ranks = score_answers(model, run, rows)
-        margin = torch.tensor([c.margin for c in rows], device=run.device)
-        probability = torch.tensor([c.probability for c in rows], device=run.device)
-        return {"loss": ranking_loss(scores, ranks, margin, probability),
-                "best_beats_worst": best_beats_worst(scores, ranks)}
-
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        rows = [examples[i] for i in batch]
-        metrics = run.accumulate(loss, rows, weights=[1] * len(rows), lengths=[c.lengths for c in rows])
+        rows, stats = [examples[i] for i in batch], Meter()
+        for some, share in run.micro_batches(rows, weights=[1] * len(rows)):        # each prompt counts alike
+            scores, ranks = score_answers(model, run, some)
+            margin = torch.tensor([c.margin for c in some], device=run.device)
+            probability = torch.tensor([c.probability for c in some], device=run.device)
+            loss = ranking_loss(scores, ranks, margin, probability)
+            (share * loss).backward()
+            stats.add(share, loss=loss, best_beats_worst=best_beats_worst(scores, ranks))
+        metrics = stats.means()
         lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
         run.log(metrics | {"grad_norm": norm, "lr": lr})

@@ -20,7 +20,7 @@ from data import loading
 from data.batches import batches, encode_demonstrations
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime import Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
 
 
 @dataclass
@@ -58,16 +58,20 @@ def sft_loss(logprobs, mask):
     return -torch.where(mask, logprobs, 0).sum() / mask.sum()
 
 
-def mean_loss(mean, model, run, demonstrations):
-    """sft_loss over all tokens to learn of some Demonstrations, in nats. mean: run.accumulate, which adds its
-    gradient to the model's, or run.average, which only measures."""
-    def loss(rows):
-        tokens = pad([d.ids for d in rows]).to(run.device)
-        mask = pad([d.learn for d in rows]).to(run.device)
-        return {"loss": sft_loss(model.logprobs(tokens, mask), mask)}
-    # A row weighs as much as it has tokens to learn, so that the mean over rows is the mean over all tokens.
-    weights, lengths = [sum(d.learn) for d in demonstrations], [len(d.ids) for d in demonstrations]
-    return mean(loss, demonstrations, weights, lengths)["loss"]
+def demonstrations_loss(model, run, demonstrations):
+    """sft_loss of some Demonstrations."""
+    tokens = pad([d.ids for d in demonstrations]).to(run.device)
+    mask = pad([d.learn for d in demonstrations]).to(run.device)
+    return sft_loss(model.logprobs(tokens, mask), mask)
+
+
+@torch.no_grad()
+def evaluate(model, run, demonstrations):
+    """sft_loss over all tokens to learn of held-out Demonstrations, in nats."""
+    stats = Meter()
+    for some, share in run.micro_batches(demonstrations, weights=[sum(d.learn) for d in demonstrations]):
+        stats.add(share, loss=demonstrations_loss(model, run, some))
+    return stats.means()["loss"]
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -122,18 +126,24 @@ def train(cfg):
     run.resume(model=model, optimizer=optimizer)
     every = max(1, steps // cfg.evals)
     for batch in batches([len(d.ids) for d in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        loss = mean_loss(run.accumulate, model, run, [examples[i] for i in batch])
+        rows, stats = [examples[i] for i in batch], Meter()
+        # A row weighs as much as it has tokens to learn, so that the mean over rows is that over all tokens.
+        for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):
+            loss = demonstrations_loss(model, run, some)
+            (share * loss).backward()
+            stats.add(share, loss=loss)
+        loss = stats.means()["loss"]
         lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, loss, f"demonstrations {batch}")
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
-        evaluate = (run.step + 1) % every == 0 and run.step + every < steps
-        if evaluate:
-            held_out_loss = mean_loss(run.average, model, run, held_out)
+        look = (run.step + 1) % every == 0 and run.step + every < steps
+        if look:
+            held_out_loss = evaluate(model, run, held_out)
             metrics |= {"held_out_loss": held_out_loss, "perplexity": math.exp(held_out_loss)}
-        run.log(metrics, show=True if evaluate else None)
-        if evaluate:
+        run.log(metrics, show=True if look else None)
+        if look:
             show_samples(model, tokenizer, run, held_out_conversations, first=run.step)
-    held_out_loss = mean_loss(run.average, model, run, held_out)
+    held_out_loss = evaluate(model, run, held_out)
     print(f"held out:  loss {held_out_loss:.3f}  perplexity {math.exp(held_out_loss):.2f}")
     show_samples(model, tokenizer, run, held_out_conversations, first=0)
     run.finish(model, tokenizer, held_out_loss=held_out_loss)

@@ -15,7 +15,7 @@ import sft
 from bench.shapes import GROWTH, PROMPT, TASKS
 from data.batches import Comparison, Demonstration
 from data.tokenizer import Tokenizer
-from runtime import Run, load, load_reward_model, make_optimizer, processes
+from runtime import Meter, Run, load, load_reward_model, make_optimizer, processes
 from runtime.run import peak_memory
 
 
@@ -68,8 +68,12 @@ def run_sft(task, folder, flags, repeats):
         rows = [Demonstration(random_ids(PROMPT + task.answer), [False] * PROMPT + [True] * task.answer)
                 for _ in range(task.rows)]
         began = time.time()
-        loss = sft.mean_loss(run.accumulate, model, run, rows)
-        run.optimizer_step(optimizer, cfg.lr, loss, "bench")
+        stats = Meter()
+        for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):
+            loss = sft.demonstrations_loss(model, run, some)
+            (share * loss).backward()
+            stats.add(share, loss=loss)
+        run.optimizer_step(optimizer, cfg.lr, stats.means()["loss"], "bench")
         yield time.time() - began, task.answer
 
 
@@ -84,8 +88,12 @@ def run_dpo(task, folder, flags, repeats):
             pairs.append(Comparison(answers, PROMPT, [1, 2], 0.0))
         began = time.time()
         dpo.add_reference(model, run, pairs)
-        metrics = dpo.mean_loss(run.accumulate, model, run, pairs)
-        run.optimizer_step(optimizer, cfg.lr, metrics["loss"], "bench")
+        stats = Meter()
+        for some, share in run.micro_batches(pairs, weights=[len(c.pairs) for c in pairs]):
+            loss, seen = dpo.pair_loss(model, run, some)
+            (share * loss).backward()
+            stats.add(share, loss=loss, **seen)
+        run.optimizer_step(optimizer, cfg.lr, stats.means()["loss"], "bench")
         yield time.time() - began, task.answer
 
 

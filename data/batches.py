@@ -10,6 +10,10 @@ class Demonstration:
     ids: list                   # all turns
     learn: list                 # bools: true on what the assistant says
 
+    @property
+    def lengths(self):
+        return len(self.ids)
+
 
 def encode_demonstrations(tokenizer, conversations, block_size, what, max_dropped=1.0):
     """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""

@@ -3,6 +3,7 @@ import os
 import random
 
 from data import annotators, records, tokenizer, world
+from data.batches import fit_prompts
 from runtime.flags import WORLD
 from runtime.launch import warn
 from runtime.processes import barrier, is_first
@@ -83,6 +84,13 @@ def load(kind, data, held_out="", max_dropped=0.0):
     if kind == "preferences":
         return without_ties(train), without_ties(rest)
     return train, rest
+
+
+def load_prompts(cfg, tokenizer, room):
+    """The prompts (message lists) that a stage's --data names, those of at most `room` tokens."""
+    prompts, _ = load("prompts", cfg.data, "", cfg.max_dropped)
+    warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
+    return fit_prompts(tokenizer, prompts, room, "prompts", cfg.max_dropped)
 
 
 def without_ties(preferences):

@@ -21,9 +21,9 @@ import torch
 from matplotlib.figure import Figure
 
 import evaluate
-import uncertainty
 from data import loading, world
 from docs.methods import ROOT, learn
+from extras import uncertainty
 from runtime.compute import select
 from runtime.models import load_reward_model
 

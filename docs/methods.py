@@ -29,11 +29,11 @@ METHODS = {
     "dpo_ai": ("-m data.feedback --by out/reward_model --prompts 10000 --out out/ai && "
                "dpo.py --data out/ai/preferences.jsonl --held_out out/world/preferences_heldout.jsonl",
                2, 40000),
-    "dpo_online": ("dpo.py --online annotators", 2, 40000),
+    "dpo_online": ("online_dpo.py", 2, 40000),
     "ppo": ("ppo.py", 4, 54 * 128),
-    "rloo": ("ppo.py --advantage rloo", 3, 54 * 128),
-    "grpo": ("ppo.py --advantage grpo", 3, 54 * 128),
-    "dr_grpo": ("ppo.py --advantage grpo --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
+    "rloo": ("grpo.py --advantage rloo", 3, 54 * 128),
+    "grpo": ("grpo.py", 3, 54 * 128),
+    "dr_grpo": ("grpo.py --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
     "ppo_no_kl": ("ppo.py --kl_coef 0 --no-adaptive_kl --steps 60", 4, 60 * 128),
 }
 

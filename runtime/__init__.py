@@ -18,12 +18,12 @@
     sharding.py      networks that several processes hold together: DDP and FSDP
     plan.py          how much memory a stage takes, on paper: python -m runtime.plan
 """
-from runtime.compute import Compute, pad, select
+from runtime.compute import Compute, Meter, pad, select
 from runtime.flags import Settings, Training, flag
 from runtime.launch import main
 from runtime.models import find, load, load_reward_model
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
 
-__all__ = ["Compute", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model", "main",
-           "make_optimizer", "pad", "schedule", "select"]
+__all__ = ["Compute", "Meter", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model",
+           "main", "make_optimizer", "pad", "schedule", "select"]

@@ -1,13 +1,21 @@
 """Where networks run, and how rows go through them: in micro-batches, on any number of processes.
 
-A stage says what it computes for some rows; two ideas do the rest. A weighted mean over rows is a loss
-(Compute.accumulate) or an evaluation (Compute.average). A map over rows (Compute.map) computes something for
-every row: samples, scores, log-probabilities. How rows are cut into micro-batches and shared out over
-processes never changes the result, apart from rounding.
+Two ideas. A weighted mean over rows, which is a loss or an evaluation, is a loop over micro-batches:
+
+    stats = Meter()
+    for some, share in run.micro_batches(rows, weights):
+        loss = ...                              # a mean over some of the rows
+        (share * loss).backward()               # not in an evaluation
+        stats.add(share, loss=loss)
+    stats.means()                               # {"loss": the mean over all rows}
+
+A map over rows (Compute.map) computes something for every row: samples, scores, log-probabilities. How rows
+are cut into micro-batches and shared out over processes never changes the result, apart from rounding.
 
 Processes go through networks together (a sharded network gathers its blocks in all of them), so all must run
-as many forward passes. What a stage hands over must therefore not decide by the data whether to call a
-network.
+as many passes, forward and backward: a process that has fewer rows goes along with another's, whose share is
+0. So whether a loop's body calls a network, goes backward or breaks off must not depend on the share, the
+process or its rows.
 """
 import contextlib
 import ctypes
@@ -66,13 +74,23 @@ def select(batch, rows):
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
 
 
+def take(rows, numbers):
+    """Some rows: of a batch (a dict of tensors) a batch, of anything else that can be indexed a list."""
+    return select(rows, numbers) if isinstance(rows, dict) else [rows[i] for i in numbers]
+
+
+def lengths_of(rows):
+    """What rows say of their own lengths: a batch's "lengths", or each one's .lengths."""
+    return rows["lengths"] if isinstance(rows, dict) else [row.lengths for row in rows]
+
+
 def row_seeds(rng, n):
     """A seed for the noise of each of n rows, drawn from a random.Random: a row's sample then depends neither
     on its neighbours nor on the process."""
     return [rng.getrandbits(62) for _ in range(n)]
 
 
-def micro_batches(lengths, micro_batch, micro_tokens, ranks):
+def deal(lengths, micro_batch, micro_tokens, ranks):
     """Cut rows into micro-batches for each of so many processes: a list per process of lists of row numbers.
 
     lengths: of each row, a number of tokens, or a list of them for a row of several sequences. A micro-batch
@@ -103,6 +121,22 @@ def cut(rows, sizes, micro_batch, micro_tokens):
     return pieces
 
 
+class Meter:
+    """Means over all rows, from those of micro-batches."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, share, **means):
+        """means: tensors, each the mean over a micro-batch that is this share of all rows."""
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0) + share * mean.detach()
+
+    def means(self):
+        """{name: float}, over the micro-batches of all processes, which come here together."""
+        return dict(zip(self.sums, total(torch.stack(list(self.sums.values()))).tolist()))
+
+
 # ----------------------------------------------------------------------- networks and rows together
 
 class Compute:
@@ -120,6 +154,7 @@ class Compute:
         self.stand_ins = []             # of the trained networks, in bfloat16
         self.frozen = {}                # what networks share that nothing trains: see to_device
         self.fetched = {}               # networks that --offload has brought to the device: where they wait
+        self.inside = 0                 # how many computing() are open, one in another
 
     def place(self, *models):
         """Put networks on the device, spread over the processes, compiled and economical as the flags say.
@@ -160,63 +195,62 @@ class Compute:
     @contextlib.contextmanager
     def computing(self):
         """In here networks compute, in bfloat16 if so chosen. Those that were fetched go after it: what waits
-        on the CPU is what it was."""
-        for stand_ins in self.stand_ins:
-            stand_ins.enter()
+        on the CPU is what it was. One may be within another."""
+        if self.inside == 0:
+            for stand_ins in self.stand_ins:
+                stand_ins.enter()
+        self.inside += 1
         try:
             yield
         finally:
-            for stand_ins in self.stand_ins:
-                stand_ins.leave()
-            for model, waiting in self.fetched.items():
-                for p, x in zip(model.parameters(), waiting):
-                    p.data = x
-            self.fetched.clear()
+            self.inside -= 1
+            if self.inside == 0:
+                for stand_ins in self.stand_ins:
+                    stand_ins.leave()
+                for model, waiting in self.fetched.items():
+                    for p, x in zip(model.parameters(), waiting):
+                        p.data = x
+                self.fetched.clear()
 
     def passes(self, lengths, micro_batch):
         """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
         one that has no row left goes along with another's row, whose result does not count."""
-        everyone = micro_batches(lengths, micro_batch, self.cfg.micro_tokens, world_size())
+        everyone = deal(lengths, micro_batch, self.cfg.micro_tokens, world_size())
         passes = [(piece, False) for piece in everyone[rank()]]
         while len(passes) < max(len(theirs) for theirs in everyone):
             passes.append((everyone[0][0][:1], True))           # the shortest row of all
         return passes
 
-    def accumulate(self, loss, rows, weights, lengths):
-        """Add the gradient of a weighted mean over rows to the parameters, and return the mean.
+    def micro_batches(self, rows, weights, lengths=None):
+        """Go through rows in micro-batches: yields (some of the rows, their share), as many times in every
+        process. The share is what the mean over these rows counts in the weighted mean over all rows of all
+        processes; one that has no rows left goes through a filler, whose share is 0.
 
-        loss: a function from a list of some of the rows to {"loss": scalar, name: scalar, ...}, each a mean
-        over these rows, where a row counts as much as its weight says. rows: anything that can be indexed.
-        weights: of each row, numbers. lengths: of each row, see micro_batches. Returns {name: float}, means
-        over all rows."""
-        weights, lengths = as_list(weights), as_list(lengths)
-        sums = {}
+        rows: anything that can be indexed, or a batch, of which smaller batches come. weights: of each row,
+        numbers. lengths: of each row, see deal; none takes what the rows say themselves.
+
+        Between the first row and the last, networks are as in computing(). They are what they were after the
+        loop, however it ends: `break` and an exception close a generator that nobody else holds. So write it
+        into the `for`, and give it no name."""
+        weights = as_list(weights)
+        lengths = as_list(lengths_of(rows) if lengths is None else lengths)
         with self.computing():
             for piece, is_filler in self.passes(lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
-                means = loss([rows[i] for i in piece])
-                if torch.is_grad_enabled():
-                    (means["loss"] * share).backward()
-                for name, mean in means.items():
-                    sums[name] = sums.get(name, 0) + mean.detach() * share
-        return dict(zip(sums, total(torch.stack(list(sums.values()))).tolist()))
+                yield take(rows, piece), share
 
     @torch.no_grad()
-    def average(self, loss, rows, weights, lengths):
-        """accumulate() without gradients: an evaluation."""
-        return self.accumulate(loss, rows, weights, lengths)
-
-    @torch.no_grad()
-    def map(self, function, rows, lengths, micro_batch=None):
+    def map(self, function, rows, lengths=None, micro_batch=None):
         """What a function computes for every row, in the rows' order, on every process.
 
-        function: from a list of b of the rows to a dict of tensors (b,) or (b, t). lengths: of each row, see
-        micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for all
-        rows; tensors (b, t) are padded with 0 to the same width."""
+        function: from b of the rows, a list or a batch, to a dict of tensors (b,) or (b, t). rows, lengths:
+        as in micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for
+        all rows; tensors (b, t) are padded with 0 to the same width."""
+        lengths = as_list(lengths_of(rows) if lengths is None else lengths)
         order, parts = [], []
         with self.computing():
-            for piece, is_filler in self.passes(as_list(lengths), micro_batch or self.cfg.micro_batch):
-                found = function([rows[i] for i in piece])
+            for piece, is_filler in self.passes(lengths, micro_batch or self.cfg.micro_batch):
+                found = function(take(rows, piece))
                 if not is_filler:
                     order += piece
                     parts.append(found)

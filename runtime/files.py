@@ -66,7 +66,8 @@ def named_files(cfg):
     one of their base) or of the world."""
     found = set()
     values = [x for name, x in vars(cfg).items() if name != "out" and isinstance(x, str) and x]
-    values += [part.rpartition(":")[0] or part for value in values for part in value.split(",")]   # --reward
+    parts = [part.rpartition("*")[2] for value in values for part in value.split(",")]             # --reward
+    values += [part.rpartition(":")[0] or part for part in parts]
     values += [base for base in map(base_of, values) if base]
     for value in values:
         endings = (".safetensors", "tokenizer.json", "adapter_config.json")

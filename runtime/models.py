@@ -85,16 +85,6 @@ def load_reward_model(folder):
     return model
 
 
-def load_rewards(names):
-    """(the folder of a reward model or None, a Python function or None), from `--reward`: a folder,
-    file.py:name, or both with a comma between."""
-    functions = [name for name in names.split(",") if re.fullmatch(r".+\.py:\w+", name)]
-    folders = [name for name in names.split(",") if name not in functions]
-    if len(folders) > 1 or len(functions) > 1:
-        raise ValueError(f"--reward {names}: one reward model and one function at most")
-    return (folders[0] if folders else None), (load_function(functions[0]) if functions else None)
-
-
 def load_function(name):
     """The function of `file.py:name`, (messages, answer) -> number. Its errors, and what is no number, become
     a ValueError that names the prompt."""

@@ -152,6 +152,9 @@ class Run(Compute):
 
         A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
         after three in a row raises ValueError."""
+        if self.inside:
+            raise RuntimeError("optimizer_step inside a loop over micro-batches, or one was left half-way "
+                               "while something still holds its generator")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.kind == "ddp":
             add_up(parameters)

@@ -9,7 +9,7 @@ from helpers.arrays import tiny
 
 from model import GPT, GPTConfig
 from runtime import Settings, compute, pad
-from runtime.compute import micro_batches
+from runtime.compute import Meter, deal
 
 
 def test_a_device_that_is_not_there_is_refused():
@@ -44,7 +44,7 @@ def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed
     rng = random.Random(seed)
     lengths = random_lengths(rng, rng.randrange(1, 40))
     size, tokens, ranks = rng.randrange(1, 12), rng.choice([0, 40, 90]), rng.randrange(1, 5)
-    everyone = micro_batches(lengths, size, tokens, ranks)
+    everyone = deal(lengths, size, tokens, ranks)
     assert len(everyone) == ranks
     assert sorted(i for pieces in everyone for piece in pieces for i in piece) == list(range(len(lengths)))
     for pieces in everyone:
@@ -60,15 +60,15 @@ def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed
 
 
 def test_micro_batches_are_as_large_as_their_bounds_allow():
-    assert micro_batches([5, 5, 5, 5, 5], 2, 0, 1) == [[[0, 1], [2, 3], [4]]]
-    assert micro_batches([5, 5, 5, 5, 5], 9, 10, 1) == [[[0, 1], [2, 3], [4]]]
-    assert micro_batches([[5, 4], [5], [1, 2]], 3, 0, 1) == [[[2], [0, 1]]]
-    assert micro_batches([[5, 4], [5], [1, 2]], 9, 12, 1) == [[[2], [0], [1]]]
+    assert deal([5, 5, 5, 5, 5], 2, 0, 1) == [[[0, 1], [2, 3], [4]]]
+    assert deal([5, 5, 5, 5, 5], 9, 10, 1) == [[[0, 1], [2, 3], [4]]]
+    assert deal([[5, 4], [5], [1, 2]], 3, 0, 1) == [[[2], [0, 1]]]
+    assert deal([[5, 4], [5], [1, 2]], 9, 12, 1) == [[[2], [0], [1]]]
 
 
 def test_neighbours_in_length_go_together_and_equal_lengths_keep_their_order():
-    assert micro_batches([9, 1, 8, 1, 9, 2], 2, 0, 1) == [[[1, 3], [5, 2], [0, 4]]]
-    assert micro_batches([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
+    assert deal([9, 1, 8, 1, 9, 2], 2, 0, 1) == [[[1, 3], [5, 2], [0, 4]]]
+    assert deal([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
 
 
 # --------------------------------------------------------------------------------------- on several processes
@@ -117,17 +117,17 @@ def test_a_weighted_mean_and_its_gradient_do_not_depend_on_how_rows_are_split(
     want = (numbers * weights).sum() / weights.sum()
     [want_gradient] = torch.autograd.grad(want, w)
 
-    def loss(some):
-        passes.append(len(some))
-        some = torch.stack(some)
-        n = weights[[i for i in range(rows) for row in some if torch.equal(row, x[i])]]
-        return {"loss": (((some @ w) ** 2) * n).sum() / n.sum(), "first": (some[:, 0] * n).sum() / n.sum()}
-
     def work():
-        w.grad = None
-        found = small(micro_batch=micro_batch).accumulate(loss, list(x), weights, [4] * rows)
+        w.grad, stats = None, Meter()
+        for some, share in small(micro_batch=micro_batch).micro_batches(list(x), weights, [4] * rows):
+            passes.append(len(some))
+            some = torch.stack(some)
+            n = weights[[i for i in range(rows) for row in some if torch.equal(row, x[i])]]
+            loss = (((some @ w) ** 2) * n).sum() / n.sum()
+            (share * loss).backward()
+            stats.add(share, loss=loss, first=(some[:, 0] * n).sum() / n.sum())
         gradients.append(w.grad)
-        return found
+        return stats.means()
     found = Pretend(monkeypatch, processes).each(work)
     for means in found:
         assert means["loss"] == pytest.approx(want.item(), abs=1e-12)
@@ -155,11 +155,21 @@ def test_a_map_keeps_the_rows_order_and_gives_all_of_them_to_every_process(
     assert len(passes) % processes == 0 and max(passes) <= micro_batch
 
 
-def test_an_average_leaves_no_gradient_and_computes_none():
-    w = torch.ones(1, requires_grad=True)
-    found = small().average(
-        lambda some: {"loss": (w * sum(some)).sum() / len(some)}, [1.0, 3.0], [1, 1], [1, 1])
-    assert found == {"loss": 2.0} and w.grad is None
+def test_a_batch_comes_in_smaller_batches_without_the_columns_that_only_others_need():
+    batch = {"tokens": pad([[1, 2, 3], [4], [5, 6]]), "lengths": torch.tensor([3, 1, 2])}
+    found = [(b["tokens"].tolist(), share)
+             for b, share in small(micro_batch=2).micro_batches(batch, [2, 1, 1])]
+    assert found == [([[4, 0], [5, 6]], 0.5), ([[1, 2, 3]], 0.5)]
+    twice = small(micro_batch=2).map(lambda b: {"twice": 2 * b["tokens"]}, batch)["twice"]
+    assert torch.equal(twice, 2 * batch["tokens"])
+
+
+def test_without_gradients_the_same_loop_measures():
+    w, stats = torch.ones(1, requires_grad=True), Meter()
+    with torch.no_grad():
+        for some, share in small().micro_batches([1.0, 3.0], [1, 1], [1, 1]):
+            stats.add(share, loss=(w * sum(some)).sum() / len(some))
+    assert stats.means() == {"loss": 2.0} and w.grad is None
 
 
 # ------------------------------------------------------------------------------------------- networks

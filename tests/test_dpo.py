@@ -8,6 +8,7 @@ from helpers import plainly
 from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
+import online_dpo
 from data import loading
 from data.answers import warnings
 from data.batches import Comparison, encode_comparisons
@@ -70,7 +71,7 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     model, losses = tiny("lm"), {}
     for coef in (0.0, 2.0):
         cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize)
-        losses[coef] = dpo.pair_loss(cfg, model, SimpleNamespace(device="cpu"), [comparison])["loss"]
+        losses[coef], _ = dpo.pair_loss(model, SimpleNamespace(cfg=cfg, device="cpu"), [comparison])
     logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
     nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
@@ -88,13 +89,15 @@ CASES = [                                       # each flag of the stage is set 
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
     dict(data="pairs.jsonl", batch=9, micro_batch=4, label_smoothing=0.1),               # soft labels
     dict(looks=3, max_new_tokens=7, micro_batch=6),
-    dict(online="out/reward_model", max_new_tokens=9, epochs=2, nll_coef=0.5, records=40, looks=2),
+    dict(by="out/reward_model", max_new_tokens=9, epochs=2, nll_coef=0.5, records=40, looks=2),
 ]
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
-    cfg, model, lines, about = trained(dpo, **SHARED | settings)
+    stage = online_dpo if "by" in settings else dpo
+    cfg, model, lines, about = trained(stage, **SHARED | settings)
+    cfg.online = stage is online_dpo
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
     preferences, held_out = loading.load("preferences", cfg.data, max_dropped=1.0)
     held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
@@ -122,11 +125,9 @@ def test_where_all_fresh_answers_tie_the_old_ones_teach(tiny_inputs, monkeypatch
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
     preferences, _ = loading.load("preferences", "world", max_dropped=1.0)
     old = encode_comparisons(tokenizer, preferences[:3], 56, "preferences")
-    cfg = dpo.Config(device="cpu", max_new_tokens=5)
-    run = Run(cfg, 1)
-    found = dpo.fresh(cfg, run, model, model, lambda prompts, answers, rng: [[1] * len(a) for a in answers],
-                      tokenizer, old)
-    assert found == old and old[0].ref_logprobs is not None
+    run = Run(online_dpo.Config(device="cpu", max_new_tokens=5), 1)
+    assert old is online_dpo.fresh(
+        run, model, tokenizer, lambda prompts, answers, rng: [[1] * len(a) for a in answers], old)
 
 
 def test_only_the_sigmoid_comes_with_imitation_unless_it_is_asked_for():

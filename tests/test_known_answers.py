@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import grpo
 import ppo
+from data import world
 from dpo import LOSSES, dpo_loss
 from model import GPT, GPTConfig
 from reward_model import pairwise_loss
-from runtime import Run, make_optimizer, pad
+from runtime import Run, pad
 
 V, END, LONGEST, BETA, NO_END = 4, 3, 3, 0.5, -0.5
 PROMPTS = [[0], [1, 2]]
@@ -64,23 +66,20 @@ def total_variation(p, q):
 
 class Judge:
     """In the reward model's place: knows r(x, y) of every whole answer."""
-    known = None
+    networks, folder = [], None
 
     def __init__(self, r):
         self.r = {tuple(row): x for row, x in zip(ROWS, r.tolist())}
 
-    def score(self, tokens, lengths):
-        return torch.tensor([self.r[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
+    def __call__(self, run, batch, prompts, answers):
+        rows = zip(batch["tokens"].tolist(), batch["lengths"].tolist())
+        return torch.tensor([self.r[tuple(row[:n])] for row, n in rows]), {}
 
 
-def small_ppo(folder, **settings):
-    """Config, run, networks and tokenizer for PPO on this world."""
-    cfg = ppo.Config(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False,
-                     micro_batch=10 ** 6, update_kl=0.0, out=str(folder), device="cpu", **settings)
-    run = Run(cfg, cfg.steps)
-    nets = {"actor": network("lm", 1), "reference": network("lm", 1).requires_grad_(False),
-            "critic": network("scalar", 2), "reward": Judge(true_reward())}
-    return cfg, run, nets, SimpleNamespace(end=END)
+SETTINGS = dict(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False,
+                micro_batch=10 ** 6, update_kl=0.0, device="cpu")
+TOKENIZER = SimpleNamespace(end=END, vocab_size=V, prompt=lambda messages: messages,
+                            decode=lambda ids: " ".join(map(str, ids)))
 
 
 def test_every_answer_is_listed_once():
@@ -91,29 +90,33 @@ def test_every_answer_is_listed_once():
     assert distance > 0.4, "a problem that starts solved shows nothing"
 
 
-# Choices of PPO that leave the optimum where it is: settings of ppo.Config.
-PPO_CHOICES = [dict(), dict(lam=0.8, whiten_advantages=False, minibatches=1, epochs=4),
-               dict(advantage="rloo", group=4), dict(advantage="grpo", group=8),
-               dict(advantage="grpo", group=4, divide_by_std=False, divide_by_length=False)]
+# Choices that leave the optimum where it is: settings of a stage's Config.
+CHOICES = [(ppo, dict(critic_lr=1e-2)),
+           (ppo, dict(critic_lr=1e-2, lam=0.8, whiten_advantages=False, minibatches=1, epochs=4)),
+           (grpo, dict(advantage="rloo", group=4)), (grpo, dict(group=8)),
+           (grpo, dict(group=4, divide_by_std=False, divide_by_length=False))]
 
 
-@pytest.mark.parametrize("choices", PPO_CHOICES, ids=str)
-def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, choices):
-    """Within a total variation distance of 0.05 (0.5 at the start),
-    by rollouts, estimates and updates alone."""
-    cfg, run, nets, tokenizer = small_ppo(tmp_path, steps=80, batch=384, lr=4e-3, critic_lr=1e-2, **choices)
-    if cfg.advantage != "gae":
-        del nets["critic"]
-    optimizers = {k: make_optimizer(nets[k], 0.0, eps=1e-5) for k in ("actor", "critic") if k in nets}
-    for step in range(cfg.steps):
-        run.begin(step)
-        prompts = [p for p in PROMPTS * (cfg.batch // 2 // cfg.group) for _ in range(cfg.group)]
-        batch = ppo.rollout(cfg, run, prompts, nets, tokenizer)
-        ppo.update(cfg, run, ppo.estimate(cfg, batch, cfg.kl_coef), nets, optimizers, None)
-    best = optimum(nets["reference"], true_reward())
-    distance = total_variation(answer_logprobs(nets["actor"]).exp(), best)
+@pytest.mark.parametrize("stage, choices", CHOICES, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, monkeypatch, stage, choices):
+    """Within a total variation distance of 0.05 (0.5 at the start), by the stage's own loop."""
+    made = []
+
+    def load(folder, head, vocab_size=V):
+        made.append(network(head, 1 if head == "lm" else 2))
+        return made[-1]
+    for name, stand_in in (("load", load), ("Tokenizer", SimpleNamespace(load=lambda *_: TOKENIZER)),
+                           ("load_prompts", lambda *_: PROMPTS),
+                           ("find_reward", lambda *_: Judge(true_reward()))):
+        monkeypatch.setattr(stage, name, stand_in)
+    monkeypatch.setattr(world, "truth", lambda *_: {})
+    monkeypatch.setattr(Run, "finish", lambda *_: None)
+    stage.train(stage.Config(steps=120, batch=384, lr=4e-3, out=str(tmp_path), **SETTINGS | choices))
+    actor, reference = made[:2]
+    distance = total_variation(answer_logprobs(actor).exp(), optimum(reference, true_reward()))
     assert distance < 0.05, (
-        f"PPO ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, GAE, losses or rollout are wrong")
+        f"{stage.__name__} ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, advantages, losses or "
+        "rollout are wrong")
 
 
 # The margin h over the reference at which the mean loss of a pair is least, if its first answer wins with
@@ -194,29 +197,28 @@ def test_the_reward_model_recovers_the_true_differences():
         f"a score is {error:.2f} off r: the Bradley-Terry loss or the place of the score is wrong")
 
 
-@pytest.mark.parametrize("choices", [dict(lam=1.0), dict(lam=0.5), dict(advantage="rloo", group=4)], ids=str)
-def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, choices):
+@pytest.mark.parametrize("lam, group", [(1.0, 1), (0.5, 1), (None, 4)], ids=["gae, 1.0", "gae, 0.5", "rloo"])
+def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam, group):
     """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With
     exact values in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
-    cfg, run, nets, tokenizer = small_ppo(tmp_path, batch=4, whiten_advantages=False, **choices)
-    for net in ("actor", "reference"):
-        nets[net] = nets[net].double()
+    run, judge = Run(ppo.Config(out=str(tmp_path), **SETTINGS), 1), Judge(true_reward())
+    actor, reference = (network("lm", 1).double() for _ in range(2))
     with torch.no_grad():                               # the actor has moved already, so that the KL counts
-        for p in nets["actor"].parameters():
+        for p in actor.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    r, ref = true_reward().double().view(2, -1), answer_logprobs(nets["reference"]).detach()
-    parameters = [p for p in nets["actor"].parameters() if p.requires_grad]
+    r, ref = true_reward().double().view(2, -1), answer_logprobs(reference).detach()
+    parameters = [p for p in actor.parameters() if p.requires_grad]
 
     def flat(gradients):
         return torch.cat([g.flatten() for g in gradients])
 
-    logp = answer_logprobs(nets["actor"])
+    logp = answer_logprobs(actor)
     J = (logp.exp() * (r - BETA * (logp - ref))).sum(1).mean()
     exact = flat(torch.autograd.grad(J, parameters))
 
     # V of a state: what is still to come, r − β·Σ(log π − log π_ref) over the tokens ahead, averaged over
     # answers.
-    tokenwise = nets["actor"].logprobs(TOKENS, MASK).detach() - nets["reference"].logprobs(TOKENS, MASK)
+    tokenwise = actor.logprobs(TOKENS, MASK).detach() - reference.logprobs(TOKENS, MASK)
     p, values = logp.detach().exp().flatten(), {}
     for i, row in enumerate(ROWS):
         for t in range(int(STARTS[i]), len(row)):
@@ -232,15 +234,18 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, choices)
         found = [[value(row[:t + 1]) for t in range(len(row))] for row in tokens.tolist()]
         return torch.tensor(found, dtype=torch.float64)
 
-    nets["critic"] = critic
-    prompts = [p for p in PROMPTS * (256 // cfg.group) for _ in range(cfg.group)]
+    prompts = [p for p in PROMPTS * (256 // group) for _ in range(group)]
     torch.manual_seed(11)
     estimates = []
     for _ in range(40):
-        batch = ppo.estimate(cfg, ppo.rollout(cfg, run, prompts, nets, tokenizer), BETA)
-        logprobs = nets["actor"].logprobs(batch["tokens"], batch["mask"])
-        loss, clipped = ppo.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
-                                        cfg.clip)
+        batch = ppo.rollout(run, actor, reference, TOKENIZER, prompts)
+        tokens, mask, old, ref = (batch[k] for k in ("tokens", "mask", "old_logprobs", "ref_logprobs"))
+        earned = ppo.kl_rewards(judge(run, batch, None, None)[0], old, ref, mask, BETA)
+        if lam is None:
+            advantages = grpo.rloo(earned.sum(1), group)[:, None] * mask
+        else:
+            advantages, _ = ppo.gae(earned, ppo.state_values(critic, tokens, mask), mask, 1.0, lam)
+        loss, clipped = ppo.policy_loss(actor.logprobs(tokens, mask), old, advantages, mask, 0.2)
         assert clipped == 0
         tokens_an_answer = batch["mask"].sum() / len(batch["mask"])        # the loss is a mean over tokens
         estimates.append(flat(torch.autograd.grad(-loss * tokens_an_answer, parameters)))

@@ -52,28 +52,6 @@ def test_new_tokens_start_as_the_mean_of_the_others_and_leave_these_as_they_were
     assert GPT.load(tmp_path / "new").config.vocab_size == 12
 
 
-def test_a_reward_is_a_folder_a_function_or_both(tmp_path):
-    path = tmp_path / "program.py"
-    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
-                    "@dataclass\nclass Sum:\n    a: int\n"            # looks its module up in sys.modules
-                    "def one(messages, answer): return 1\ndef nothing(messages, answer): pass\n"
-                    "def nan(messages, answer): return float('nan')\n")
-    assert models.load_rewards("out/reward_model") == ("out/reward_model", None)
-    folder, one = models.load_rewards(f"out/reward_model,{path}:one")
-    assert folder == "out/reward_model" and one([{"role": "user", "content": "?"}], "!") == 1.0
-    assert models.load_rewards(f"{path}:one")[0] is None
-    for names in ("a,b", f"{path}:one,{path}:nothing"):
-        with pytest.raises(ValueError, match="one reward model and one function at most"):
-            models.load_rewards(names)
-    for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan")):
-        with pytest.raises(ValueError, match=f"program.py:{called}: {said}, for the answer '!' to 'What\\?'"):
-            models.load_rewards(f"{path}:{called}")[1]([{"role": "user", "content": "What?"}], "!")
-    with pytest.raises(ValueError, match="program.py:two: AttributeError"):
-        models.load_rewards(f"{path}:two")
-    with pytest.raises(ValueError, match="missing.py:one: FileNotFoundError"):
-        models.load_rewards("missing.py:one")
-
-
 def test_what_is_known_of_another_models_scores_is_refused_in_one_line(tmp_path):
     GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8), "scalar").save(str(tmp_path))
     assert models.load_reward_model(str(tmp_path)).known is None

@@ -3,7 +3,6 @@ and its loop."""
 import json
 import math
 import shutil
-import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +10,15 @@ import torch
 from helpers import plainly
 from helpers.arrays import B, T, dirt, near, ragged, seeds, spoilt, tiny
 
+import grpo
 import ppo
-from data import loading
+from data import answers, loading
 from data.tokenizer import Tokenizer
+from extras import cautious_ppo, ptx
 from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
 from runtime import Run, compute, load, sharding
-from runtime.models import load_rewards
+from runtime.models import load_function
 from runtime.safetensors import save_tensors
 from sft import sft_loss
 
@@ -51,27 +52,6 @@ def test_whiten_of_equal_numbers_is_finite():
 
 
 # --------------------------------------------------------------------------- rewards and advantages
-
-@seeds
-@pytest.mark.parametrize("group", [2, 3])
-def test_advantages_in_groups_are_those_of_a_slow_loop(seed, group):
-    torch.manual_seed(seed)
-    R, lengths = torch.randn(4 * group).double() * 3 + 5, torch.randint(1, 9, (4 * group,))
-    one_out, whole = ppo.rloo(R, group), ppo.grpo(R, group, lengths)
-    for i, x in enumerate(R.tolist()):
-        start = i - i % group
-        group_of_i = R[start:start + group].tolist()
-        others = [y for j, y in enumerate(group_of_i, start) if j != i]
-        near(one_out[i], x - sum(others) / len(others))
-        want = (x - sum(group_of_i) / group) / (statistics.stdev(group_of_i) + 1e-4)
-        near(whole[i], want * lengths.double().mean().item() / lengths[i].item())
-    # Without its two divisions GRPO is RLOO, but for a factor.
-    near(ppo.grpo(R, group, lengths, False, False), one_out * (group - 1) / group)
-
-
-def test_a_group_whose_answers_earn_the_same_teaches_nothing():
-    near(ppo.grpo(torch.full((4,), 3.0).double(), 2, torch.ones(4)), torch.zeros(4))
-
 
 @seeds
 def test_kl_rewards_charge_every_action_and_pay_the_score_on_the_last(seed):
@@ -248,10 +228,10 @@ def test_state_values_keep_float64():
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
     values, returns, mask = ragged(2, 2)
     perfect, same = dirt(returns, mask), dirt(returns, mask) * mask + dirt(values, mask) * ~mask
-    near(ppo.explained_variance(perfect, same, mask), 1.0)
-    near(ppo.explained_variance(torch.full_like(values, 3.0), dirt(returns, mask), mask), 0.0)
+    near(answers.explained_variance(perfect, same, mask), 1.0)
+    near(answers.explained_variance(torch.full_like(values, 3.0), dirt(returns, mask), mask), 0.0)
     residual, kept = (returns - values)[mask], returns[mask]
-    near(ppo.explained_variance(values, returns, mask), 1 - residual.var().item() / kept.var().item())
+    near(answers.explained_variance(values, returns, mask), 1 - residual.var().item() / kept.var().item())
 
 
 # --------------------------------------------------------------------------------------- the update
@@ -287,7 +267,7 @@ def test_ppos_update_is_the_same_whatever_the_micro_batch(tmp_path, micro_batch)
         optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in nets.items()}
         run = Run(cfg, cfg.steps)
         run.begin(10)
-        found = ppo.update(cfg, run, batch, nets, optimizers, None)
+        found = ppo.update(run, batch, nets, optimizers)
         after.append((found, {(k, n): p for k, net in nets.items() for n, p in net.named_parameters()}))
     (whole, want), (split, got) = after
     for name in want:                                           # values are float32
@@ -317,7 +297,7 @@ def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_pr
     batch = {"tokens": tokens, "mask": mask, "old_logprobs": old * mask, "old_values": values,
              "advantages": advantages, "returns": returns, "lengths": lengths}
     optimizers = {k: torch.optim.SGD(net.parameters(), lr=1.0) for k, net in nets.items()}
-    found = ppo.update(cfg, run, batch, nets, optimizers, None)
+    found = ppo.update(run, batch, nets, optimizers)
     for name, p in nets["actor"].named_parameters():
         torch.testing.assert_close(p, want[name], rtol=1e-6, atol=1e-8, msg=f"policy step: {name}")
     assert found["policy_loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -327,25 +307,10 @@ def test_ppos_update_is_a_step_down_the_clipped_loss_against_the_rollouts_log_pr
     ({"entropy": 1e-4}, "--entropy_coef"), ({"kl": 50.0}, "--kl_coef"), ({"ended": 0.0}, "--max_new_tokens"),
     ({}, None)])
 def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(change, said):
-    found = ppo.warnings(ppo.Config(), {"entropy": 0.4, "kl": 4.0, "ended": 1.0} | change)
+    found = answers.policy_warnings(ppo.Config(), {"entropy": 0.4, "kl": 4.0, "ended": 1.0} | change)
     assert len(found) == (0 if said is None else 1) and all(said in text for text in found)
     no_target = ppo.Config(adaptive_kl=False)
-    assert not ppo.warnings(no_target, {"entropy": 0.4, "kl": 50.0, "ended": 1.0})
-
-
-@pytest.mark.parametrize("flags, said", [
-    (dict(advantage="rloo", group=1), "--group must be above 1"),
-    (dict(batch=10, group=4), "not a multiple")])
-def test_groups_that_cannot_be_are_refused(flags, said):
-    with pytest.raises(ValueError, match=said):
-        ppo.Config(**flags)
-
-
-def test_without_a_critic_none_is_made_or_loaded(trained, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(ppo, "load_reward_model", lambda folder: loaded.append(folder) or GPT.load(folder))
-    trained(ppo, **SHARED | dict(advantage="rloo"))
-    assert loaded == ["out/reward_model"]
+    assert not answers.policy_warnings(no_target, {"entropy": 0.4, "kl": 50.0, "ended": 1.0})
 
 
 def test_with_a_program_alone_the_critic_starts_from_the_policy(trained, monkeypatch):
@@ -364,11 +329,9 @@ def test_a_program_that_fails_is_named_with_the_prompt(trained):
         trained(ppo, **SHARED | dict(reward="program.py:half"))
 
 
-@pytest.mark.parametrize("flags", [dict(pessimism="worst"), dict(ood_penalty=1.0), dict(ood_drop=True),
-                                   dict(stop_ood=0.5)], ids=str)
-def test_caution_without_what_it_needs_is_refused_in_one_line(trained, flags):
+def test_caution_without_what_it_needs_is_refused_in_one_line(trained):
     with pytest.raises(ValueError, match="need what reward_model.py --ensemble 5 finds out"):
-        trained(ppo, **SHARED | flags)
+        trained(cautious_ppo, **SHARED)
 
 
 def test_the_first_and_the_last_rollout_are_written_token_by_token(trained, tmp_path):
@@ -386,33 +349,35 @@ def test_the_first_and_the_last_rollout_are_written_token_by_token(trained, tmp_
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
-CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
-    dict(),
-    dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05,
-         no_end_score=-1.5),
-    dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
-         minibatches=3, seed=4),
-    dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1),
-    dict(ptx_coef=0.2, update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
-         steps=4),
-    dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150),
-    dict(precision="bfloat16", temperature=0.7, update_kl=0.01),
-    dict(advantage="rloo", group=3, whiten_rewards=True),
-    dict(advantage="grpo", micro_batch=5, entropy_coef=0.05),
-    dict(advantage="grpo", group=2, divide_by_std=False, divide_by_length=False, ptx_coef=0.2),
-    dict(group=2, reward="out/reward_model,program.py:words", reward_model_coef=0.3),
-    dict(advantage="rloo", reward="program.py:words"),
-    dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5),
-    dict(pessimism="worst", ood_drop=True, reward="out/reward_model,program.py:words"),
-    dict(ood_drop=True, ood_penalty=0.5),
-    dict(stop_ood=0.3, seed=5, lr=1e-6, steps=6),
+CASES = [                                       # each flag of the stages is set in one of them, or in SHARED
+    (ppo, dict()),
+    (ppo, dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05,
+               no_end_score=-1.5)),
+    (ppo, dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
+               minibatches=3, seed=4)),
+    (ppo, dict(micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1)),
+    (ppo, dict(update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
+               steps=4)),
+    (ppo, dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150)),
+    (ppo, dict(precision="bfloat16", temperature=0.7, update_kl=0.01)),
+    (ppo, dict(reward="0.3*out/reward_model,program.py:words")),
+    (grpo, dict(advantage="rloo", group=3)),
+    (grpo, dict(micro_batch=5, entropy_coef=0.05)),
+    (grpo, dict(group=2, divide_by_std=False, divide_by_length=False)),
+    (grpo, dict(advantage="rloo", reward="program.py:words", update_kl=0.002, epochs=3)),
+    (ptx, dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40,
+               epochs=1)),
+    (ptx, dict(ptx_coef=0.2, update_kl=0.0, kl_target=0.5, kl_horizon=30)),
+    (cautious_ppo, dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5)),
+    (cautious_ppo, dict(pessimism="worst", reward="out/reward_model,program.py:words")),
+    (cautious_ppo, dict(stop_ood=0.3, seed=5, lr=1e-6, steps=6)),
 ]
 
 
-def with_doubts(settings, folder):
+def with_doubts(stage, settings, folder):
     """For the cases that need it: what a reward model knows of its limits, and settings that name a reward
     model with it in that folder."""
-    if not {"pessimism", "ood_drop", "ood_penalty", "stop_ood"} & settings.keys():
+    if stage is not cautious_ppo:
         return None, settings
     shutil.copytree("out/reward_model", folder)
     C, noise = GPT.load("out/reward_model").config.n_embd, torch.Generator().manual_seed(5)
@@ -420,28 +385,29 @@ def with_doubts(settings, folder):
     known = {"heads": torch.randn(3, C, generator=noise, dtype=torch.float64),
              "bias": torch.randn(3, generator=noise, dtype=torch.float64),
              "mean": torch.randn(C, generator=noise, dtype=torch.float64), "precision": root @ root.T,
-             # About half are further; but of those that are dropped, most, for few of them end.
-             "threshold": torch.tensor(15.0 if "ood_drop" in settings else 17.0, dtype=torch.float64)}
+             "threshold": torch.tensor(17.0, dtype=torch.float64)}              # about half are further
     save_tensors(f"{folder}/uncertainty.safetensors", known)
     reward = settings.get("reward", "out/reward_model").replace("out/reward_model", str(folder))
     return known, settings | {"reward": reward}
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
-def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, settings", CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settings, tmp_path, monkeypatch):
     """In the case of bfloat16 without the precision itself: what is left is that old log-probabilities are
     computed anew."""
     monkeypatch.setattr(compute, "StandIns", lambda model: SimpleNamespace(enter=int, leave=int))
     monkeypatch.setattr(sharding, "placed_dtype", lambda *_: torch.float64)
-    known, settings = with_doubts(settings, tmp_path / "reward_model")
-    cfg, model, lines, _ = trained(ppo, **SHARED | settings)
+    known, settings = with_doubts(stage, settings, tmp_path / "reward_model")
+    shared = {k: x for k, x in SHARED.items() if hasattr(stage.Config, k)}
+    cfg, model, lines, _ = trained(stage, **shared | settings)
     nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"),
             "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
     prompts, _ = loading.load("prompts", "world")
     demonstrations, _ = loading.load("demonstrations", "world")
-    reward_model, program = load_rewards(cfg.reward)
-    if not reward_model:
+    program = load_function("program.py:words") if "words" in cfg.reward else None
+    if "reward_model" not in cfg.reward:
         del nets["reward"]
+    cfg.reward_model_coef = 0.3 if "0.3*" in cfg.reward else 1.0
     expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations, program, known)
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, nets["actor"])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from runtime import Settings, compute, make_optimizer
+from runtime import Run, Settings, Training, compute, make_optimizer
 from runtime.checkpoints import flatten, restore
 from runtime.nf4 import NF4, pack
 
@@ -46,13 +46,52 @@ def test_what_fails_while_a_network_computes_leaves_it_as_it_was():
     assert all(p is before[name] for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("how", ["break", "raise", "return", "inner", "to the end"])
+def test_however_a_loop_over_micro_batches_ends_a_network_is_what_it_was(how):
+    model = network()
+    device, before = placed(model), dict(model.named_parameters())
+
+    def loop():
+        for rows, share in device.micro_batches(range(4), [1] * 4, [8] * 4):
+            (share * model.logprobs(TOKENS[rows], TOKENS[rows].bool()).float().mean()).backward()
+            assert model.token_embedding.weight.dtype == torch.bfloat16
+            if how == "break":
+                break
+            if how == "return":
+                return
+            if how == "raise":
+                raise KeyError
+            if how == "inner":                      # it computes on after what is computed in between
+                device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)
+                assert model.token_embedding.weight.dtype == torch.bfloat16
+    caught = None
+    try:
+        loop()
+    except KeyError as e:
+        caught = e                                  # its traceback holds the loop's frame
+    assert (caught is not None) == (how == "raise") and device.inside == 0
+    assert all(p is before[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+def test_a_loop_left_half_way_whose_generator_somebody_holds_is_noticed_before_a_step(tmp_path):
+    model = network()
+    run = Run(Training(device="cpu", precision="bfloat16", micro_batch=1, out=str(tmp_path)), 1)
+    run.place(model)
+    optimizer = make_optimizer(model, 0.1)
+    held = run.micro_batches(range(4), [1] * 4, [8] * 4)
+    next(held)
+    with pytest.raises(RuntimeError, match="inside a loop over micro-batches"):
+        run.optimizer_step(optimizer, 0.1, 0.0, "rows")
+    held.close()
+    run.optimizer_step(optimizer, 0.1, 0.0, "rows")
+
+
 def test_gradients_of_micro_batches_add_up_in_float32():
     model = network()
     device = placed(model)
 
-    def loss(rows):
-        return {"loss": model.logprobs(TOKENS[rows], TOKENS[rows].bool()).float().mean()}
-    device.accumulate(loss, range(4), [1] * 4, [8] * 4)
+    for rows, share in device.micro_batches(range(4), [1] * 4, [8] * 4):
+        (share * model.logprobs(TOKENS[rows], TOKENS[rows].bool()).float().mean()).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     twin = network().bfloat16()
@@ -77,8 +116,8 @@ def test_the_copies_follow_the_weights():
     def outputs():
         return device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)["y"]
     first = outputs()
-    device.accumulate(lambda rows: {"loss": model(TOKENS[rows]).float().square().mean()}, range(4), [1] * 4,
-                      [8] * 4)
+    for rows, share in device.micro_batches(range(4), [1] * 4, [8] * 4):
+        (share * model(TOKENS[rows]).float().square().mean()).backward()
     optimizer.step()
     second = outputs()
     assert (second - first).abs().max() > 0.05

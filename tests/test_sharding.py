@@ -1,5 +1,6 @@
 """Two and four processes (gloo on the CPU) end in what one does, under DDP and FSDP."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -75,11 +76,13 @@ def test_several_processes_write_the_report_of_one(together, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("command", [
-    "ppo.py --steps 3 --batch 15 --group 3 --advantage grpo --max_new_tokens 12 --micro_batch 4",
-    "dpo.py --records 10 --batch 3 --online annotators --max_new_tokens 12 --micro_batch 5 --warmup 2"])
+    "grpo.py --steps 3 --batch 15 --group 3 --max_new_tokens 12 --micro_batch 4",
+    "extras/ptx.py --steps 3 --batch 15 --max_new_tokens 12 --micro_batch 4 --ptx_batch 9",
+    "online_dpo.py --records 10 --batch 3 --max_new_tokens 12 --micro_batch 5 --warmup 2"])
 def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, command):
     """Rows that two do not divide: answers to one prompt are compared as they are alone."""
-    command, out = f"{command} --device cpu", alone / f"out/compared_{command[:3]}"
+    stage = os.path.basename(command.split(".py")[0])
+    command, out = f"{command} --device cpu", alone / f"out/compared_{stage}"
     if not out.exists():
         in_float64([f"{command} --out {out}"], alone)
     in_float64([f"{command} --parallel {kind} --out {out}_{kind}"], alone, 2)
@@ -90,7 +93,7 @@ def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, com
 def test_what_is_known_of_a_score_is_learnt_and_used_alike_by_several_processes(alone, kind):
     careful = "--reward out/sure --pessimism deviation --ood_penalty 2 --out out/careful"
     commands = [f"reward_model.py {FLAGS['reward_model']} --ensemble 3 --out out/sure",
-                f"ppo.py {FLAGS['ppo']} {careful}"]
+                f"extras/cautious_ppo.py {FLAGS['ppo']} {careful}"]
     if not (alone / "out/careful").exists():
         in_float64(commands, alone)
     in_float64([f"{command}_{kind} --parallel {kind}" for command in commands], alone, 2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import plainly
 from helpers.arrays import near, seeds
-from helpers.start import script
+from helpers.start import module, script
 
-import uncertainty
+from extras import uncertainty
 from reward_model import ranking_loss
 
 
@@ -101,6 +101,6 @@ def test_it_goes_with_bfloat16_and_with_adapters_that_stand_alone(chain, flags):
     learn = f"--device cpu --normalize 20 --ensemble 3 {flags} --out {reward}"
     learnt = script("reward_model", learn, chain[0])
     assert learnt.returncode == 0, learnt.stderr
-    used = script("ppo", f"--device cpu --steps 2 --batch 8 --max_new_tokens 12 --reward {reward} {flags} "
-                  f"--pessimism worst --ood_penalty 1 --ood_drop --out {reward}_ppo", chain[0])
+    used = module("extras.cautious_ppo", f"--steps 2 --batch 8 --max_new_tokens 12 --reward {reward} {flags} "
+                  f"--pessimism worst --ood_penalty 1 --out {reward}_ppo", chain[0])
     assert used.returncode == 0 and "ood " in used.stdout, used.stderr

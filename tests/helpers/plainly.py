@@ -8,6 +8,7 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -491,9 +492,6 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
         a["returns"] = [x + y for x, y in zip(a["advantages"], a["values"])]
     if cfg.whiten_advantages:
         whitened(answers, "advantages", shift=True)
-    for a in answers:
-        if cfg.ood_drop and a["distance"] > 1 and a["ended"]:
-            a["advantages"], a["returns"] = [0.0] * len(a["ids"]), a["values"]
     return answers
 
 
@@ -550,8 +548,14 @@ def ppo_minibatch(cfg, nets, answers):
     return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value) if value else None, stats
 
 
+# Flags of PPO's variants, with values that leave it what it is.
+PLAIN = {"advantage": "gae", "group": 1, "whiten_rewards": False, "ptx_coef": 0.0, "pessimism": "none",
+         "ood_penalty": 0.0, "stop_ood": 1.0, "reward_model_coef": 1.0}
+
+
 def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None):
     """Trains actor and, with gae, critic. Returns a line {name: number} per step."""
+    cfg = SimpleNamespace(**PLAIN | vars(cfg))
     actor = AdamW(nets["actor"], eps=1e-5, max_norm=cfg.max_norm)
     if cfg.advantage == "gae":
         critic = AdamW(nets["critic"], eps=1e-5, max_norm=cfg.max_norm)

@@ -17,7 +17,9 @@ SMALL = {
     "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
     "reward_model": "--normalize 32 --warmup 5",
     "dpo": "--records 40 --warmup 2 --looks 0",
-    "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --ptx_coef 0.1 --whiten_rewards",
+    "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --whiten_rewards",
+    "online_dpo": "--records 40 --warmup 2 --looks 0 --max_new_tokens 12",
+    "grpo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
 # The same with rows that do not divide by the processes, of very different lengths, in several micro-batches
@@ -26,8 +28,8 @@ FLAGS = {
     "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 7 --warmup 4",
     "reward_model": "--normalize 33 --batch 7 --micro_batch 8 --warmup 5",
     "dpo": "--records 70 --batch 7 --micro_batch 8 --warmup 5",
-    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 --ptx_coef 0.1 "
-           "--ptx_batch 9 --whiten_rewards --entropy_coef 0.01",
+    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 "
+           "--whiten_rewards --entropy_coef 0.01",
 }
 FLAGS = {stage: f"--device cpu {flags}" for stage, flags in FLAGS.items()}
 THRIFTY = "--checkpoint_blocks --offload --micro_tokens 300"
@@ -42,6 +44,14 @@ def command(name, flags):
     """A script on the CPU, always with as many threads, for the same weights: arguments of subprocess.run."""
     return {"args": [sys.executable, "-u", os.path.join(ROOT, f"{name}.py"), *on_cpu(name), *flags.split()],
             "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def module(name, flags, folder):
+    """A script of extras/, which is a module."""
+    start = command(name, f"--device cpu {flags}")
+    start["args"][2:3] = ["-m", name]
+    start["env"]["PYTHONPATH"] = ROOT
+    return subprocess.run(**start, cwd=folder, capture_output=True)
 
 
 def script(name, flags, folder, stdin=""):

@@ -4,13 +4,14 @@ A policy that climbs a score finds where it is too high by mistake (reward hacki
 places without knowing the truth. Heads that learnt from different samples of the same people make different
 mistakes, so where they disagree the score is a guess. And an answer unlike all that the reward model has
 learnt from is one about which it cannot know. reward_model.py --ensemble learns both at the end of its run,
-from what its head reads of the training answers; ppo.py uses them as --pessimism, --ood_penalty, --ood_drop
-and --stop_ood say.
+from what its head reads of the training answers; Cautious is a reward that uses them, and
+extras/cautious_ppo.py is PPO with it.
 """
 import math
 
 import torch
 
+from data.rewards import OfModel
 from runtime import pad
 
 
@@ -110,3 +111,25 @@ def cautious(batch, pessimism, pessimism_coef, penalty, least):
         found = heads.min(1).values
     found = found - penalty * (batch["distance"] - 1).clamp(min=0)
     return found.maximum(scores.clamp(max=least))
+
+
+class Cautious(OfModel):
+    """A reward model's score, as low as it may well be where it is a guess: see data/rewards.py."""
+
+    def __init__(self, cfg, folder, tokenizer):
+        """cfg: of extras/cautious_ppo.py."""
+        super().__init__(folder, tokenizer)
+        self.cfg = cfg
+        if not self.model.known:
+            raise ValueError("--pessimism, --ood_penalty and --stop_ood need what "
+                             "reward_model.py --ensemble 5 finds out")
+
+    def __call__(self, run, batch, prompts, answers):
+        cfg = self.cfg
+        found = run.map(lambda b: score(self.model, b["tokens"], b["lengths"]), batch)
+        ood = (found["distance"] > 1).float().mean().item()
+        if ood > cfg.stop_ood:
+            print(f"stopped before step {run.step + 1}: {ood:.0%} of its answers are OOD")
+            return None, {}
+        scores = cautious(found, cfg.pessimism, cfg.pessimism_coef, cfg.ood_penalty, least=cfg.no_end_score)
+        return scores, {"ood": ood, "disagreement": found["heads"].std(1).mean()}

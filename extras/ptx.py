@@ -1,0 +1,38 @@
+"""PPO-ptx (Ouyang et al. 2022, eq. 2): PPO with the SFT loss on demonstrations mixed in, so that what no
+reward asks for is not forgotten.
+
+    python -m extras.ptx --ptx_coef 0.1
+"""
+from dataclasses import dataclass
+
+import ppo
+from data import loading
+from data.batches import encode_demonstrations
+from data.tokenizer import Tokenizer
+from runtime import flag, load, main
+from sft import demonstrations_loss
+
+
+@dataclass
+class Config(ppo.Config):
+    out: str = flag("out/ptx", "folder that the run writes")
+    ptx_coef: float = flag(0.1, "weight of the SFT loss", 0)
+    ptx_data: str = flag("world", "demonstrations: world, or a file")
+    ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
+
+
+def train(cfg):
+    conversations, _ = loading.load("demonstrations", cfg.ptx_data, "", cfg.max_dropped)
+    tokenizer, block_size = Tokenizer.load(cfg.init, cfg.system), load(cfg.init).config.block_size
+    demonstrations = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations",
+                                           cfg.max_dropped)
+
+    def mix(run, actor):
+        chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
+        for some, share in run.micro_batches(chosen, weights=[sum(d.learn) for d in chosen]):
+            (share * (cfg.ptx_coef * demonstrations_loss(actor, run, some))).backward()
+    ppo.train(cfg, also=mix)
+
+
+if __name__ == "__main__":
+    main(Config, train, __doc__)

@@ -1,0 +1,60 @@
+"""What --reward names: a reward model, a program, and weighted sums."""
+import pytest
+import torch
+from helpers.arrays import tiny
+
+from data import rewards
+from runtime import Settings, compute
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("What?", "Who?", "Why?")]
+ANSWERS = ["a", "bb", "cccc"]
+BATCH = {"tokens": torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]]), "lengths": torch.tensor([2, 3, 1])}
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "@dataclass\nclass Sum:\n    a: int\n"            # looks its module up in sys.modules
+                    "def size(messages, answer): return len(answer) + 10 * len(messages[0]['content'])\n"
+                    "def nothing(messages, answer): pass\n"
+                    "def nan(messages, answer): return float('nan')\n")
+    return str(path)
+
+
+class AnyTokenizer:
+    def check_same(self, folder):
+        pass
+
+
+def scores(names):
+    reward = rewards.find_reward(names, AnyTokenizer())
+    run = compute.Compute(Settings(device="cpu", micro_batch=2))
+    return reward, reward(run, BATCH, PROMPTS, ANSWERS)[0].tolist()
+
+
+def test_a_program_scores_each_answer_to_its_prompt(program):
+    reward, found = scores(f"{program}:size")
+    assert found == [51, 42, 44] and reward.networks == [] and reward.folder is None
+
+
+def test_a_sum_weighs_its_terms(program, monkeypatch):
+    model = tiny("scalar").float()
+    monkeypatch.setattr(rewards, "find", str)
+    monkeypatch.setattr(rewards, "load_reward_model", lambda folder: model)
+    reward, found = scores(f"0.5*out/reward_model,2*{program}:size")
+    own = model.score(BATCH["tokens"], BATCH["lengths"]).tolist()
+    assert found == pytest.approx([0.5 * x + 2 * y for x, y in zip(own, [51, 42, 44])])
+    assert reward.networks == [model] and reward.folder == "out/reward_model"
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_no_reward_is_one_line(program):
+    for names, said in ((f"x*{program}:size", "'x' is no weight"),
+                        (f"{program}:two", "program.py:two: AttributeError"),
+                        ("missing.py:one", "missing.py:one: FileNotFoundError")):
+        with pytest.raises(ValueError, match=said):
+            rewards.find_reward(names, AnyTokenizer())
+    for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan")):
+        with pytest.raises(ValueError, match=f"program.py:{called}: {said}, for the answer '.*' to '.*'"):
+            scores(f"{program}:{called}")
