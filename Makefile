@@ -33,17 +33,17 @@ demo: .venv/ready
 seeds: .venv/ready
 	mkdir -p out/seeds
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed && cp out/report.json out/seeds/$$seed.json || exit 1; done
-	$(PY) docs/seeds.py out/seeds/0.json out/seeds/1.json out/seeds/2.json
+	$(PY) -m lab.seeds out/seeds/0.json out/seeds/1.json out/seeds/2.json
 
 ROUNDS ?= 3
 loop: .venv/ready
-	$(PY) loop.py --rounds $(ROUNDS) --seed $(SEED)
+	$(PY) -m feedback.rounds --rounds $(ROUNDS) --seed $(SEED)
 
 methods: .venv/ready
-	$(PY) -m docs.methods
+	$(PY) -m lab.methods
 
 lab: .venv/ready
-	$(PY) -m docs.lab --seed $(SEED)
+	$(PY) -m lab.hacking --seed $(SEED)
 
 exercise: .venv/ready
 	@$(PY) docs/exercise.py $(NAME)

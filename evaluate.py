@@ -2,7 +2,7 @@
 
     python evaluate.py                                all that out/ holds: sft, best_of_n, dpo, ppo, ppo_no_kl
     python evaluate.py out/sft out/mine --judge out/reward_model --data prompts.jsonl
-    python evaluate.py out/a out/b --judge chat-model --data prompts.jsonl      an AI judge: data/judge.py
+    python evaluate.py out/a out/b --judge chat-model --data prompts.jsonl      an AI judge: feedback/judge.py
     python evaluate.py --require "win_rate>=0.7,kl<5"       of the last model, or it ends with status 1
     python evaluate.py out/ppo --chat
 
@@ -27,10 +27,10 @@ import torch
 
 from data import loading, world
 from data.batches import encode_demonstrations, fit, fit_prompts
-from data.judge import preferred
 from data.records import Preference
+from data.report import examples, markdown, page, read_rollouts, side_by_side, tables
 from data.tokenizer import Tokenizer
-from report import examples, markdown, page, read_rollouts, side_by_side, tables
+from feedback.judge import preferred
 from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
 from runtime.compute import row_seeds
 from runtime.files import write_json

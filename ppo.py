@@ -31,16 +31,16 @@ import torch
 
 from data import answers
 from data.loading import load_prompts
-from data.rewards import find_reward
 from data.tokenizer import Tokenizer
 from runtime import Meter, Run, Training, flag, load, main, make_optimizer, schedule, select
+from runtime.rewards import find_reward
 
 
 @dataclass
 class OnPolicy(Training):
     """The flags of stages that learn from the policy's own answers: this one, and grpo.py."""
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
-    reward: str = flag("out/reward_model", "what scores answers: see data/rewards.py")
+    reward: str = flag("out/reward_model", "what scores answers: see runtime/rewards.py")
     data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
     steps: int = flag(54, "steps of rollout and update", 1)
     batch: int = flag(128, "answers per rollout", 2)
@@ -282,8 +282,8 @@ class AdaptiveKL:
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(cfg, reward=None, also=None):
-    """reward: in the place of --reward (see data/rewards.py). also: a function (run, actor) that adds to the
-    policy's gradient before each of its steps. Both are for extras/."""
+    """reward: in the place of --reward (runtime/rewards.py). also: a function (run, actor) that adds to the
+    policy's gradient before each of its steps. Both are for variants/."""
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     actor = load(cfg.init, "lm", tokenizer.vocab_size)
     reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from data import annotators, loading
 from data.batches import batches, encode_comparisons, fit_prompts
 from data.tokenizer import Tokenizer
-from extras import uncertainty
 from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
+from variants import cautious as uncertainty
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Preference:
     ranks: list             # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0     # how much the chosen one should win by (pairs only)
     probability: float = 1.0        # that the chosen one is the better (pairs only)
-    cannot_judge: bool = False      # whether the ties mean only that (data/label.py)
+    cannot_judge: bool = False      # whether the ties mean only that (feedback/label.py)
 
 
 class UnknownShape(RecordError):

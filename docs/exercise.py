@@ -68,9 +68,9 @@ def make(name):
         return "homework/ is there already: move it away first"
     file = EXERCISES[name][0]
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
-    for folder in ("data", "runtime", "extras"):
+    for folder in ("data", "runtime"):
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ("model.py", "evaluate.py", "report.py", *stages):
+    for path in ("model.py", "evaluate.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)
     code, parts = (ROOT / file).read_text("utf-8"), PARTS.get(name, [name])
     for part in parts:                                              # from top to bottom, as lines are counted

@@ -16,7 +16,7 @@
     page.py          a page for one person on this machine, and for nobody else
     processes.py     several processes as one
     sharding.py      networks that several processes hold together: DDP and FSDP
-    plan.py          how much memory a stage takes, on paper: python -m runtime.plan
+    plan.py          how much memory a stage takes, on paper: python -m lab.plan
 """
 from runtime.compute import Compute, Meter, pad, select
 from runtime.flags import Settings, Training, flag

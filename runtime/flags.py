@@ -118,7 +118,7 @@ def range_in_words(low, high):
 
 
 def program():
-    """What the user started, for messages: ppo.py, python -m data, or python -m runtime.plan."""
+    """What the user started, for messages: ppo.py, python -m data, or python -m lab.plan."""
     folder, name = os.path.split(sys.argv[0])
     package = os.path.basename(folder)
     if name == "__main__.py":

@@ -11,13 +11,12 @@ import test_sft
 from helpers import plainly
 
 import dpo
-import grpo
-import online_dpo
 import ppo
 import reward_model
 import sft
-from extras import cautious_ppo, ptx
 from runtime import Training
+from variants import cautious_ppo, grpo, online_dpo
+from variants import ppo_ptx as ptx
 
 CASES = {stage: [test.SHARED, *test.CASES] for stage, test in (
     (sft, test_sft), (reward_model, test_reward_model), (dpo, test_dpo), (online_dpo, test_dpo))}

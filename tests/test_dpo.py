@@ -8,7 +8,6 @@ from helpers import plainly
 from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
-import online_dpo
 from data import loading
 from data.answers import warnings
 from data.batches import Comparison, encode_comparisons
@@ -16,6 +15,7 @@ from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
 from runtime import Run
+from variants import online_dpo
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):

@@ -11,8 +11,9 @@ import torch
 from helpers import plainly
 
 import evaluate
-from data import judge, loading, records, world
+from data import loading, records, world
 from data.tokenizer import Tokenizer, learn
+from feedback import judge
 from model import GPT, GPTConfig
 from runtime import files, flags
 

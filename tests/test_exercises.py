@@ -173,8 +173,8 @@ def test_the_copy_is_the_project_without_that_body(project, name):
     done, file, parts = run(project, name), EXERCISES[name][0], PARTS.get(name, [name])
     assert done.returncode == 0, done.stderr
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
-    assert set(os.listdir(project / "homework")) == {"data", "runtime", "extras", "model.py",
-                                                     "evaluate.py", "report.py", "exercise.md", *stages}
+    assert set(os.listdir(project / "homework")) == {"data", "runtime", "model.py",
+                                                     "evaluate.py", "exercise.md", *stages}
     before, after = right(file), (project / "homework" / file).read_text()
     emptied = {n for part in parts + SPOILERS.get(name, []) for n in lines_of(before, part)}
     kept = [line for n, line in enumerate(before.splitlines()) if n not in emptied]

@@ -6,12 +6,14 @@ import pytest
 import data.__main__ as data_main
 import dpo
 import evaluate
-import loop
 import ppo
 import reward_model
 import sft
-from data import feedback, judge, label
-from runtime import Training, flag, flags, plan
+from feedback import collect as feedback
+from feedback import judge, label
+from feedback import rounds as loop
+from lab import plan
+from runtime import Training, flag, flags
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ import torch
 from helpers.start import FLAGS, THRIFTY, misbehave, script, torchrun
 from test_plan import SHAPES, steps
 
-from runtime.plan import Config, Plan
+from lab.plan import Config, Plan
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 pytestmark = [pytest.mark.gpu,

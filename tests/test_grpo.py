@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.arrays import near, seeds
 
-import grpo
+from variants import grpo
 
 
 @seeds

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data import judge, records
+from data import records
 from data.tokenizer import Tokenizer
+from feedback import judge
 from model import GPT
 
 PAIRS = [{"prompt": f"What is {i} plus {i}?", "chosen": f"It's {2 * i}.", "rejected": f"It's {2 * i + 1}."}

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import grpo
 import ppo
 from data import world
 from dpo import LOSSES, dpo_loss
 from model import GPT, GPTConfig
 from reward_model import pairwise_loss
 from runtime import Run, pad
+from variants import grpo
 
 V, END, LONGEST, BETA, NO_END = 4, 3, 3, 0.5, -0.5
 PROMPTS = [[0], [1, 2]]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from helpers.start import ROOT
 
-from data import choices, label, loading, records
+from data import loading, records
 from data.records import Preference
+from feedback import choices, label
 
 try:
     from selenium import webdriver
@@ -278,10 +279,11 @@ def test_sampled_tasks_are_different_answers_to_training_prompts(tiny_inputs, mo
 # ------------------------------------------------------------------------------------- the program
 
 class Program:
-    """python -m data.label at work in a folder: its address, and what it says after that."""
+    """python -m feedback.label at work in a folder: its address, and what it says after that."""
 
     def __init__(self, folder, flags=""):
-        command = [sys.executable, "-u", "-m", "data.label", "--port", "0", "--name", "ann", *flags.split()]
+        command = [sys.executable, "-u", "-m", "feedback.label", "--port", "0", "--name", "ann",
+                   *flags.split()]
         self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         text=True, env={**os.environ, "PYTHONPATH": ROOT})
         self.said, self.address = "", ""

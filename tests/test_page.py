@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from runtime.page import LARGEST, Page
+from feedback.page import LARGEST, Page
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from helpers.start import ROOT, torchrun
 from torch.profiler import ProfilerActivity, profile
 
 from data.tokenizer import Tokenizer
+from lab import plan
 from model import GPT
-from runtime import make_optimizer, plan
+from runtime import make_optimizer
 from runtime.safetensors import load_tensors, save_tensors
 
 SHAPES = {

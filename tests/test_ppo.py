@@ -10,17 +10,17 @@ import torch
 from helpers import plainly
 from helpers.arrays import B, T, dirt, near, ragged, seeds, spoilt, tiny
 
-import grpo
 import ppo
 from data import answers, loading
 from data.tokenizer import Tokenizer
-from extras import cautious_ppo, ptx
 from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
 from runtime import Run, compute, load, sharding
 from runtime.models import load_function
 from runtime.safetensors import save_tensors
 from sft import sft_loss
+from variants import cautious_ppo, grpo
+from variants import ppo_ptx as ptx
 
 # -------------------------------------------------------------------------------------------- means
 

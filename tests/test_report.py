@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import report
+from data import report
 
 HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)> \" ' & $facts ${"
 SFT = {"judge": 0.42, "reward": None, "win_rate": 0.5, "win_rate_interval": [0.5, 0.5], "kl": 0.0,

@@ -3,8 +3,7 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from data import rewards
-from runtime import Settings, compute
+from runtime import Settings, compute, rewards
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("What?", "Who?", "Why?")]
 ANSWERS = ["a", "bb", "cccc"]

@@ -232,8 +232,8 @@ def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
     assert_ends_as_uninterrupted(stage, chain, f"out/killed_{stage}")
 
 
-@pytest.mark.parametrize("stage, more", [("grpo", "--advantage rloo"),
-                                         ("online_dpo", "--max_new_tokens 12")])
+@pytest.mark.parametrize("stage, more", [("variants.grpo", "--advantage rloo"),
+                                         ("variants.online_dpo", "--max_new_tokens 12")])
 def test_a_killed_run_without_a_critic_or_with_fresh_labels_resumes_too(chain, stage, more):
     command = f"{SMALL[stage]} {more} --save_seconds 0 --out"
     whole, killed = (chain[0] / f"out/{name}_{stage}_more" for name in ("whole", "killed"))

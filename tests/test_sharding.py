@@ -76,9 +76,9 @@ def test_several_processes_write_the_report_of_one(together, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("command", [
-    "grpo.py --steps 3 --batch 15 --group 3 --max_new_tokens 12 --micro_batch 4",
-    "extras/ptx.py --steps 3 --batch 15 --max_new_tokens 12 --micro_batch 4 --ptx_batch 9",
-    "online_dpo.py --records 10 --batch 3 --max_new_tokens 12 --micro_batch 5 --warmup 2"])
+    "variants/grpo.py --steps 3 --batch 15 --group 3 --max_new_tokens 12 --micro_batch 4",
+    "variants/ppo_ptx.py --steps 3 --batch 15 --max_new_tokens 12 --micro_batch 4 --ptx_batch 9",
+    "variants/online_dpo.py --records 10 --batch 3 --max_new_tokens 12 --micro_batch 5 --warmup 2"])
 def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, command):
     """Rows that two do not divide: answers to one prompt are compared as they are alone."""
     stage = os.path.basename(command.split(".py")[0])
@@ -93,7 +93,7 @@ def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, com
 def test_what_is_known_of_a_score_is_learnt_and_used_alike_by_several_processes(alone, kind):
     careful = "--reward out/sure --pessimism deviation --ood_penalty 2 --out out/careful"
     commands = [f"reward_model.py {FLAGS['reward_model']} --ensemble 3 --out out/sure",
-                f"extras/cautious_ppo.py {FLAGS['ppo']} {careful}"]
+                f"variants/cautious_ppo.py {FLAGS['ppo']} {careful}"]
     if not (alone / "out/careful").exists():
         in_float64(commands, alone)
     in_float64([f"{command}_{kind} --parallel {kind}" for command in commands], alone, 2)

@@ -87,13 +87,13 @@ MISTAKES = {
          "gradient @ ctx.W().to(gradient.dtype) * 0.5"),
         ("a merged layer stays packed", "        self.__class__ = Linear ", "        pass "),
     ],
-    "data/judge.py": [
+    "feedback/judge.py": [
         ("a judge's bias stays in", "d, same = (first - second) / 2,", "d, same = first,"),
         ("the second order is the first", "for step in (1, -1)]", "for step in (1, 1)]"),
         ("labels say the worse is better", "if p >= 0.5 else", "if p < 0.5 else"),
         ("how sure a judge is gets lost", "round(max(p, 1 - p), 4)", "1.0"),
     ],
-    "data/feedback.py": [
+    "feedback/collect.py": [
         ("a ranking upside down", "sum(other > x for other in some)", "sum(other < x for other in some)"),
         ("a judge's preference counts for one side", "        scores[n][j] -= d\n", ""),
     ],
@@ -106,7 +106,7 @@ MISTAKES = {
         ("entropy of a look per answer", '(found["entropy"].mean() / length)', '(found["entropy"].mean())'),
         ("an answer without an end keeps its score", "x if a.ended else -torch.inf", "x"),
     ],
-    "loop.py": [
+    "feedback/rounds.py": [
         ("a round learns from its own labels alone", "for file in labels)", "for file in labels[-1:])"),
         ("each round samples from the SFT model", "label(cfg, policy, name, cfg.labels,",
          "label(cfg, cfg.init, name, cfg.labels,"),
@@ -209,7 +209,7 @@ MISTAKES = {
         ("all records in place of the first ones", "preferences = preferences[:cfg.records]",
          "preferences = preferences[-cfg.records:]"),
     ],
-    "extras/uncertainty.py": [
+    "variants/cautious.py": [
         ('a run that never stops',
          'if ood > cfg.stop_ood:',
          'if False:'),
@@ -382,7 +382,7 @@ MISTAKES = {
         ("the red team asks what was trained on", "for item in deeds if item.held_out]",
          "for item in deeds]"),
     ],
-    "report.py": [
+    "data/report.py": [
         ("the reward beside an answer is the judge's", 'f", reward {c.reward[i * n]:.2f}"',
          'f", reward {c.judge[i * n]:.2f}"'),
         ("an answer of the next prompt", "c.texts[i * n]", "c.texts[i]"),
@@ -521,7 +521,7 @@ MISTAKES = {
         ("the input is lost", '                text += "\\n\\n" + more\n', "                pass\n"),
         ("margins are lost", "float(margin), float(probability))", "0.0, float(probability))"),
     ],
-    "data/rewards.py": [
+    "runtime/rewards.py": [
         ('a program in place of, not beside, the reward model',
          'scores + weight * found',
          'weight * found'),
@@ -529,7 +529,7 @@ MISTAKES = {
          'list(zip(prompts, answers))',
          'list(zip(prompts[:1] * len(answers), answers))'),
     ],
-    "grpo.py": [
+    "variants/grpo.py": [
         ('an answer is in its own baseline',
          '(R.sum(1, keepdim=True) - R) / (group - 1)',
          'R.mean(1, keepdim=True)'),
@@ -564,7 +564,7 @@ MISTAKES = {
          'seen[-1]["approx_kl"] > cfg.update_kl',
          'False'),
     ],
-    "extras/ptx.py": [
+    "variants/ppo_ptx.py": [
         ('PTX unlearns',
          'cfg.ptx_coef * demonstrations_loss(',
          '-cfg.ptx_coef * demonstrations_loss('),
@@ -572,7 +572,7 @@ MISTAKES = {
          'cfg.ptx_coef * demonstrations_loss(',
          'demonstrations_loss('),
     ],
-    "online_dpo.py": [
+    "variants/online_dpo.py": [
         ("fresh answers of the reference", "fresh(run, model, tokenizer, rank, [",
          "fresh(run, reference, tokenizer, rank, ["),
         ("fresh answers, the policy as their reference", "dpo.add_reference(reference, run, rows)",
@@ -584,7 +584,7 @@ MISTAKES = {
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "data/answers.py": ["test_feedback", "test_dpo"],
-          "extras/uncertainty.py": ["test_reward_model", "test_ppo"],
+          "variants/cautious.py": ["test_reward_model", "test_ppo"],
           "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}

@@ -18,8 +18,8 @@ SMALL = {
     "reward_model": "--normalize 32 --warmup 5",
     "dpo": "--records 40 --warmup 2 --looks 0",
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --whiten_rewards",
-    "online_dpo": "--records 40 --warmup 2 --looks 0 --max_new_tokens 12",
-    "grpo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8",
+    "variants.online_dpo": "--records 40 --warmup 2 --looks 0 --max_new_tokens 12",
+    "variants.grpo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
 # The same with rows that do not divide by the processes, of very different lengths, in several micro-batches
@@ -41,17 +41,11 @@ def on_cpu(name):
 
 
 def command(name, flags):
-    """A script on the CPU, always with as many threads, for the same weights: arguments of subprocess.run."""
-    return {"args": [sys.executable, "-u", os.path.join(ROOT, f"{name}.py"), *on_cpu(name), *flags.split()],
-            "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-
-
-def module(name, flags, folder):
-    """A script of extras/, which is a module."""
-    start = command(name, f"--device cpu {flags}")
-    start["args"][2:3] = ["-m", name]
-    start["env"]["PYTHONPATH"] = ROOT
-    return subprocess.run(**start, cwd=folder, capture_output=True)
+    """A script ("ppo") or a module ("variants.grpo") on the CPU, always with as many threads, for the same
+    weights: arguments of subprocess.run."""
+    what = ["-m", name] if "." in name else [os.path.join(ROOT, f"{name}.py")]
+    return {"args": [sys.executable, "-u", *what, *on_cpu(name), *flags.split()],
+            "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}}
 
 
 def script(name, flags, folder, stdin=""):

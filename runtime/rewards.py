@@ -11,7 +11,7 @@ A reward is an object with
     reward(run, batch, prompts, answers) -> (scores (B,), {name: number} to be logged)
 
 where batch holds the rollout's tokens, mask and lengths, prompts are message lists and answers texts. Scores
-of None end the run. A class of your own does it in its own way: see extras/uncertainty.py.
+of None end the run. A class of your own does it in its own way: see variants/cautious.py.
 """
 import torch
 

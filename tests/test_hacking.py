@@ -1,10 +1,10 @@
-"""What docs/lab.py computes from runs: the laws, a detector's worth, means over steps."""
+"""What lab/hacking.py computes from runs: the laws, a detector's worth, means over steps."""
 import math
 
 import pytest
 import torch
 
-from docs import lab
+from lab import hacking as lab
 
 
 def test_a_law_is_found_again_where_it_holds():

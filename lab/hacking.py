@@ -1,7 +1,7 @@
 """The hacking lab: what a policy does to its reward model, and what stops it, on the embedded world.
 
-    python -m docs.lab              one seed, some twelve minutes on two cores (make lab)
-    python -m docs.lab --seed 1     another one
+    python -m lab.hacking              one seed, some twelve minutes on two cores (make lab)
+    python -m lab.hacking --seed 1     another one
 
 Trains PPO without a KL penalty, and under each defence, from one SFT model and one reward model, in
 out/lab/<seed>/ (what is there is not made again). Prints and draws the judge's score against √KL, with
@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 import evaluate
 from data import loading, world
-from docs.methods import ROOT, learn
-from extras import uncertainty
+from lab.methods import ROOT, learn
 from runtime.compute import select
 from runtime.models import load_reward_model
+from variants import cautious as uncertainty
 
 FREE = "--kl_coef 0 --no-adaptive_kl --steps 60"
 DRAWS = 2000                    # of the bootstrap

@@ -1,7 +1,7 @@
 """Ways to learn from preferences, side by side on the embedded world, from the same SFT model and labels.
 
-    python -m docs.methods                       all of them on three seeds, and the table
-    python -m docs.methods ppo rloo --seeds 0    some of them
+    python -m lab.methods                       all of them on three seeds, and the table
+    python -m lab.methods ppo rloo --seeds 0    some of them
 
 Each method is a line of commands below, run in out/methods/<seed>/, and not again if its model is there.
 Prints the worst of the seeds in each column: a method is as good as it is on a bad day. All learn from
@@ -22,18 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"sft": "-m data && sft.py", "reward_model": "reward_model.py"}
 # name: (commands, networks held while it learns, answers that are sampled to learn from)
 METHODS = {
-    "rejection": ("-m data.feedback --by out/reward_model --prompts 4000 --answers 9 --out out/picked && "
+    "rejection": ("-m feedback.collect --by out/reward_model --prompts 4000 --answers 9 --out out/picked && "
                   "sft.py --init out/sft --data out/picked/preferences.jsonl --lr 5e-4", 2, 36000),
     "dpo": ("dpo.py", 2, 0),
     "dpo_alone": ("dpo.py --nll_coef 0", 2, 0),
-    "dpo_ai": ("-m data.feedback --by out/reward_model --prompts 10000 --out out/ai && "
+    "dpo_ai": ("-m feedback.collect --by out/reward_model --prompts 10000 --out out/ai && "
                "dpo.py --data out/ai/preferences.jsonl --held_out out/world/preferences_heldout.jsonl",
                2, 40000),
-    "dpo_online": ("online_dpo.py", 2, 40000),
+    "dpo_online": ("-m variants.online_dpo", 2, 40000),
     "ppo": ("ppo.py", 4, 54 * 128),
-    "rloo": ("grpo.py --advantage rloo", 3, 54 * 128),
-    "grpo": ("grpo.py", 3, 54 * 128),
-    "dr_grpo": ("grpo.py --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
+    "rloo": ("-m variants.grpo --advantage rloo", 3, 54 * 128),
+    "grpo": ("-m variants.grpo", 3, 54 * 128),
+    "dr_grpo": ("-m variants.grpo --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
     "ppo_no_kl": ("ppo.py --kl_coef 0 --no-adaptive_kl --steps 60", 4, 60 * 128),
 }
 

@@ -1,9 +1,9 @@
 """How much memory a stage needs on each device, and how much it sends: on paper, before it runs.
 
-    python -m runtime.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
+    python -m lab.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
         --vocab_size 128256
-    python -m runtime.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
+    python -m lab.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
 
 Bytes, with P parameters, N processes and b bytes per number in matrix products; ppo with a critic, dpo with
 --looks 0, which needs no reference, and neither with LoRA:

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from helpers.start import script
 
-import loop
 from data import records
+from feedback import rounds as loop
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def commands(tiny_inputs, tmp_path, monkeypatch):
         flags = {w[2:]: words[i + 1] for i, w in enumerate(words) if w.startswith("--")}
         name = words[1] if words[0] == "-m" else os.path.basename(words[0])
         done.append((name, flags))
-        file = flags["out"] if name == "data.label" else f"{flags['out']}/preferences.jsonl"
+        file = flags["out"] if name == "feedback.label" else f"{flags['out']}/preferences.jsonl"
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        if name in ("data.feedback", "data.label"):
+        if name in ("feedback.collect", "feedback.label"):
             answers = ["It's 4.", "Go away.", "4"]
             records.write(file, [{"prompt": f"{os.path.basename(flags['model'])} {i}", "responses": answers,
                                   "ranks": [1, 3, 1 if i else 2]} for i in range(2)])
@@ -45,17 +45,18 @@ def commands(tiny_inputs, tmp_path, monkeypatch):
 def test_each_round_labels_the_last_policy_and_learns_from_all_labels(commands, capsys):
     done, out = commands()
     steps = [(name, flags.get("model", flags.get("init"))) for name, flags in done[:-1]]
-    assert steps == [("data.feedback", "out/sft"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
-                     ("data.feedback", f"{out}/ppo_1"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
-                     ("data.feedback", "out/sft"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
-                     ("data.feedback", f"{out}/ppo_2")]
+    assert steps == [("feedback.collect", "out/sft"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
+                     ("feedback.collect", f"{out}/ppo_1"), ("reward_model.py", "out/sft"),
+                     ("ppo.py", "out/sft"),
+                     ("feedback.collect", "out/sft"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
+                     ("feedback.collect", f"{out}/ppo_2")]
     asked = [p.prompt[0]["content"] for p in records.read_preferences(f"{out}/labels_ppo_2.jsonl")]
     assert asked == ["sft 0", "sft 1", "ppo_1 0", "ppo_1 1"]
     once = [flags for name, flags in done if flags["out"].endswith("labels_once")]
     assert [flags["prompts"] for flags in once] == ["60"]               # as many labels in all
     rewards = [flags["reward"] for name, flags in done if name == "ppo.py"]
     assert rewards == [f"{out}/reward_model_{n}" for n in ("ppo_1", "ppo_2", "once")]
-    seeds = [flags["seed"] for name, flags in done if name == "data.feedback"]
+    seeds = [flags["seed"] for name, flags in done if name == "feedback.collect"]
     assert len(set(seeds)) == len(seeds), "each round asks about prompts and answers of its own"
     printed = capsys.readouterr().out
     assert printed.count("reward model of") == 3
@@ -70,15 +71,15 @@ def test_what_is_there_is_not_made_again(commands):
 
 def test_a_person_ranks_on_the_page(commands):
     done, out = commands(by="person")
-    assert {name for name, _ in done} == {"data.label", "reward_model.py", "ppo.py", "evaluate.py"}
-    seeds = [flags["seed"] for name, flags in done if name == "data.label"]
+    assert {name for name, _ in done} == {"feedback.label", "reward_model.py", "ppo.py", "evaluate.py"}
+    seeds = [flags["seed"] for name, flags in done if name == "feedback.label"]
     assert len(set(seeds)) == len(seeds), "each round asks about prompts of its own"
 
 
 def test_its_scripts_are_found_from_any_folder(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="data.feedback did not end well"):
-        loop.run("data.feedback", "labels.jsonl", model="out/sft")
+    with pytest.raises(ValueError, match="feedback.collect did not end well"):
+        loop.run("feedback.collect", "labels.jsonl", model="out/sft")
     assert "no model in out/sft: run `python sft.py` first" in capfd.readouterr().err
 
 
@@ -99,5 +100,5 @@ def test_the_best_answers_go_back_into_sft(commands):
 
 def test_a_part_that_fails_ends_the_loop(commands, monkeypatch):
     monkeypatch.setattr(loop.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 1}))
-    with pytest.raises(ValueError, match="data.feedback did not end well"):
+    with pytest.raises(ValueError, match="feedback.collect did not end well"):
         commands()

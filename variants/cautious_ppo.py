@@ -1,15 +1,15 @@
-"""PPO whose reward model says where its score is a guess: see extras/uncertainty.py.
+"""PPO whose reward model says where its score is a guess: see variants/cautious.py.
 
     python reward_model.py --ensemble 5
-    python -m extras.cautious_ppo --pessimism worst
+    python -m variants.cautious_ppo --pessimism worst
 """
 from dataclasses import dataclass
 
 import ppo
-from data.rewards import find_reward
 from data.tokenizer import Tokenizer
-from extras.uncertainty import Cautious
 from runtime import flag, main
+from runtime.rewards import find_reward
+from variants.cautious import Cautious
 
 
 @dataclass

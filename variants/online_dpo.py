@@ -1,7 +1,7 @@
 """DPO on the policy's own answers, sampled and compared as it learns (Guo et al. 2024, arXiv 2402.04792).
 
-    python online_dpo.py                                    compared by the embedded world's annotators
-    python online_dpo.py --by out/reward_model              by a reward model, or a judge's folder
+    python -m variants.online_dpo    compared by the embedded world's annotators
+    python -m variants.online_dpo --by out/reward_model    by a reward model, or a judge's folder
 
 What is wrong with a policy's answers changes while it learns, and labels of others' answers cannot say it.
 The prompts are those of the preference data, as many answers to each as there are in a record; the loss is
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import dpo
 from data.answers import look, sample, warnings
 from data.batches import Comparison, batches
-from data.feedback import labeller
 from data.tokenizer import Tokenizer
+from feedback.collect import labeller
 from runtime import Meter, Run, flag, load, main, make_optimizer, schedule
 
 
@@ -26,7 +26,7 @@ class Config(dpo.Config):
 
 def fresh(run, model, tokenizer, rank, old):
     """The prompts of some Comparisons with as many answers of the policy as it is now, compared anew; where
-    all of them tie, the old ones. rank: see data/feedback.py."""
+    all of them tie, the old ones. rank: see feedback/collect.py."""
     k, prompts, starts = len(old[0].sequences), [c.prompt for c in old], [c.start for c in old]
     room = min(run.cfg.max_new_tokens, model.config.block_size - max(starts))
     answers = sample(run, model, tokenizer, prompts, k, room, run.seeds(k * len(old)))

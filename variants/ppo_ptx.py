@@ -1,7 +1,7 @@
 """PPO-ptx (Ouyang et al. 2022, eq. 2): PPO with the SFT loss on demonstrations mixed in, so that what no
 reward asks for is not forgotten.
 
-    python -m extras.ptx --ptx_coef 0.1
+    python -m variants.ppo_ptx --ptx_coef 0.1
 """
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """PPO without a critic: an answer is judged by the other answers to its prompt (RLOO, GRPO).
 
-    python grpo.py                                  GRPO (Shao et al. 2024), four answers to each prompt
-    python grpo.py --advantage rloo                 RLOO (Ahmadian et al. 2024)
-    python grpo.py --no-divide_by_std --no-divide_by_length         Dr. GRPO (Liu et al. 2025)
+    python -m variants.grpo    GRPO (Shao et al. 2024), four answers to each prompt
+    python -m variants.grpo --advantage rloo    RLOO (Ahmadian et al. 2024)
+    python -m variants.grpo --no-divide_by_std --no-divide_by_length    Dr. GRPO (Liu et al. 2025)
 
 Three networks: policy, reference and reward model. A whole answer is one action here: all of its tokens share
 what it earned, and there is nothing for a critic to predict. Rollout, KL penalty, clipped loss and β are
@@ -15,10 +15,10 @@ import torch
 
 from data import answers
 from data.loading import load_prompts
-from data.rewards import find_reward
 from data.tokenizer import Tokenizer
 from ppo import AdaptiveKL, OnPolicy, approximate_kl, kl_rewards, masked_mean, policy_loss, rollout
 from runtime import Meter, Run, flag, load, main, make_optimizer, schedule, select
+from runtime.rewards import find_reward
 
 
 @dataclass

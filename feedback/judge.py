@@ -1,7 +1,7 @@
 """An AI judge in people's place: a chat model reads principles, and says which of two answers is better.
 
-    python -m data.judge --model folder --data pairs.jsonl      label pairs, and say how often people agree
-    python -m data.judge --model folder --data prompts.jsonl    label pairs of the model's own answers
+    python -m feedback.judge --model folder --data pairs.jsonl    label pairs, and say how often people agree
+    python -m feedback.judge --model folder --data prompts.jsonl    label pairs of the model's own answers
 
 This is RLAIF (Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023). The model does not write: it
 only says how likely "A" and "B" are as the next token. Judges favour a place, so each pair is asked in both
@@ -34,7 +34,7 @@ class Config(Settings):
     model: str = flag("out/sft", "chat model that judges")
     data: str = flag("out/world/preferences_heldout.jsonl", "file of preferences, or of prompts")
     reward: str = flag("", "reward model to be compared with, where the pairs are labelled")
-    constitution: str = flag("", "file of the principles that it judges by; none is data/principles.txt")
+    constitution: str = flag("", "file of the principles that it judges by; none is feedback/principles.txt")
     max_new_tokens: int = flag(64, "longest answer to a prompt that comes without any, in tokens", 1)
 
 
@@ -64,7 +64,7 @@ def ask_twice(run, model, tokenizer, principles, pairs):
 
 
 def preferred(run, model, tokenizer, pairs):
-    """P(the first answer is the better one) = σ(d) of Preferences for pairs, by data/principles.txt: a list.
+    """P(the first answer is the better one) = σ(d) of Preferences for pairs, by principles.txt: a list.
     Raises ValueError where a question is longer than the judge reads."""
     if not pairs:
         return []

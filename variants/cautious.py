@@ -5,14 +5,14 @@ places without knowing the truth. Heads that learnt from different samples of th
 mistakes, so where they disagree the score is a guess. And an answer unlike all that the reward model has
 learnt from is one about which it cannot know. reward_model.py --ensemble learns both at the end of its run,
 from what its head reads of the training answers; Cautious is a reward that uses them, and
-extras/cautious_ppo.py is PPO with it.
+variants/cautious_ppo.py is PPO with it.
 """
 import math
 
 import torch
 
-from data.rewards import OfModel
 from runtime import pad
+from runtime.rewards import OfModel
 
 
 def learn(model, run, comparisons, count, ranking_loss):
@@ -114,10 +114,10 @@ def cautious(batch, pessimism, pessimism_coef, penalty, least):
 
 
 class Cautious(OfModel):
-    """A reward model's score, as low as it may well be where it is a guess: see data/rewards.py."""
+    """A reward model's score, as low as it may well be where it is a guess: see runtime/rewards.py."""
 
     def __init__(self, cfg, folder, tokenizer):
-        """cfg: of extras/cautious_ppo.py."""
+        """cfg: of variants/cautious_ppo.py."""
         super().__init__(folder, tokenizer)
         self.cfg = cfg
         if not self.model.known:

@@ -1,8 +1,8 @@
 """Fresh preferences: a model answers prompts several times, and somebody says which answers are better.
 
-    python -m data.feedback --model out/ppo --by annotators          the world's simulated people rank them
-    python -m data.feedback --model out/ppo --by out/reward_model    a reward model does
-    python -m data.feedback --model out/ppo --by folder              a chat model that judges does: judge.py
+    python -m feedback.collect --model out/ppo --by annotators    the world's simulated people rank them
+    python -m feedback.collect --model out/ppo --by out/reward_model    a reward model does
+    python -m feedback.collect --model out/ppo --by folder    a chat model that judges does: judge.py
 
 Labels of answers that others gave say little about what this model does wrong, least of all once it has
 learnt from them. Labels of its own answers do.
@@ -11,11 +11,12 @@ import os
 import random
 from dataclasses import dataclass
 
-from data import annotators, judge, loading, records
+from data import annotators, loading, records
 from data.answers import sample, score
 from data.batches import fit_prompts
 from data.records import Preference
 from data.tokenizer import Tokenizer
+from feedback import judge
 from runtime import Compute, Settings, flag, load, main
 from runtime.compute import row_seeds
 

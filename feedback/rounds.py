@@ -1,9 +1,9 @@
 """The loop closed: sample from the policy, have its answers compared, learn from all labels, and again.
 
-    python loop.py                             three rounds of PPO, labelled by the world's annotators
-    python loop.py --by person                 ... by you, on a page: end it with Ctrl-C, and start this again
-    python loop.py --by folder                 ... by a chat model that judges (data/judge.py)
-    python loop.py --way best                  the best answers go back into supervised fine-tuning instead
+    python -m feedback.rounds    three rounds of PPO, labelled by the world's annotators
+    python -m feedback.rounds --by person    ... by you, on a page: end it with Ctrl-C, and start this again
+    python -m feedback.rounds --by folder    ... by a chat model that judges (feedback/judge.py)
+    python -m feedback.rounds --way best    the best answers go back into supervised fine-tuning instead
 
 A reward model knows the answers that it has seen compared. PPO leaves them, and goes first where the score is
 wrong: labels of the new policy's answers are labels of these mistakes. Each round trains the reward model on
@@ -57,9 +57,9 @@ def label(cfg, policy, name, prompts, seed):
     file = f"{folder}/preferences.jsonl"
     how = {"model": policy, "prompts": prompts, "seed": seed}
     if cfg.by == "person":
-        run("data.label", file, tasks=f"{folder}/tasks.jsonl", out=file, **how)
+        run("feedback.label", file, tasks=f"{folder}/tasks.jsonl", out=file, **how)
     else:
-        run("data.feedback", file, by=cfg.by, out=folder, **how)
+        run("feedback.collect", file, by=cfg.by, out=folder, **how)
     return file
 
 

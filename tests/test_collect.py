@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 
-from data import annotators, feedback, judge, records
+from data import annotators, records
 from data.answers import Answer, sample, score
 from data.tokenizer import Tokenizer
+from feedback import collect as feedback
+from feedback import judge
 from model import GPT
 from runtime import Compute
 

@@ -1,7 +1,7 @@
 """Rank a model's answers yourself, on a page of this machine: preferences that every stage reads.
 
-    python -m data.label --model out/sft                            then open the address that it prints
-    python -m data.label --agreement out/label/ann.jsonl out/label/bob.jsonl
+    python -m feedback.label --model out/sft    then open the address that it prints
+    python -m feedback.label --agreement out/label/ann.jsonl out/label/bob.jsonl
 
 The first run samples the answers and writes them to --tasks; later runs, and other people, get the same ones.
 Every choice is on the disk before the page goes on, and the same command goes on where it stopped.
@@ -14,12 +14,12 @@ from pathlib import Path
 from data import loading, records
 from data.answers import sample
 from data.batches import fit_prompts
-from data.choices import Choices, compare, read
 from data.tokenizer import Tokenizer
+from feedback.choices import Choices, compare, read
+from feedback.page import Page
 from runtime import Compute, Settings, find, flag, load, main
 from runtime.compute import row_seeds
 from runtime.files import lock
-from runtime.page import Page
 from runtime.processes import is_first
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ class Config(Settings):
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
     tasks: str = flag("out/label/tasks.jsonl", "file of what is to be ranked: sampled if there is none")
     gold: str = flag("", "file of preferences of known order, mixed in among the tasks")
-    guidelines: str = flag("", "text file shown beside the answers; none takes data/guidelines.txt")
+    guidelines: str = flag("", "text file shown beside the answers; none takes feedback/guidelines.txt")
     name: str = flag("", "who labels; none takes the login name")
     out: str = flag("", "file of the choices; none takes out/label/NAME.jsonl")
     port: int = flag(8000, "port of the page on this machine; 0 takes a free one", 0, 65535)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import plainly
 from helpers.arrays import near, seeds
-from helpers.start import module, script
+from helpers.start import script
 
-from extras import uncertainty
 from reward_model import ranking_loss
+from variants import cautious as uncertainty
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,7 @@ def test_it_goes_with_bfloat16_and_with_adapters_that_stand_alone(chain, flags):
     learn = f"--device cpu --normalize 20 --ensemble 3 {flags} --out {reward}"
     learnt = script("reward_model", learn, chain[0])
     assert learnt.returncode == 0, learnt.stderr
-    used = module("extras.cautious_ppo", f"--steps 2 --batch 8 --max_new_tokens 12 --reward {reward} {flags} "
+    used = script("variants.cautious_ppo", f"--device cpu --steps 2 --batch 8 --max_new_tokens 12 "
+                  f"--reward {reward} {flags} "
                   f"--pessimism worst --ood_penalty 1 --out {reward}_ppo", chain[0])
     assert used.returncode == 0 and "ood " in used.stdout, used.stderr
