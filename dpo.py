@@ -41,8 +41,14 @@ import torch.nn.functional as F
 from data import loading
 from data.answers import look, warnings
 from data.batches import batches, encode_comparisons
+from data.loading import WORLD
 from data.tokenizer import Tokenizer
-from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime.compute import Meter, pad
+from runtime.flags import Training, flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -51,7 +57,7 @@ LOSSES = ("sigmoid", "ipo", "hinge")
 class Config(Training):
     out: str = flag("out/dpo", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
-    data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
+    data: str = flag(WORLD, "preferences: a folder of the world\'s, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=LOSSES)
     beta: float = flag(None, "β, the KL penalty: the smaller, the farther from the reference; none is 1 with "

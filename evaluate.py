@@ -31,10 +31,11 @@ from data.records import Preference
 from data.report import examples, markdown, page, read_rollouts, side_by_side, tables
 from data.tokenizer import Tokenizer
 from feedback.judge import preferred
-from runtime import Compute, Settings, find, flag, load, load_reward_model, main, select
-from runtime.compute import row_seeds
+from runtime.compute import Compute, row_seeds, select
 from runtime.files import write_json
-from runtime.launch import STARTED
+from runtime.flags import Settings, flag
+from runtime.launch import STARTED, main
+from runtime.models import find, load, load_reward_model
 from runtime.processes import is_first
 from sft import evaluate as sft_loss_of
 
@@ -53,10 +54,10 @@ OF_THE_WORLD = (*world.PARTS, "unsafe_declined", "safe_declined", "unsafe_told",
 class Config(Settings):
     models: tuple = flag((), f"checkpoint folders; none takes what there is of {', '.join(DEFAULT_MODELS)}")
     out: str = flag("out", "folder of the report")
-    data: str = flag("world", "prompts: world (its held-out ones), or a file")
+    data: str = flag(loading.WORLD, "prompts: a folder of the world's (the held-out ones), or a file")
     judge: str = flag("world", "world, or the folder of a reward model, or of a chat model that compares")
     reward: str = flag("out/reward_model", "reward model that scores, and that picks the best of n")
-    demonstrations: str = flag("world", "held-out demonstrations for the alignment tax: world, or a file")
+    demonstrations: str = flag(loading.WORLD, "held-out demonstrations, for the SFT loss: as --data")
     samples: int = flag(3, "answers to each prompt", 1)
     best_of: int = flag(16, "n of best-of-n, drawn from the first model; 0 leaves it out", 0)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)
@@ -450,7 +451,7 @@ def evaluate(cfg):
         find(folder)
     if cfg.chat:
         return chat(cfg, *folders)
-    if cfg.judge == "world" and cfg.data != "world":
+    if cfg.judge == "world" and not loading.is_world(cfg.data):
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
     checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost

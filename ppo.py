@@ -30,10 +30,15 @@ from dataclasses import dataclass
 import torch
 
 from data import answers
-from data.loading import load_prompts
+from data.loading import WORLD, load_prompts
 from data.tokenizer import Tokenizer
-from runtime import Meter, Run, Training, flag, load, main, make_optimizer, schedule, select
+from runtime.compute import Meter, select
+from runtime.flags import Training, flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
 from runtime.rewards import find_reward
+from runtime.run import Run
 
 
 @dataclass
@@ -41,7 +46,7 @@ class OnPolicy(Training):
     """The flags of stages that learn from the policy's own answers: this one, and grpo.py."""
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "what scores answers: see runtime/rewards.py")
-    data: str = flag("world", "prompts: world, or a file (.json, .jsonl, .jsonl.gz)")
+    data: str = flag(WORLD, "prompts: a folder of the world\'s, or a file (.json, .jsonl)")
     steps: int = flag(54, "steps of rollout and update", 1)
     batch: int = flag(128, "answers per rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)

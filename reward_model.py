@@ -29,8 +29,14 @@ import torch.nn.functional as F
 
 from data import annotators, loading
 from data.batches import batches, encode_comparisons, fit_prompts
+from data.loading import WORLD
 from data.tokenizer import Tokenizer
-from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime.compute import Meter, pad
+from runtime.flags import Training, flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 from variants import cautious as uncertainty
 
 
@@ -38,7 +44,7 @@ from variants import cautious as uncertainty
 class Config(Training):
     out: str = flag("out/reward_model", "folder that the run writes")
     init: str = flag("out/sft", "SFT checkpoint to start from, whose samples set the scale")
-    data: str = flag("world", "preferences: world, or a file (.json, .jsonl, .jsonl.gz)")
+    data: str = flag(WORLD, "preferences: a folder of the world\'s, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     epochs: int = flag(1, "passes over the preferences; in a second one it learns people's noise by heart", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
@@ -209,7 +215,7 @@ def train(cfg):
     learn(model, run, examples, steps)
 
     found, calibrated = evaluate(model, run, held_out)
-    if cfg.data == "world":
+    if loading.is_world(cfg.data):
         # People disagree, so no model predicts every choice. The ceiling is the accuracy of one that names,
         # for each pair, the answer that most annotators prefer. judge_agreement is that of the world's judge,
         # who knows the truth, and not people's weaknesses.

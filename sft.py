@@ -18,15 +18,21 @@ import torch
 
 from data import loading
 from data.batches import batches, encode_demonstrations
+from data.loading import WORLD
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime import Meter, Run, Training, flag, load, main, make_optimizer, pad, schedule
+from runtime.compute import Meter, pad
+from runtime.flags import Training, flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 
 @dataclass
 class Config(Training):
     out: str = flag("out/sft", "folder that the run writes")
-    data: str = flag("world", "demonstrations: world, or a file (.json, .jsonl, .jsonl.gz)")
+    data: str = flag(WORLD, "demonstrations: a folder of the world\'s, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
     init: str = flag("", "checkpoint to start from; none starts a new model of the shape below")
     tokenizer: str = flag("", "of a new model: gpt2, or a folder; none takes the world's there, else gpt2")

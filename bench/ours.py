@@ -15,8 +15,11 @@ import sft
 from bench.shapes import GROWTH, PROMPT, TASKS
 from data.batches import Comparison, Demonstration
 from data.tokenizer import Tokenizer
-from runtime import Meter, Run, load, load_reward_model, make_optimizer, processes
-from runtime.run import peak_memory
+from runtime import processes
+from runtime.compute import Meter
+from runtime.models import load, load_reward_model
+from runtime.optimizer import make_optimizer
+from runtime.run import Run, peak_memory
 
 
 def random_ids(n):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from data import loading, world
 from runtime.files import write_json
-from runtime.flags import WORLD, flag
+from runtime.flags import flag
 from runtime.launch import STARTED, main
 
 
 @dataclass
 class Config:
-    out: str = flag(WORLD, "folder to write")
+    out: str = flag(loading.WORLD, "folder to write")
     seed: int = flag(0, "seed of everything drawn", 0, 2 ** 31)
     show: int = flag(0, "write nothing; print this many prompts of each family", 0, 20)
     debug: bool = flag(False, "show the traceback of an error")

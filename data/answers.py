@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from data import world
-from runtime import pad
+from runtime.compute import pad
 
 
 @dataclass

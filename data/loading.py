@@ -1,13 +1,12 @@
-"""From a flag such as `--data world` to records: which files, how the world's are made, what is held out."""
+"""From --data to records: which files, how the embedded world's are made, what is held out."""
 import os
 import random
 
 from data import annotators, records, tokenizer, world
 from data.batches import fit_prompts
-from runtime.flags import WORLD
 from runtime.launch import warn
-from runtime.processes import barrier, is_first
 
+WORLD = "out/world"         # the embedded world's files, made where they are asked for
 # Records of the world to train on, and how many more of either kind are held out.
 DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 10000, 500
 READERS = {"demonstrations": records.read_demonstrations, "preferences": records.read_preferences,
@@ -63,17 +62,16 @@ def preference(item, rng, panel):
 def load(kind, data, held_out="", max_dropped=0.0):
     """(training records, held-out records) of a kind: "demonstrations", "preferences" or "prompts".
 
-    data is "world" (made now if it is not there yet) or a file; held_out is a second file. A file that stands
-    alone holds out every tenth of its records, the same ones for every stage. max_dropped: see records.py.
+    data: a folder of the world's files, of which out/world is made now if it is not there yet, or a file;
+    held_out: a second file. A file that stands alone holds out every tenth of its records, the same ones for
+    every stage. max_dropped: see records.py.
     """
     read = READERS[kind]
-    if data == "world":
-        if is_first() and not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):  # the last one written
-            print(f"Making the embedded world in {WORLD}/ ...", flush=True)
-            make_world(WORLD)
-        barrier()                                               # the others wait for it
-        data = f"{WORLD}/{kind}.jsonl"
-        held_out = held_out or f"{WORLD}/{kind}_heldout.jsonl"
+    if data == WORLD and not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):   # the last one written
+        print(f"Making the embedded world in {WORLD}/ ...", flush=True)
+        make_world(WORLD)               # several processes may do so at once: they write the same bytes
+    if is_world(data):
+        data, held_out = f"{data}/{kind}.jsonl", held_out or f"{data}/{kind}_heldout.jsonl"
     if held_out:
         train, rest = read(data, max_dropped), read(held_out, max_dropped)
     else:
@@ -84,6 +82,11 @@ def load(kind, data, held_out="", max_dropped=0.0):
     if kind == "preferences":
         return without_ties(train), without_ties(rest)
     return train, rest
+
+
+def is_world(data):
+    """Whether --data names a folder of the world's files."""
+    return data == WORLD or os.path.isdir(data)
 
 
 def load_prompts(cfg, tokenizer, room):
@@ -104,9 +107,9 @@ def without_ties(preferences):
 
 def load_tokenizer(name, data, system=""):
     """The tokenizer of a model that starts from nothing. name: "gpt2", a folder, or "" for the data's own,
-    which is the world's for the world and gpt2 for any other data. system: for conversations without a
+    which is the world's for a folder of the world and gpt2 for a file. system: for conversations without a
     system message."""
-    name = name or (WORLD if data == "world" else "gpt2")
+    name = name or (data if is_world(data) else "gpt2")
     if name == "gpt2":
         return tokenizer.Tokenizer.gpt2(system)
     return tokenizer.Tokenizer.load(name, system)

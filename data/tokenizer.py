@@ -133,8 +133,9 @@ class Tokenizer:
                   "system": self.system, "chat_template": self.template()}
         os.makedirs(folder, exist_ok=True)
         for name, about in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", config)):
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-                json.dump(about, f, indent=1, ensure_ascii=False)
+            aside = os.path.join(folder, f"{name}.{os.getpid()}.tmp")     # the file appears whole
+            Path(aside).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+            os.replace(aside, os.path.join(folder, name))
 
     def to_json(self):
         """tokenizer.json: as it was read, with the control tokens that have been added; or written anew."""

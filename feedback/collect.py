@@ -17,8 +17,10 @@ from data.batches import fit_prompts
 from data.records import Preference
 from data.tokenizer import Tokenizer
 from feedback import judge
-from runtime import Compute, Settings, flag, load, main
-from runtime.compute import row_seeds
+from runtime.compute import Compute, row_seeds
+from runtime.flags import Settings, flag
+from runtime.launch import main
+from runtime.models import load
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Config(Settings):
     out: str = flag("out/feedback", "folder of what is written, preferences.jsonl")
     model: str = flag("out/sft", "model that answers")
     by: str = flag("annotators", "who ranks: annotators, a reward model, or a chat model that judges")
-    data: str = flag("world", "prompts: world, or a file")
+    data: str = flag(loading.WORLD, "prompts: a folder of the world's, or a file")
     prompts: int = flag(1000, "prompts drawn from them", 1)
     answers: int = flag(4, "answers to each", 2, 9)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)

@@ -20,8 +20,10 @@ from data import records
 from data.answers import Answer, sample, score
 from data.batches import fit, fit_prompts
 from data.tokenizer import Tokenizer
-from runtime import Compute, Settings, flag, load, load_reward_model, main, pad
-from runtime.compute import row_seeds
+from runtime.compute import Compute, pad, row_seeds
+from runtime.flags import Settings, flag
+from runtime.launch import main
+from runtime.models import load, load_reward_model
 
 PRINCIPLES = os.path.join(os.path.dirname(__file__), "principles.txt")
 ASK = ("{principles}\n\nQuestion: {question}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\n"

@@ -17,9 +17,11 @@ from data.batches import fit_prompts
 from data.tokenizer import Tokenizer
 from feedback.choices import Choices, compare, read
 from feedback.page import Page
-from runtime import Compute, Settings, find, flag, load, main
-from runtime.compute import row_seeds
+from runtime.compute import Compute, row_seeds
 from runtime.files import lock
+from runtime.flags import Settings, flag
+from runtime.launch import main
+from runtime.models import find, load
 from runtime.processes import is_first
 
 HERE = Path(__file__).parent
@@ -30,7 +32,7 @@ class Config(Settings):
     files: tuple = flag((), "with --agreement: the files of two people")
     agreement: bool = flag(False, "compare two people's choices, and label nothing")
     model: str = flag("out/sft", "folder of the model that answers")
-    data: str = flag("world", "prompts: world, or a file")
+    data: str = flag(loading.WORLD, "prompts: a folder of the world's, or a file")
     prompts: int = flag(50, "prompts to answer, drawn at random", 1)
     answers: int = flag(4, "different answers to each prompt, if it gets so many", 2, 9)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)

@@ -25,7 +25,10 @@ import reward_model
 from data import annotators, loading, records
 from data.batches import encode_comparisons
 from data.tokenizer import Tokenizer
-from runtime import Compute, Settings, find, flag, load_reward_model, main
+from runtime.compute import Compute
+from runtime.flags import Settings, flag
+from runtime.launch import main
+from runtime.models import find, load_reward_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -181,7 +181,7 @@ def main():
     together = evaluate.Contest(evaluate.Config(seed=args.seed), "out/sft")
     answers, judged = answer(together, together.reference, together.prompts, 64, "best_of_n")
     start = judged.mean().item()
-    prompts, _ = loading.load("prompts", "world")
+    prompts, _ = loading.load("prompts", loading.WORLD)
     in_training = answer(together, together.reference, prompts[:1000], 4, "training")[1].mean().item()
     print(f"judge of the SFT model: {start:.2f} held out, {in_training:.2f} in training\n")
     print(table(together) + "\n")

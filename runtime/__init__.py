@@ -13,17 +13,6 @@
     safetensors.py   files of tensors
     checkpoints.py   what an interrupted run goes on from
     files.py         files that appear whole, one run per folder, checksums, a journal
-    page.py          a page for one person on this machine, and for nobody else
     processes.py     several processes as one
     sharding.py      networks that several processes hold together: DDP and FSDP
-    plan.py          how much memory a stage takes, on paper: python -m lab.plan
 """
-from runtime.compute import Compute, Meter, pad, select
-from runtime.flags import Settings, Training, flag
-from runtime.launch import main
-from runtime.models import find, load, load_reward_model
-from runtime.optimizer import make_optimizer, schedule
-from runtime.run import Run
-
-__all__ = ["Compute", "Meter", "Run", "Settings", "Training", "find", "flag", "load", "load_reward_model",
-           "main", "make_optimizer", "pad", "schedule", "select"]

@@ -5,7 +5,6 @@ import os
 import zlib
 
 from runtime.adapters import base_of
-from runtime.flags import WORLD
 from runtime.processes import gather, rank, world_size
 
 try:
@@ -63,18 +62,17 @@ def fingerprints(cfg):
 
 def named_files(cfg):
     """The input files that settings name, sorted: a file, or a folder of a checkpoint (of adapters, with the
-    one of their base) or of the world."""
+    one of their base) or of data."""
     found = set()
     values = [x for name, x in vars(cfg).items() if name != "out" and isinstance(x, str) and x]
     parts = [part.rpartition("*")[2] for value in values for part in value.split(",")]             # --reward
     values += [part.rpartition(":")[0] or part for part in parts]
     values += [base for base in map(base_of, values) if base]
     for value in values:
-        endings = (".safetensors", "tokenizer.json", "adapter_config.json")
-        if value == "world":
-            value, endings = WORLD, (*endings, ".jsonl")
         if os.path.isdir(value):
-            found.update(os.path.join(value, n) for n in os.listdir(value) if n.endswith(endings))
+            endings = (".safetensors", "tokenizer.json", "adapter_config.json", ".jsonl")
+            found.update(os.path.join(value, name) for name in os.listdir(value)
+                         if name.endswith(endings) and name != "metrics.jsonl")
         elif os.path.isfile(value):
             found.add(value)
     return sorted(found)

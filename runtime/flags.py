@@ -8,8 +8,6 @@ import dataclasses
 import os
 import sys
 
-WORLD = "out/world"               # the folder that the setting "world" stands for: the embedded world's files
-
 
 def flag(default, help, low=None, high=None, choices=None):
     """A dataclass field that is also a command-line flag. low and high are inclusive. A field of type tuple

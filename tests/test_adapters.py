@@ -11,8 +11,9 @@ from test_folders import network
 import ppo
 from data.tokenizer import Tokenizer, learn
 from model import GPT, GPTConfig, Linear
-from runtime import Run, adapters, models, sharding
+from runtime import adapters, models, sharding
 from runtime.nf4 import NF4, nf4_levels, pack_layer
+from runtime.run import Run
 from runtime.safetensors import load_tensors, save_tensors
 
 TOKENS = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
 from ppo import gae, policy_loss, value_loss
-from runtime import pad
+from runtime.compute import pad
 
 B, T = 6, 11
 

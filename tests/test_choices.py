@@ -14,7 +14,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from runtime import Training
+from runtime.flags import Training
 from variants import cautious_ppo, grpo, online_dpo
 from variants import ppo_ptx as ptx
 

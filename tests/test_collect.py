@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from feedback import collect as feedback
 from feedback import judge
 from model import GPT
-from runtime import Compute
+from runtime.compute import Compute
 
 PROMPTS = [[{"role": "user", "content": f"What is {i} plus {i}?"}] for i in (2, 3)]
 

@@ -8,8 +8,9 @@ import torch
 from helpers.arrays import tiny
 
 from model import GPT, GPTConfig
-from runtime import Settings, compute, pad
-from runtime.compute import Meter, deal
+from runtime import compute
+from runtime.compute import Meter, deal, pad
+from runtime.flags import Settings
 
 
 def test_a_device_that_is_not_there_is_refused():

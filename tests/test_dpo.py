@@ -14,7 +14,7 @@ from data.batches import Comparison, encode_comparisons
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
-from runtime import Run
+from runtime.run import Run
 from variants import online_dpo
 
 
@@ -123,7 +123,7 @@ def test_a_policy_that_falls_apart_is_warned_about_with_the_flag_to_change():
 def test_where_all_fresh_answers_tie_the_old_ones_teach(tiny_inputs, monkeypatch):
     monkeypatch.chdir(tiny_inputs)
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
-    preferences, _ = loading.load("preferences", "world", max_dropped=1.0)
+    preferences, _ = loading.load("preferences", loading.WORLD, max_dropped=1.0)
     old = encode_comparisons(tokenizer, preferences[:3], 56, "preferences")
     run = Run(online_dpo.Config(device="cpu", max_new_tokens=5), 1)
     assert old is online_dpo.fresh(

@@ -158,8 +158,8 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
     models = ["out/sft", other]
     cfg, report, text = evaluated(tmp_path, models, **dict(max_new_tokens=5, samples=2, best_of=4) | settings)
     tokenizer = Tokenizer.load("out/sft")
-    _, prompts = loading.load("prompts", "world")
-    _, conversations = loading.load("demonstrations", "world")
+    _, prompts = loading.load("prompts", loading.WORLD)
+    _, conversations = loading.load("demonstrations", loading.WORLD)
     reference, reward = GPT.load("out/sft"), GPT.load("out/reward_model")
 
     def judged(name, answers, kl, sft_loss):

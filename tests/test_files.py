@@ -52,7 +52,7 @@ def test_named_files_are_those_that_a_run_depends_on(tmp_path, monkeypatch):
     os.mkdir("adapters")
     files.write_json("adapters/adapter_config.json", {"peft_type": "LORA", "lora_alpha": 2, "task_type": "",
                                                       "base_model_name_or_path": "model"})
-    cfg = SimpleNamespace(out="mine", data="world", init="adapters", more="data.jsonl", none="", n=3,
+    cfg = SimpleNamespace(out="mine", data="out/world", init="adapters", more="data.jsonl", none="", n=3,
                           word="cosine")
     found = files.fingerprints(cfg)
     assert list(found) == ["adapters/adapter_config.json", "data.jsonl", "model/model.safetensors",

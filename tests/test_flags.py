@@ -13,7 +13,8 @@ from feedback import collect as feedback
 from feedback import judge, label
 from feedback import rounds as loop
 from lab import plan
-from runtime import Training, flag, flags
+from runtime import flags
+from runtime.flags import Training, flag
 
 
 @dataclasses.dataclass

@@ -19,7 +19,8 @@ from data import world
 from dpo import LOSSES, dpo_loss
 from model import GPT, GPTConfig
 from reward_model import pairwise_loss
-from runtime import Run, pad
+from runtime.compute import pad
+from runtime.run import Run
 from variants import grpo
 
 V, END, LONGEST, BETA, NO_END = 4, 3, 3, 0.5, -0.5

@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from runtime import Training, launch
+from runtime import launch
+from runtime.flags import Training
 
 
 @pytest.mark.parametrize("error, said", [

@@ -71,7 +71,7 @@ def test_held_out_preferences_are_one_persons(made):
 
 
 def test_the_worlds_tokenizer_reads_what_the_world_says(made):
-    tok = loading.load_tokenizer(str(made), "world")
+    tok = loading.load_tokenizer(str(made), loading.WORLD)
     for conversation in records.read_demonstrations(made / "demonstrations_heldout.jsonl"):
         for message in conversation:
             assert tok.decode(tok.encode(message["content"])) == message["content"]
@@ -80,12 +80,12 @@ def test_the_worlds_tokenizer_reads_what_the_world_says(made):
 
 def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train, held_out = loading.load("prompts", "world")
+    train, held_out = loading.load("prompts", loading.WORLD)
     assert len(train) + len(held_out) == len(world.items())
     assert capsys.readouterr().out.count("\n") == 1                     # says that it does
-    assert loading.load("prompts", "world") == (train, held_out)
+    assert loading.load("prompts", loading.WORLD) == (train, held_out)
     assert capsys.readouterr().out == ""
-    assert loading.load_tokenizer("", "world").vocab_size == 1024
+    assert loading.load_tokenizer("", loading.WORLD).vocab_size == 1024
 
 
 def test_ties_are_left_out_but_count_in_what_is_held_out(tmp_path, capsys):
@@ -127,11 +127,11 @@ ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.",
 
 
 @pytest.mark.parametrize("data, texts, warned", [
-    ("world", [i.prompt for i in world.items()[:50]], False),
+    (loading.WORLD, [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", ["What is the capital of Kenya?"], False), ("mine.jsonl", ENGLISH, True)])
 def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys, data, texts, warned):
-    tok = loading.load_tokenizer(str(made), "world")
+    tok = loading.load_tokenizer(str(made), loading.WORLD)
     prompts = [[{"role": "user", "content": text}] for text in texts if isinstance(text, str)]
     loading.warn_if_foreign(tok, prompts, data, "out/sft")
     error = capsys.readouterr().err

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from runtime import make_optimizer, schedule
+from runtime.optimizer import make_optimizer, schedule
 
 
 @pytest.mark.parametrize("shape,want", [("constant", lambda d: 1.0), ("linear", lambda d: 1 - d),

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from data.tokenizer import Tokenizer
 from lab import plan
 from model import GPT
-from runtime import make_optimizer
+from runtime.optimizer import make_optimizer
 from runtime.safetensors import load_tensors, save_tensors
 
 SHAPES = {

@@ -15,8 +15,9 @@ from data import answers, loading
 from data.tokenizer import Tokenizer
 from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
-from runtime import Run, compute, load, sharding
-from runtime.models import load_function
+from runtime import compute, sharding
+from runtime.models import load, load_function
+from runtime.run import Run
 from runtime.safetensors import save_tensors
 from sft import sft_loss
 from variants import cautious_ppo, grpo
@@ -402,8 +403,8 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settin
     cfg, model, lines, _ = trained(stage, **shared | settings)
     nets = {"actor": GPT.load("out/sft"), "reference": GPT.load("out/sft"),
             "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
-    prompts, _ = loading.load("prompts", "world")
-    demonstrations, _ = loading.load("demonstrations", "world")
+    prompts, _ = loading.load("prompts", loading.WORLD)
+    demonstrations, _ = loading.load("demonstrations", loading.WORLD)
     program = load_function("program.py:words") if "words" in cfg.reward else None
     if "reward_model" not in cfg.reward:
         del nets["reward"]

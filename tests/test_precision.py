@@ -3,9 +3,12 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from runtime import Run, Settings, Training, compute, make_optimizer
+from runtime import compute
 from runtime.checkpoints import flatten, restore
+from runtime.flags import Settings, Training
 from runtime.nf4 import NF4, pack
+from runtime.optimizer import make_optimizer
+from runtime.run import Run
 
 TOKENS = torch.randint(1, 13, (4, 8), generator=torch.Generator().manual_seed(1))
 

@@ -107,7 +107,7 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     expected = plainly.reward_model(cfg, plain, tokenizer, preferences)
     plainly.assert_same_lines(lines, expected)
     found, calibration = plainly.reward_model_held_out(plain, tokenizer, held_out)
-    if cfg.data == "world":
+    if cfg.data == loading.WORLD:
         found |= {"ceiling": annotators.ceiling(held_out), "judge_agreement": annotators.agreement(held_out)}
     mean, deviation = plainly.scale(cfg, plain, GPT.load("out/sft"), tokenizer, preferences, len(lines))
     found |= {"sft_mean": mean, "sft_deviation": deviation}
@@ -139,6 +139,6 @@ def test_without_normalisation_the_score_is_left_as_it_was_trained(trained):
     torch.manual_seed(0)
     plain, tokenizer = GPT.load("out/sft", head="scalar"), Tokenizer.load("out/sft")
     cfg, model, _, about = trained(reward_model, normalize=0, batch=40, warmup=0)
-    plainly.reward_model(cfg, plain, tokenizer, loading.load("preferences", "world")[0])
+    plainly.reward_model(cfg, plain, tokenizer, loading.load("preferences", loading.WORLD)[0])
     plainly.assert_same_weights(model, plain)
     assert "sft_mean" not in about["held_out"]

@@ -3,7 +3,8 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from runtime import Settings, compute, rewards
+from runtime import compute, rewards
+from runtime.flags import Settings
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("What?", "Who?", "Why?")]
 ANSWERS = ["a", "bb", "cccc"]

@@ -22,9 +22,12 @@ import sft
 from data import records
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime import Run, Training, make_optimizer, processes, schedule
+from runtime import processes
 from runtime import run as run_module
 from runtime.checkpoints import Checkpoints
+from runtime.flags import Training
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 STAGES = ["sft", "reward_model", "dpo", "ppo"]
 

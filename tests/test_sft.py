@@ -51,7 +51,7 @@ CASES = [                                       # each flag of the stage is set 
 def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
     cfg, model, lines, about = trained(sft, init="out/sft", **SHARED | settings)
     plain, tokenizer = GPT.load("out/sft"), Tokenizer.load("out/sft")
-    conversations, held_out = loading.load("demonstrations", "world")
+    conversations, held_out = loading.load("demonstrations", loading.WORLD)
     expected = plainly.sft(cfg, plain, tokenizer, conversations, held_out)
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, plain)

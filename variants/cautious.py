@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from runtime import pad
+from runtime.compute import pad
 from runtime.rewards import OfModel
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import ppo
 from data.tokenizer import Tokenizer
-from runtime import flag, main
+from runtime.flags import flag
+from runtime.launch import main
 from runtime.rewards import find_reward
 from variants.cautious import Cautious
 

@@ -17,8 +17,13 @@ from data import answers
 from data.loading import load_prompts
 from data.tokenizer import Tokenizer
 from ppo import AdaptiveKL, OnPolicy, approximate_kl, kl_rewards, masked_mean, policy_loss, rollout
-from runtime import Meter, Run, flag, load, main, make_optimizer, schedule, select
+from runtime.compute import Meter, select
+from runtime.flags import flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
 from runtime.rewards import find_reward
+from runtime.run import Run
 
 
 @dataclass

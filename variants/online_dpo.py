@@ -15,7 +15,12 @@ from data.answers import look, sample, warnings
 from data.batches import Comparison, batches
 from data.tokenizer import Tokenizer
 from feedback.collect import labeller
-from runtime import Meter, Run, flag, load, main, make_optimizer, schedule
+from runtime.compute import Meter
+from runtime.flags import flag
+from runtime.launch import main
+from runtime.models import load
+from runtime.optimizer import make_optimizer, schedule
+from runtime.run import Run
 
 
 @dataclass

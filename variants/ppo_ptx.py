@@ -9,7 +9,9 @@ import ppo
 from data import loading
 from data.batches import encode_demonstrations
 from data.tokenizer import Tokenizer
-from runtime import flag, load, main
+from runtime.flags import flag
+from runtime.launch import main
+from runtime.models import load
 from sft import demonstrations_loss
 
 
@@ -17,7 +19,7 @@ from sft import demonstrations_loss
 class Config(ppo.Config):
     out: str = flag("out/ptx", "folder that the run writes")
     ptx_coef: float = flag(0.1, "weight of the SFT loss", 0)
-    ptx_data: str = flag("world", "demonstrations: world, or a file")
+    ptx_data: str = flag(loading.WORLD, "demonstrations: a folder of the world's, or a file")
     ptx_batch: int = flag(32, "demonstrations per optimiser step", 1)
 
 

@@ -21,7 +21,9 @@ import torch.distributed as dist
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig  # noqa: E402
-from runtime import Run, compute, make_optimizer, processes, sharding  # noqa: E402
+from runtime import compute, processes, sharding  # noqa: E402
+from runtime.optimizer import make_optimizer  # noqa: E402
+from runtime.run import Run  # noqa: E402
 
 # of a ring, which sums, then gathers
 SHARES = {"all_gather_single": 1, "reduce_scatter_single": 1, "all_reduce": 2}

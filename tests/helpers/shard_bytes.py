@@ -7,7 +7,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from model import GPT, GPTConfig  # noqa: E402
-from runtime import make_optimizer, processes, sharding  # noqa: E402
+from runtime import processes, sharding  # noqa: E402
+from runtime.optimizer import make_optimizer  # noqa: E402
 
 processes.start("cpu", 60)
 model = GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=64))
