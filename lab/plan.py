@@ -32,7 +32,6 @@ import torch
 from model import GPT, GPTConfig
 from runtime.flags import flag
 from runtime.launch import main
-from runtime.sharding import BUCKET, LOGITS, cached_numbers
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
@@ -128,8 +127,7 @@ class Plan:
         """ddp: all gradients, and those in transit, as they are sent and as they come."""
         if self.is_sharded or self.N == 1:
             return 0
-        at_once = max(BUCKET, self.shape.vocab_size * self.shape.n_embd)        # a parameter is not parted
-        return gradients + 2 * 4 * min(at_once, max(net.all for net in self.trained))
+        return gradients
 
     def activations(self):
         """Bytes that the backward pass needs per token of a block."""
@@ -196,7 +194,7 @@ class Plan:
             extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
         else:
             return 0
-        cache = rows * (prompt + answer) * cached_numbers(shape) * b
+        cache = rows * (prompt + answer) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * b
         reading = rows * prompt * (self.mlp + 4 * shape.n_embd) * b
         return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
 

@@ -27,7 +27,7 @@ def named_files(cfg):
     records in folders. A flag may hold several names (`0.5*out/a,file.py:function`). Adapters name the folder
     of their base."""
     values = [x for name, x in vars(cfg).items() if name != "out" and isinstance(x, str)]
-    names = {name for value in values for name in (value, *re.split("[,*:]", value))}
+    names = {name for value in values for name in (value, *re.split("[,*:]", value)) if name}
     names |= {base_of(name) for name in names} - {None}
     files = {name for name in names if os.path.isfile(name)}
     endings = (".safetensors", "tokenizer.json", "adapter_config.json", ".jsonl")

@@ -18,8 +18,9 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, fingerprints, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, write_json
 from runtime.flags import program
+from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
 from runtime.models import UNCERTAINTY
 from runtime.safetensors import save_tensors
