@@ -1,5 +1,4 @@
-"""Files of a run: written whole or not at all, one run per folder, checksums of what it
-reads, and a journal of lines."""
+"""Files of a run: written whole or not at all, one run per folder, and checksums of what it reads."""
 import contextlib
 import json
 import os
@@ -126,36 +125,3 @@ def named_files(cfg):
         elif os.path.isfile(value):
             found.add(value)
     return sorted(found)
-
-
-class Journal:
-    """A file of JSON objects, one per line, of which each is on the disk once append() returns. Half a line,
-    which a power cut may leave at the end, is dropped; what else ends without a newline is not touched."""
-
-    def __init__(self, path):
-        self.path, self.file = path, open(path, "a+b", buffering=0)
-        self.file.seek(0)
-        lines = self.file.read().splitlines(keepends=True)
-        if lines and lines[-1][:1] in b"{\0" and not lines[-1].endswith(b"\n"):
-            print(f"{path}: its last line was not written to its end, and is left out")
-            self.file.truncate(self.size() - len(lines[-1]))
-
-    def size(self):
-        return os.path.getsize(self.path)
-
-    def append(self, record):
-        """Returns where the line begins, for cut(). If it cannot be written, the file stays as it was."""
-        start, line = self.size(), json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError("the disk is full")
-            os.fsync(self.file)
-        except OSError:
-            self.file.truncate(start)
-            raise
-        return start
-
-    def cut(self, start):
-        """Take back all lines from this one on."""
-        self.file.truncate(start)
-        os.fsync(self.file)
