@@ -88,47 +88,6 @@ def test_a_large_file_is_read_in_pieces_by_several_processes(tmp_path, monkeypat
     assert files.fingerprints(cfg) != alone
 
 
-def test_a_journal_loses_no_more_than_the_line_that_was_cut_wherever_it_was(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    journal = files.Journal(path)
-    assert journal.append({"a": "β\n\r"}) == 0
-    first = path.read_bytes()
-    assert journal.append({"b": [1, 2]}) == len(first)
-    whole = path.read_bytes()
-    assert [json.loads(line) for line in whole.split(b"\n")[:-1]] == [{"a": "β\n\r"}, {"b": [1, 2]}]
-    for end in range(len(first), len(whole)):
-        for rest in (whole[len(first):end], b"\0" * (end - len(first))):
-            path.write_bytes(first + rest)
-            again = files.Journal(path)
-            assert path.read_bytes() == first
-            assert ("left out" in capsys.readouterr().out) == (len(rest) > 0)
-            again.append({"b": [1, 2]})
-            assert path.read_bytes() == whole
-    again.cut(len(first))
-    assert path.read_bytes() == first
-    path.write_bytes(b"something else")
-    files.Journal(path)
-    assert path.read_bytes() == b"something else"
-
-
-@pytest.mark.parametrize("full", ["fsync", "write"])
-def test_a_journal_on_a_full_disk_stays_as_it_was(tmp_path, monkeypatch, full):
-    journal = files.Journal(tmp_path / "a.jsonl")
-    journal.append({"a": 1})
-    file = journal.file
-    if full == "fsync":
-        monkeypatch.setattr(files.os, "fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left")))
-    else:                                       # half of it fits
-        journal.file = SimpleNamespace(write=lambda line: file.write(line[:5]), truncate=file.truncate)
-    with pytest.raises(OSError):
-        journal.append({"b": 2})
-    assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n'
-    monkeypatch.undo()
-    journal.file = file
-    journal.append({"c": 3})
-    assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n{"c": 3}\n'
-
-
 @pytest.mark.skipif(files.fcntl is None, reason="no locks here")
 def test_a_lock_with_a_name_leaves_the_rest_of_the_folder_free(tmp_path):
     claim = CLAIM.replace("sys.argv[2])", "sys.argv[2], '.ann')")
