@@ -331,7 +331,8 @@ def train(cfg, reward=None, auxiliary_loss=None):
         run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target,
                     "KL is more than four times its target: lower --lr, or start with a higher --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
-        run.write_rollout(rollout_examples(tokenizer, asked, batch | {"rewards": rewards, "scores": scores}))
+        batch |= {"rewards": rewards, "scores": scores}
+        run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
         run.log(metrics)
     run.finish(policy, tokenizer)
 

@@ -140,7 +140,8 @@ def train(cfg, reward=None):
             controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
-        run.write_rollout(rollout_examples(tokenizer, asked, batch | {"rewards": rewards, "scores": scores}))
+        batch |= {"rewards": rewards, "scores": scores}
+        run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
         run.log(metrics)
     run.finish(policy, tokenizer)
 
