@@ -33,10 +33,10 @@ from data.tokenizer import Tokenizer
 from feedback.judge import preferred
 from lab import red_team
 from runtime.compute import Compute, row_seeds, select
-from runtime.files import write_json
+from runtime.files import find, write_json
 from runtime.flags import Settings, flag
 from runtime.launch import STARTED, main
-from runtime.models import find, load, load_reward_model
+from runtime.models import load, load_reward_model
 from runtime.processes import is_first
 from sft import evaluate as sft_loss_of
 

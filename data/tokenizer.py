@@ -14,8 +14,7 @@ from pathlib import Path
 
 import tiktoken
 
-from runtime.adapters import base_of
-from runtime.models import find
+from runtime.files import base_of, find
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")

@@ -18,10 +18,10 @@ from data.tokenizer import Tokenizer
 from feedback.choices import Choices, compare, read
 from feedback.page import Page
 from runtime.compute import Compute, row_seeds
-from runtime.files import lock
+from runtime.files import find, lock
 from runtime.flags import Settings, flag
 from runtime.launch import main
-from runtime.models import find, load
+from runtime.models import load
 from runtime.processes import is_first
 
 HERE = Path(__file__).parent

@@ -26,9 +26,10 @@ from data import annotators, loading, records
 from data.batches import encode_comparisons
 from data.tokenizer import Tokenizer
 from runtime.compute import Compute
+from runtime.files import find
 from runtime.flags import Settings, flag
 from runtime.launch import main
-from runtime.models import find, load_reward_model
+from runtime.models import load_reward_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -8,10 +8,11 @@ from torch.nn import Parameter
 
 from model import Linear
 from runtime import folders
-from runtime.safetensors import load_tensors, reading, save_tensors
+from runtime.files import ADAPTER_CONFIG, reading
+from runtime.safetensors import load_tensors, save_tensors
 
 LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."                # of all names in a file of adapters
 UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "layers_to_transform", "layer_replication",
                "alora_invocation_tokens")
@@ -52,17 +53,10 @@ def check_alone(model):
 
 # ------------------------------------------------------------------------------------ folders of adapters
 
-def base_of(folder):
-    """The name of the model that a folder's adapters belong to, or None if it holds no adapters."""
-    return read_config(folder)["base_model_name_or_path"] if os.path.exists(f"{folder}/{CONFIG}") else None
-
-
 def read_config(folder):
     """adapter_config.json. Raises ValueError for adapters that are not LoRA as model.py has it."""
-    with reading(os.path.join(folder, CONFIG), "adapters") as about:
+    with reading(os.path.join(folder, ADAPTER_CONFIG), "adapters") as about:
         about["lora_alpha"], about["task_type"]                                     # must be there
-        if not about["base_model_name_or_path"]:
-            raise ValueError("base_model_name_or_path is empty: write the name of their model there")
         if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
             raise ValueError(f"init_lora_weights {about['init_lora_weights']!r} changes the base, and is not "
                              "supported")
@@ -136,6 +130,6 @@ def save(model, folder, whole=lambda x: x, write=True):
                   "score_bias": whole(model.head.bias).item()}
     if write:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as f:
+        with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as f:
             json.dump(about, f, indent=1)
         save_tensors(os.path.join(folder, WEIGHTS), tensors)

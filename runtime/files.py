@@ -1,10 +1,11 @@
 """Files of a run: written whole or not at all, one run per folder, checksums of what it
 reads, and a journal of lines."""
+import contextlib
 import json
 import os
+import re
 import zlib
 
-from runtime.adapters import base_of
 from runtime.processes import gather, rank, world_size
 
 try:
@@ -12,6 +13,8 @@ try:
 except ImportError:                     # Windows has none: there, two runs in one folder go unnoticed
     fcntl = None
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))       # of this repository
+ADAPTER_CONFIG = "adapter_config.json"      # a folder that holds one holds LoRA adapters in PEFT's format
 held_locks = {}                             # the locks that this process holds: {path: open file}
 
 
@@ -20,6 +23,53 @@ def write_json(path, value):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
     os.replace(path + ".tmp", path)
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """A context manager that yields the value of a JSON file. Raises ValueError saying that the file is not
+    of this kind ("a model's config") if it cannot be read, or if the block finds that it lacks a key or
+    holds a wrong value."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            yield json.load(f)
+    except KeyError as e:
+        raise ValueError(f"{path}: not {kind}: {e} is missing") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
+        raise ValueError(f"{path}: not {kind}: {e}") from None
+
+
+def find(name):
+    """The folder that holds the model called name: name itself if it is a folder with a model, otherwise
+    the one into which huggingface_hub, where it is installed, downloads a model of the hub ("gpt2", or
+    "owner/name"). Raises ValueError if there is none."""
+    if any(os.path.exists(os.path.join(name, file)) for file in ("config.json", ADAPTER_CONFIG)):
+        return name
+    script = os.path.basename(os.path.normpath(name)) + ".py"
+    if script != "model.py" and os.path.exists(os.path.join(ROOT, script)):
+        raise ValueError(f"no model in {name}: run `python {script}` first, or name another folder")
+    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"no model in {name}: name another folder")
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    except ImportError:
+        raise ValueError(f"no model in {name}: name another folder (where huggingface_hub is installed, it "
+                         "can be a name of the hub)") from None
+    except Exception as e:                              # a download can fail with any of many exceptions
+        raise ValueError(f"no model in {name}, and the hub does not give it ({type(e).__name__}): put its "
+                         "config.json, model.safetensors and tokenizer.json into a folder") from None
+
+
+def base_of(folder):
+    """The name of the model to which a folder's adapters belong; None if the folder holds no adapters."""
+    path = os.path.join(folder, ADAPTER_CONFIG)
+    if not os.path.exists(path):
+        return None
+    with reading(path, "adapters") as config:
+        if not config["base_model_name_or_path"]:
+            raise ValueError("base_model_name_or_path is empty: write the name of their model there")
+        return config["base_model_name_or_path"]
 
 
 def lock(folder, name=""):

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPT, GPTConfig, Linear
-from runtime.safetensors import copy, load_folder, reading, write_tensors
+from runtime.files import reading
+from runtime.safetensors import copy, load_folder, write_tensors
 
 
 @dataclass

@@ -2,38 +2,16 @@
 import importlib.util
 import math
 import os
-import re
 import sys
 
 import torch
 
 from model import GPT
 from runtime import adapters
+from runtime.files import base_of, find
 from runtime.safetensors import load_tensors
 
 UNCERTAINTY = "uncertainty.safetensors"
-STAGES = ("sft", "reward_model", "dpo", "ppo")
-
-
-def find(name):
-    """The folder of a model: the one of this name, or what huggingface_hub, where it is installed, fetches
-    for a name of the hub (owner/name, or gpt2). Raises ValueError saying which stage to run first."""
-    if any(os.path.exists(os.path.join(name, file)) for file in ("config.json", adapters.CONFIG)):
-        return name
-    stage = os.path.basename(os.path.normpath(name))
-    if stage in STAGES:
-        raise ValueError(f"no model in {name}: run `python {stage}.py` first, or name another folder")
-    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise ValueError(f"no model in {name}: name another folder")
-    try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-    except ImportError:
-        raise ValueError(f"no model in {name}: name another folder (where huggingface_hub is installed, it "
-                         "can be a name of the hub)") from None
-    except Exception as e:                              # a download can fail with any of many exceptions
-        raise ValueError(f"no model in {name}, and the hub does not give it ({type(e).__name__}): put its "
-                         "config.json, model.safetensors and tokenizer.json into a folder") from None
 
 
 def load(folder, head=None, vocab_size=0):
@@ -43,7 +21,7 @@ def load(folder, head=None, vocab_size=0):
     The weights stay in the file until they are placed, so that no process ever holds more than it will keep,
     and a block for a moment."""
     path = find(folder)
-    base = adapters.base_of(path)
+    base = base_of(path)
     if base is None:
         model = GPT.load(path, head, mapped=True)
     else:

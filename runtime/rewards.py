@@ -15,7 +15,8 @@ of None end the run. A class of your own does it in its own way: see variants/ca
 """
 import torch
 
-from runtime.models import find, load_function, load_reward_model
+from runtime.files import find
+from runtime.models import load_function, load_reward_model
 
 
 def find_reward(names, tokenizer, of_model=None):

@@ -18,7 +18,7 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import fingerprints, lock, write_json
+from runtime.files import ADAPTER_CONFIG, fingerprints, lock, write_json
 from runtime.flags import program
 from runtime.launch import STARTED, warn
 from runtime.models import UNCERTAINTY
@@ -262,7 +262,7 @@ class Run(Compute):
         others = ("config.json", "model.safetensors")           # of a run that saved the other kind of folder
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
-            others = (adapters.CONFIG, adapters.WEIGHTS)
+            others = (ADAPTER_CONFIG, adapters.WEIGHTS)
         else:
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():

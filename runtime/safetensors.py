@@ -1,6 +1,5 @@
 """Tensor files in the safetensors format: 8 bytes of header length, a JSON header, numbers. Reading one runs
 no code, nor does reading the JSON files beside it."""
-import contextlib
 import json
 import math
 import mmap
@@ -9,6 +8,8 @@ import struct
 from pathlib import Path
 
 import torch
+
+from runtime.files import reading
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -81,19 +82,6 @@ def copy(x, dtype, mapped):
         if hasattr(mmap, "MADV_DONTNEED"):                              # where the system has a word for it
             mapped.mapping.madvise(mmap.MADV_DONTNEED)
     return out
-
-
-@contextlib.contextmanager
-def reading(path, what):
-    """For a `with` statement: what a JSON file holds. What is wrong with it, or found to be wrong in there,
-    becomes a ValueError: the file is not what it should be."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            yield json.load(f)
-    except KeyError as e:
-        raise ValueError(f"{path}: not {what}: {e} is missing") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
-        raise ValueError(f"{path}: not {what}: {e}") from None
 
 
 def load_folder(folder):

@@ -142,3 +142,31 @@ def test_a_lock_with_a_name_leaves_the_rest_of_the_folder_free(tmp_path):
     owner.kill()
     owner.wait()
     files.held_locks.clear()
+
+
+def test_a_folder_without_a_model_says_what_to_run_first(tmp_path):
+    said = r"no model in .*/sft: run `python sft\.py` first, or name another"
+    with pytest.raises(ValueError, match=said) as e:
+        files.find(str(tmp_path / "sft"))
+    assert "\n" not in str(e.value)
+    for name in ("mine", "model"):                          # model.py is no stage that makes one
+        with pytest.raises(ValueError, match=f"no model in .*/{name}: name another folder"):
+            files.find(str(tmp_path / name))
+    (tmp_path / "config.json").write_text("{}")
+    assert files.find(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_name_of_the_hub_is_fetched_where_that_can_be_done(monkeypatch):
+    hub = SimpleNamespace(snapshot_download=lambda name, allow_patterns: f"/fetched/{name}")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert files.find("owner/some-model.1") == "/fetched/owner/some-model.1"
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+    hub.snapshot_download = fail
+    with pytest.raises(ValueError, match="no model in gpt2, and the hub does not give it .*: put its") as e:
+        files.find("gpt2")
+    assert "\n" not in str(e.value)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="no model in owner/name: .*huggingface_hub is installed"):
+        files.find("owner/name")

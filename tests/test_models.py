@@ -1,40 +1,10 @@
 """Networks by folder or name."""
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from runtime import models
 from runtime.safetensors import save_tensors
-
-
-def test_a_folder_without_a_model_says_what_to_run_first(tmp_path):
-    said = r"no model in .*/sft: run `python sft\.py` first, or name another"
-    with pytest.raises(ValueError, match=said) as e:
-        models.find(str(tmp_path / "sft"))
-    assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="no model in .*/mine: name another folder"):
-        models.find(str(tmp_path / "mine"))
-    (tmp_path / "config.json").write_text("{}")
-    assert models.find(str(tmp_path)) == str(tmp_path)
-
-
-def test_a_name_of_the_hub_is_fetched_where_that_can_be_done(monkeypatch):
-    hub = SimpleNamespace(snapshot_download=lambda name, allow_patterns: f"/fetched/{name}")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert models.find("owner/some-model.1") == "/fetched/owner/some-model.1"
-
-    def fail(*args, **kwargs):
-        raise ConnectionError("no route\nto host")
-    hub.snapshot_download = fail
-    with pytest.raises(ValueError, match="no model in gpt2, and the hub does not give it .*: put its") as e:
-        models.find("gpt2")
-    assert "\n" not in str(e.value)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="no model in owner/name: .*huggingface_hub is installed"):
-        models.find("owner/name")
 
 
 @pytest.mark.parametrize("head, tied", [("lm", True), ("lm", False), ("scalar", True)])
