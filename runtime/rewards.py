@@ -7,7 +7,7 @@
 A reward is an object with
 
     networks                                    a list of frozen networks, which the caller places
-    folder                                      of a reward model from which a value network can start, or None
+    folder                                      of a network from which a value network can start, or None
     reward(run, prompts, answers, batch)        scores (B,)
 
 for B answers: prompts are message lists, answers texts; batch holds their tokens (B, T), mask (B, T) and
@@ -25,8 +25,8 @@ from runtime.models import load_reward_model
 
 
 def find_reward(names, tokenizer):
-    """The reward that --reward names. tokenizer: that of the model whose answers are scored. Raises ValueError for what is not there, and
-    for a reward model with another tokenizer."""
+    """The reward that --reward names. tokenizer: that of the model whose answers are scored. Raises
+    ValueError for what is not there, and for a reward model with another tokenizer."""
     terms = []
     for term in names.split(","):
         weight, _, name = term.rpartition("*")

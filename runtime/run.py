@@ -226,7 +226,7 @@ class Run(Compute):
     # ----------------------------------------------------------------------------------- what stays
 
     def write_examples(self, name, examples):
-        """Write examples (dicts) of this step to NAME_first.json, at the run's first step, or NAME_last.json."""
+        """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""
         if processes.is_first():
             path = os.path.join(self.cfg.out, f"{name}_{'last' if self.step else 'first'}.json")
             write_json(path, [{"step": self.step + 1} | example for example in examples])
