@@ -1,86 +1,94 @@
-"""Fresh preferences: a model answers prompts several times, and somebody says which answers are better.
+"""Fresh preferences: a model answers prompts, each several times, and the answers are ranked.
 
-    python -m feedback.collect --model out/ppo --by annotators    the world's simulated people rank them
+    python -m feedback.collect --model out/ppo                          the world's simulated annotators rank
     python -m feedback.collect --model out/ppo --by out/reward_model    a reward model does
-    python -m feedback.collect --model out/ppo --by folder    a chat model that judges does: judge.py
+    python -m feedback.collect --model out/ppo --by folder              a chat model does: see judge.py
 
-Labels of answers that others gave say little about what this model does wrong, least of all once it has
-learnt from them. Labels of its own answers do.
+Labels of other models' answers say little about the mistakes of this one, least of all once it has learnt
+from them. Labels of its own answers do.
 """
 import os
 import random
 from dataclasses import dataclass
+from functools import partial
 
-from data import annotators, loading, records
-from data.answers import sample, score
-from data.batches import fit_prompts
-from data.records import Preference
+import torch
+
+from data import annotators, records
 from data.tokenizer import Tokenizer
-from feedback import judge
-from runtime.compute import Compute, row_seeds
-from runtime.flags import Settings, flag
+from feedback.answers import Sampling, answer_prompts
+from feedback.judge import Judge
+from runtime.compute import Compute, pad
+from runtime.flags import flag
 from runtime.launch import main
 from runtime.models import load
 
 
 @dataclass
-class Config(Settings):
-    out: str = flag("out/feedback", "folder of what is written, preferences.jsonl")
-    model: str = flag("out/sft", "model that answers")
-    by: str = flag("annotators", "who ranks: annotators, a reward model, or a chat model that judges")
-    data: str = flag(loading.WORLD, "prompts: a folder of the world's, or a file")
-    prompts: int = flag(1000, "prompts drawn from them", 1)
-    answers: int = flag(4, "answers to each", 2, 9)
-    max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
+class Config(Sampling):
+    out: str = flag("out/feedback", "folder of preferences.jsonl, the rankings")
+    by: str = flag("annotators", "who ranks: annotators, or the folder of a reward model or of a chat model")
+    constitution: str = flag("", "file of the principles by which a chat model judges; none is "
+                                 "feedback/principles.txt")
 
 
-def labeller(by, run):
-    """A function of prompts, lists of Answers to each and a random.Random, to the ranks of these answers. by:
-    annotators, in panels of five as in the world's preferences, or a folder."""
+def labeller(by, run, tokenizer, constitution=""):
+    """The function that ranks answers: rank(prompts, answers, rng) takes
+
+        prompts   a list of message lists
+        answers   for each prompt a list of answers with .text, .ids (with the end token) and .ended
+        rng       random.Random, for the annotators' noise
+
+    and returns for each prompt a list of ranks, 1 for the best; equal ranks are ties.
+
+    by: "annotators", in panels of five as in the world's preferences; the folder of a reward model with the
+    same tokenizer as the model that answers; or that of a chat model, which judges by the principles in
+    the file `constitution`."""
     if by == "annotators":
-        return lambda prompts, answers, rng: [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
-                                              for prompt, some in zip(prompts, answers)]
-    tokenizer = Tokenizer.load(by)
-    model = load(by, vocab_size=tokenizer.vocab_size).requires_grad_(False)
-    run.place(model)
-
-    def rank(prompts, answers, rng):
-        scores = score if model.head_kind == "scalar" else judge_scores
-        return [[1 + sum(other > x for other in some) for x in some]
-                for some in scores(run, model, tokenizer, prompts, answers)]
+        rank = rank_by_annotators
+    else:
+        own = Tokenizer.load(by)
+        model = load(by, vocab_size=own.vocab_size).requires_grad_(False)
+        run.place(model)
+        if model.head_kind == "lm":
+            return partial(rank_by, Judge(run, model, own, constitution).scores)
+        tokenizer.check_same(by)
+        rank = partial(rank_by, partial(reward_scores, run, model, tokenizer))
+    if constitution:
+        raise ValueError(f"--constitution is for a chat model that judges: --by {by} is none")
     return rank
 
 
-def judge_scores(run, model, tokenizer, prompts, answers):
-    """How much a judge prefers each answer to the others: the sum of its d over its pairs (see judge.py)."""
-    with open(judge.PRINCIPLES, encoding="utf-8") as f:
-        principles = f.read().strip()
-    places = [(n, i, j) for n, some in enumerate(answers) for i in range(len(some)) for j in range(i)]
-    pairs = [Preference(prompts[n], [answers[n][i].text, answers[n][j].text], [1, 1]) for n, i, j in places]
-    first, second = judge.ask_twice(run, model, tokenizer, principles, pairs)
-    scores = [[0.0] * len(some) for some in answers]
-    for (n, i, j), d in zip(places, ((first - second) / 2).tolist()):
-        scores[n][i] += d
-        scores[n][j] -= d
-    return scores
+def rank_by_annotators(prompts, answers, rng):
+    return [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
+            for prompt, some in zip(prompts, answers)]
+
+
+def rank_by(scores, prompts, answers, rng):
+    return [[1 + sum(other > x for other in some) for x in some] for some in scores(prompts, answers)]
+
+
+def reward_scores(run, model, tokenizer, prompts, answers):
+    """A reward model's score of each answer: for each prompt a list. An answer without an end, which the
+    model has never seen, gets −∞."""
+    rows = [tokenizer.prompt(prompt) + a.ids for prompt, some in zip(prompts, answers) for a in some]
+
+    def score(rows):
+        lengths = torch.tensor([len(ids) for ids in rows], device=run.device)
+        return {"scores": model.score(pad(rows).to(run.device), lengths)}
+    scores = iter(run.map(score, rows, [len(ids) for ids in rows])["scores"].tolist())
+    return [[x if a.ended else -torch.inf for a, x in zip(some, scores)] for some in answers]
 
 
 def collect(cfg):
-    tokenizer, run, rng = Tokenizer.load(cfg.model), Compute(cfg), random.Random(cfg.seed)
-    model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
-    run.place(model)
-    rank = labeller(cfg.by, run)
-    prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
-    prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
-    chosen = rng.choices(prompts, k=cfg.prompts)
-    seeds = row_seeds(rng, cfg.prompts * cfg.answers)
-    answers = sample(run, model, tokenizer, chosen, cfg.answers, cfg.max_new_tokens, seeds)
-    found = [{"prompt": prompt, "responses": [a.text for a in some], "ranks": ranks}
-             for prompt, some, ranks in zip(chosen, answers, rank(chosen, answers, rng))
-             if all(a.text.strip() for a in some)]
+    run, rng = Compute(cfg), random.Random(cfg.seed)
+    rank = labeller(cfg.by, run, Tokenizer.load(cfg.model), cfg.constitution)
+    prompts, answers = zip(*answer_prompts(cfg, run, rng))
+    rankings = [{"prompt": prompt, "responses": [a.text for a in some], "ranks": ranks}
+                for prompt, some, ranks in zip(prompts, answers, rank(prompts, answers, rng))]
     os.makedirs(cfg.out, exist_ok=True)
-    records.write(f"{cfg.out}/preferences.jsonl", found)
-    print(f"wrote {len(found)} rankings to {cfg.out}/preferences.jsonl")
+    records.write(f"{cfg.out}/preferences.jsonl", rankings)
+    print(f"wrote {len(rankings)} rankings to {cfg.out}/preferences.jsonl")
 
 
 if __name__ == "__main__":
