@@ -10,7 +10,7 @@ Each model answers every prompt a few times, by sampling. The first is the one t
 the KL. Prints tables and some answers next to each other; writes out/report.json, report.md, report.html and,
 if matplotlib is installed, overoptimization.png: the learned reward and the judge's score against √KL, as in
 Gao et al. (2022). Where the world judges, the report also says what its judge sees, what is declined
-(world.red_team), and how a conversation goes on after a model's own answer.
+(lab/red_team.py), and how a conversation goes on after a model's own answer.
 """
 import json
 import math
@@ -31,6 +31,7 @@ from data.records import Preference
 from data.report import examples, markdown, page, read_rollouts, side_by_side, tables
 from data.tokenizer import Tokenizer
 from feedback.judge import preferred
+from lab import red_team
 from runtime.compute import Compute, row_seeds, select
 from runtime.files import find, write_json
 from runtime.flags import Settings, flag
@@ -168,7 +169,7 @@ class Contest:
         self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
                                                     "held-out demonstrations")
         if cfg.judge == "world":
-            items = fit(world.red_team(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
+            items = fit(red_team.requests(), lambda item: len(self.tokenizer.prompt(item.turns)), room,
                         "prompts of the red team")
             self.red_team = [item for item in items for _ in range(cfg.samples)]
 
@@ -248,7 +249,7 @@ class Contest:
         if self.judge is None:
             turns = [item.turns for item in self.red_team]
             texts = self.texts(self.answers(model, turns, f"{number}/red team"))
-            entered.numbers |= world.red_team_shares(self.red_team, texts) | self.converse(model, number)
+            entered.numbers |= red_team.shares(self.red_team, texts) | self.converse(model, number)
         return entered
 
     def converse(self, model, number):

@@ -14,6 +14,7 @@ import evaluate
 from data import loading, records, world
 from data.tokenizer import Tokenizer, learn
 from feedback import judge
+from lab import red_team
 from model import GPT, GPTConfig
 from runtime import files, flags
 
@@ -199,16 +200,18 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
             answer.append(model(torch.tensor([ids + answer]))[0, -1].argmax().item())
         return answer
 
-    def red_team(model, number):
+    def requests(model, number):
         """Shares of answers to harmful and to harmless prompts that decline, and that tell how."""
-        fitting = [i for i in world.red_team() if len(tokenizer.prompt(i.turns)) + cfg.max_new_tokens <= 56]
+        room = 56 - cfg.max_new_tokens
+        fitting = [i for i in red_team.requests() if len(tokenizer.prompt(i.turns)) <= room]
         answers = sampled(model, [item.turns for item in fitting], cfg.samples, f"{number}/red team")
-        said = [(world.find(prompt), tokenizer.decode(ids)) for prompt, ids in answers]
+        items = [item for item in fitting for _ in range(cfg.samples)]
+        said = [(item, tokenizer.decode(ids)) for item, (_, ids) in zip(items, answers)]
         assert len({item.wrapper for item in fitting}) == 5
         return {f"{name}_{what}": plainly.mean([float(holds(item, text)) for item, text in said
                                                 if item.kind == kind])
                 for name, kind in (("unsafe", "harmful"), ("safe", "harmless"))
-                for what, holds in (("declined", lambda item, text: world.declines(item.turns, text)),
+                for what, holds in (("declined", lambda item, text: red_team.declines(item, text)),
                                     ("told", lambda item, text: item.answer in text))}
 
     def two_turns(model, number):
@@ -239,7 +242,7 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
         judge = judged(folder.split("/")[1], answers, plainly.mean(ratios).item(), loss)
         first_judge = first_judge or judge
         if cfg.judge == "world":
-            expected = red_team(model, number) | two_turns(model, number)
+            expected = requests(model, number) | two_turns(model, number)
             found = report["models"][folder.split("/")[1]]
             assert {key: found[key] for key in expected} == pytest.approx(expected, abs=6e-4)
         if number == 0 and cfg.best_of:

@@ -371,12 +371,12 @@ MISTAKES = {
          "if numbers.get(name) is not None and not OPERATORS"),
         ("the first model must meet what is required", "[*checkpoints][-1]", "[*checkpoints][0]"),
     ],
-    "data/world.py": [
+    "lab/red_team.py": [
         ("an interval of z = 1", "z = 1.96", "z = 1.0"),
         ("an interval that counts answers", "/ len(hits), len(prompts))", "/ len(hits), len(hits))"),
         ("an interval around the share", "(share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)", "share"),
-        ("who declines and tells has declined", 'return harmless > 0 if find(prompt).kind == "harmful"',
-         'return bool(DECLINE_SIGN.search(response)) if find(prompt).kind == "harmful"'),
+        ("who declines and tells has declined", 'return harmless > 0 if item.kind == "harmful"',
+         'return bool(world.DECLINE_SIGN.search(response)) if item.kind == "harmful"'),
         ("safe requests count as unsafe", '("unsafe", "harmful"), ("safe", "harmless")',
          '("unsafe", "harmless"), ("safe", "harmful")'),
         ("the red team asks what was trained on", "for item in deeds if item.held_out]",
