@@ -1,39 +1,7 @@
 """What a model answers, what a reward model or a program thinks of it, and what there is to see in it."""
 import time
-from dataclasses import dataclass
-
-import torch
 
 from data import world
-from runtime.compute import pad
-
-
-@dataclass
-class Answer:
-    ids: list           # with the token that ends it, if it ends
-    text: str
-    ended: bool
-
-
-def sample(run, model, tokenizer, prompts, k, max_new_tokens, seeds, temperature=1.0):
-    """k Answers to each prompt (message lists): a list of lists. seeds: one for each answer."""
-    rows = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(k)]
-    found = run.sample(model, rows, seeds, max_new_tokens, temperature, tokenizer.end)
-    ids = [tokens[mask].tolist() for tokens, mask in zip(found["tokens"], found["mask"])]
-    answers = [Answer(x, tokenizer.decode(x), ended) for x, ended in zip(ids, found["ended"].tolist())]
-    return [answers[i:i + k] for i in range(0, len(answers), k)]
-
-
-def score(run, model, tokenizer, prompts, answers):
-    """A reward model's scores of the Answers to each prompt: a list of lists. One without an end, which the
-    model has never seen, is worse than any other."""
-    rows = [tokenizer.prompt(p) + a.ids for p, some in zip(prompts, answers) for a in some]
-
-    def read(rows):
-        lengths = torch.tensor([len(ids) for ids in rows], device=run.device)
-        return {"scores": model.score(pad(rows).to(run.device), lengths)}
-    found = iter(run.map(read, rows, [len(ids) for ids in rows])["scores"].tolist())
-    return [[x if a.ended else -torch.inf for a, x in zip(some, found)] for some in answers]
 
 
 def look(run, model, reference, tokenizer, prompts, max_new_tokens):

@@ -23,26 +23,30 @@ def read(path):
 
 
 class Choices:
-    """The items that a person ranks, and the file of their choices, which is written anew after each: at any
-    moment, whatever happens, it is whole and holds all choices that the page was told are saved.
+    """The items that a person ranks, and the file of their choices. It is replaced by a new file after each
+    choice, so that it is whole at any moment and holds every choice that the page shows as saved.
 
-    cfg: label.Config. tasks: the items, as records.Preference; gold: more of them, whose order is known, which
-    come at random places among the others and look no different."""
+    name: the person; out: the file; tasks: the items, as records.Preference; gold: more of them, whose order
+    is known. They come at random places among the others and look no different."""
 
-    def __init__(self, cfg, tasks, gold, guidelines):
-        self.cfg, self.gold, self.guidelines = cfg, {key(p): p for p in gold}, guidelines
-        rng, tasks = random.Random(cfg.seed), list(tasks)
+    def __init__(self, name, out, tasks, gold=()):
+        self.name, self.out, self.gold = name, out, {key(p): p for p in gold}
+        tasks, rng = list(tasks), random.Random(0)
         for p in gold:
             tasks.insert(rng.randint(0, len(tasks)), p)
-        self.items, self.saved = {key(p): p for p in tasks}, []     # saved: keys of this run's choices
-        text = Path(cfg.out).read_text("utf-8") if os.path.exists(cfg.out) else ""
+        self.items, self.saved = {key(p): p for p in tasks}, []     # saved: keys, in the order of this run
+        text = Path(out).read_text("utf-8") if os.path.exists(out) else ""
         self.lines = [line for line in text.split("\n") if line]
-        self.done = read(cfg.out) if self.lines else {}
+        self.done = read(out) if self.lines else {}
+
+    def left(self):
+        """The keys of the items that are not ranked yet."""
+        return [item for item in self.items if item not in self.done]
 
     def order(self, item):
         """The order of the answers on this person's page: their indices in the record."""
         n = len(self.items[item].responses)
-        return random.Random(f"{self.cfg.name}/{item}").sample(range(n), n)
+        return random.Random(f"{self.name}/{item}").sample(range(n), n)
 
     def talk(self, change):
         """Save or undo a choice, if the page asks for it. Returns what the page shows next."""
@@ -54,11 +58,11 @@ class Choices:
                 self.undo(item)
             else:
                 self.save(item, change.get("ranks"), change.get("cannot_judge") is True)
-        left = [item for item in self.items if item not in self.done]
-        state = {"total": len(self.items), "done": len(self.items) - len(left), "guidelines": self.guidelines,
-                 "last": self.saved[-1] if self.saved else None, "item": None, "prompt": [], "answers": []}
+        left, total = self.left(), len(self.items)
+        state = {"total": total, "done": total - len(left), "last": self.saved[-1] if self.saved else None,
+                 "item": None, "prompt": [], "answers": []}
         if not left:
-            return state | {"end": f"All {len(self.items)} are ranked. Thank you! {self.gold_score()}"}
+            return state | {"end": f"All {total} are ranked. Thank you! {self.gold_score()}"}
         p = self.items[left[0]]                                 # nothing here tells a gold item from another
         return state | {"item": left[0], "prompt": p.prompt,
                         "answers": [p.responses[i] for i in self.order(left[0])]}
@@ -66,19 +70,18 @@ class Choices:
     def save(self, item, ranks, cannot_judge):
         """ranks: in the order of the page. The first choice counts: a double click or a second tab changes
         nothing."""
-        p, order = self.items[item], self.order(item)
         if item in self.done:
             return
+        p, order = self.items[item], self.order(item)
         if cannot_judge:
             ranks = [1] * len(order)
         if not isinstance(ranks, list) or len(ranks) != len(order) or \
                 not all(type(r) is int and 1 <= r <= len(order) for r in ranks):
             raise ValueError("expected a rank for each answer")
         p = replace(p, ranks=[ranks[order.index(i)] for i in range(len(order))], cannot_judge=cannot_judge)
-        record = {"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks, "by": self.cfg.name,
-                  "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order}
-        record |= {"cannot_judge": True} if cannot_judge else {}
-        record |= {"gold": True} if item in self.gold else {}
+        record = {"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks, "by": self.name,
+                  "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order,
+                  "cannot_judge": cannot_judge, "gold": item in self.gold}
         self.write([*self.lines, json.dumps(record, ensure_ascii=False)])
         self.saved.append(item)
         self.done[item] = p
@@ -91,13 +94,17 @@ class Choices:
             del self.done[item]
 
     def write(self, lines):
-        """Put these lines into the file, on the disk when this returns. If that fails, nothing has changed."""
-        aside = f"{self.cfg.out}.tmp"
-        with open(aside, "w", encoding="utf-8") as f:
+        """Replace the file by one of these lines, which is on the disk when this returns. If that fails, the
+        old file stays."""
+        with open(f"{self.out}.tmp", "w", encoding="utf-8") as f:
             f.writelines(line + "\n" for line in lines)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(aside, self.cfg.out)
+        os.replace(f"{self.out}.tmp", self.out)
+        if hasattr(os, "O_DIRECTORY"):                  # Windows has none: there the new name may come later
+            folder = os.open(os.path.dirname(os.path.abspath(self.out)), os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
         self.lines = lines
 
     def gold_score(self):
@@ -109,16 +116,16 @@ class Choices:
 
 
 def pairwise(ranks):
-    """The choice between every two answers, in their order: 1 if the first is better, −1 if the second is, 0 if
-    they tie."""
+    """The choice between every two answers: 1 for the first, −1 for the second, 0 for a tie."""
     return [(a < b) - (a > b) for a, b in itertools.combinations(ranks, 2)]
 
 
 def kappa(mine, theirs):
     """(share of equal choices, Cohen's kappa) of two people's choices (Cohen 1960): (p_o − p_e)/(1 − p_e).
-    p_o is the observed share of equal choices, and p_e the share expected if each person chose at random, each
-    choice as often as they do. Without p_e, two people who call almost everything a tie would seem to agree.
-    1 for equal choices, 0 for random ones, and NaN where both always make the same choice."""
+
+    p_o is the share of equal choices. p_e is the share to expect from two people who choose at random, each
+    choice as often as these two do; without it, people who call almost everything a tie would seem to agree.
+    Kappa is 1 for equal choices, 0 for random ones, and NaN where both always make the same choice."""
     n = len(mine)
     observed = sum(a == b for a, b in zip(mine, theirs)) / n
     expected = sum(mine.count(c) * theirs.count(c) for c in (1, 0, -1)) / n ** 2
@@ -126,7 +133,7 @@ def kappa(mine, theirs):
 
 
 def compare(ours, theirs):
-    """Print how far two people, {key: Preference} each, agree, and the items on which they differ."""
+    """Print the items that two people, {key: Preference} each, rank differently, and how far they agree."""
     both = [(p, theirs[item]) for item, p in ours.items() if item in theirs]
     judged = [(p, q) for p, q in both if not p.cannot_judge and not q.cannot_judge]
     if not judged:
@@ -138,6 +145,6 @@ def compare(ours, theirs):
                 print(f"  {mine} {other}  {answer}")
     pairs = [[choice for p in people for choice in pairwise(p.ranks)] for people in zip(*judged)]
     share, k = kappa(*pairs)
-    print(f"\nAbove: the items on which they differ, with both people's rank of each answer.\n{len(judged)} items, "
-          f"without {len(both) - len(judged)} that one of them could not judge; {len(pairs[0])} pairs of answers: "
-          f"{share:.1%} equal choices, kappa {k:.2f}")
+    print(f"\nAbove: the items on which they differ, each answer with its two ranks.\n"
+          f"{len(judged)} items, without {len(both) - len(judged)} that one of them could not judge; "
+          f"{len(pairs[0])} pairs of answers: {share:.1%} equal choices, kappa {k:.2f}")

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import dpo
-from data.answers import look, sample, warnings
+from data.answers import look, warnings
 from data.batches import Comparison, batches
 from data.tokenizer import Tokenizer
-from feedback.collect import labeller
+from feedback.collect import as_answers, labeller
 from runtime.compute import Meter
 from runtime.flags import flag
 from runtime.launch import main
@@ -32,9 +32,11 @@ class Config(dpo.Config):
 def fresh(run, model, tokenizer, rank, old):
     """The prompts of some Comparisons with as many answers of the policy as it is now, compared anew; where
     all of them tie, the old ones. rank: see feedback/collect.py."""
-    k, prompts, starts = len(old[0].sequences), [c.prompt for c in old], [c.start for c in old]
-    room = min(run.cfg.max_new_tokens, model.config.block_size - max(starts))
-    answers = sample(run, model, tokenizer, prompts, k, room, run.seeds(k * len(old)))
+    k, prompts = len(old[0].sequences), [c.prompt for c in old]
+    room = min(run.cfg.max_new_tokens, model.config.block_size - max(c.start for c in old))
+    rows = [c.sequences[0][:c.start] for c in old for _ in range(k)]
+    batch = run.sample(model, rows, run.seeds(len(rows)), room, stop_token=tokenizer.end)
+    answers = as_answers(tokenizer, batch, k)
     found = [Comparison([c.sequences[0][:c.start] + a.ids for a in some], c.start, ranks)
              for c, some, ranks in zip(old, answers, rank(prompts, answers, run.rng))]
     return [c for c in found if c.pairs] or old
@@ -50,7 +52,7 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(model, reference)
-    rank = labeller(cfg.by, run)
+    rank = labeller(cfg.by, run, tokenizer)
     dpo.add_reference(reference, run, held_out)
     optimizer = make_optimizer(model, cfg.lr)
     run.resume(model=model, optimizer=optimizer)
