@@ -84,9 +84,9 @@ def read_pairs(cfg, run, model, tokenizer):
     """Every two answers that a file's preferences tell apart, as Preferences with the better one first; or if
     it holds prompts, two samples for each, which tie."""
     try:
-        preferences = [p for p in records.read_preferences(cfg.data, cfg.max_dropped) if p]
+        preferences = [p for p in records.read("preferences", cfg.data, cfg.max_dropped) if p]
     except records.RecordError:
-        prompts = [p for p in records.read_prompts(cfg.data, cfg.max_dropped) if p]
+        prompts = [p for p in records.read("prompts", cfg.data, cfg.max_dropped) if p]
         prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
         seeds = row_seeds(random.Random(cfg.seed), 2 * len(prompts))
         answers = sample(run, model, tokenizer, prompts, 2, cfg.max_new_tokens, seeds)

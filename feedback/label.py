@@ -85,9 +85,9 @@ def label(cfg):
         records.write(cfg.tasks, tasks)
     folder, name = os.path.split(os.path.realpath(cfg.out))
     lock(folder, f".{name}")
-    gold = records.read_preferences(cfg.gold) if cfg.gold else []
+    gold = records.read("preferences", cfg.gold) if cfg.gold else []
     guidelines = Path(cfg.guidelines or HERE / "guidelines.txt").read_text("utf-8")
-    choices = Choices(cfg, records.read_tasks(cfg.tasks), gold, guidelines)
+    choices = Choices(cfg, records.read("tasks", cfg.tasks), gold, guidelines)
     page = Page(cfg.port, (HERE / "label.html").read_text("utf-8"), choices.talk)
     print(f"{cfg.name} ranks answers at\n\n    {page.address}\n\nCtrl-C ends", flush=True)
     try:

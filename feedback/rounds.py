@@ -90,7 +90,7 @@ def accuracy(cfg, folder, file):
     tokenizer, compute = Tokenizer.load(folder), Compute(cfg)
     model = load_reward_model(folder).requires_grad_(False)
     compute.place(model)
-    preferences = loading.without_ties([p for p in records.read_preferences(file, 1.0) if p])
+    preferences = loading.without_ties([p for p in records.read("preferences", file, 1.0) if p])
     examples = encode_comparisons(tokenizer, preferences, model.config.block_size, "rankings")
     return reward_model.evaluate(model, compute, examples)[0]["accuracy"]
 
@@ -111,7 +111,7 @@ def loop(cfg):
         for name in names:
             print(f"  reward model of {name}: {accuracy(cfg, f'{cfg.out}/reward_model_{name}', fresh):.1%}")
         if cfg.by == "annotators":
-            labelled = [p for p in records.read_preferences(fresh, 1.0) if p]
+            labelled = [p for p in records.read("preferences", fresh, 1.0) if p]
             print(f"  the annotators' own mean utility: {annotators.accuracy(labelled):.1%}")
     folders = [cfg.init, *(f"{cfg.out}/{name}" for name in names)]
     run("evaluate", "", *folders, best_of=0, show=0, out=cfg.out, seed=cfg.seed)

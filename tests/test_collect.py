@@ -80,7 +80,7 @@ def test_what_is_collected_is_a_preference_file(tiny_inputs, tmp_path, monkeypat
                           device="cpu")
     feedback.collect(cfg)
     lines = (tmp_path / "out/preferences.jsonl").read_text()
-    found = records.read_preferences(tmp_path / "out/preferences.jsonl")
+    found = records.read("preferences", tmp_path / "out/preferences.jsonl")
     assert 0 < len(found) <= 12 and all(len(p.responses) == 3 for p in found)
     assert len({json.dumps(p.prompt) for p in found}) > 3
     feedback.collect(cfg)

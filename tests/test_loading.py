@@ -1,5 +1,6 @@
 """The world's files, and what is held out."""
 import json
+import warnings
 
 import pytest
 
@@ -41,11 +42,11 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(made, sma
 def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
     asked = {"": set(), "_heldout": set()}
     for part in asked:
-        for conversation in records.read_demonstrations(made / f"demonstrations{part}.jsonl"):
+        for conversation in records.read("demonstrations", made / f"demonstrations{part}.jsonl"):
             asked[part].add(json.dumps(conversation[:-1]))
-        for preference in records.read_preferences(made / f"preferences{part}.jsonl"):
+        for preference in records.read("preferences", made / f"preferences{part}.jsonl"):
             asked[part].add(json.dumps(preference.prompt))
-        for prompt in records.read_prompts(made / f"prompts{part}.jsonl"):
+        for prompt in records.read("prompts", made / f"prompts{part}.jsonl"):
             asked[part].add(json.dumps(prompt))
     assert asked[""] and asked["_heldout"]
     assert not asked[""] & asked["_heldout"]
@@ -60,19 +61,19 @@ def test_no_held_out_prompt_is_an_earlier_turn_of_training():
 
 
 def test_preferences_hold_four_answers_to_prompts_of_the_world(made):
-    for preference in records.read_preferences(made / "preferences.jsonl"):
+    for preference in records.read("preferences", made / "preferences.jsonl"):
         assert len(preference.responses) == 4
         assert 0 <= world.judge(preference.prompt, preference.responses[0]) <= 1
 
 
 def test_held_out_preferences_are_one_persons(made):
-    for preference in records.read_preferences(made / "preferences_heldout.jsonl"):
+    for preference in records.read("preferences", made / "preferences_heldout.jsonl"):
         assert sorted(preference.ranks) == [1, 2, 3, 4]                 # one person never ties
 
 
 def test_the_worlds_tokenizer_reads_what_the_world_says(made):
     tok = loading.load_tokenizer(str(made), loading.WORLD)
-    for conversation in records.read_demonstrations(made / "demonstrations_heldout.jsonl"):
+    for conversation in records.read("demonstrations", made / "demonstrations_heldout.jsonl"):
         for message in conversation:
             assert tok.decode(tok.encode(message["content"])) == message["content"]
             assert len(tok.encode(message["content"])) < len(message["content"])
@@ -130,12 +131,13 @@ ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.",
     (loading.WORLD, [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", ["What is the capital of Kenya?"], False), ("mine.jsonl", ENGLISH, True)])
-def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys, data, texts, warned):
+def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, data, texts, warned):
     tok = loading.load_tokenizer(str(made), loading.WORLD)
     prompts = [[{"role": "user", "content": text}] for text in texts if isinstance(text, str)]
-    loading.warn_if_foreign(tok, prompts, data, "out/sft")
-    error = capsys.readouterr().err
-    assert error.count("\n") == (1 if warned else 0)
+    with warnings.catch_warnings(record=True) as caught:
+        loading.warn_if_foreign(tok, prompts, data, "out/sft")
+    assert len(caught) == (1 if warned else 0)
     if warned:
-        assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in error
-        assert "--init" in error
+        text = str(caught[0].message)
+        assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in text
+        assert "--init" in text and "\n" not in text
