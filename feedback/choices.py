@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 from data import records
-from runtime.files import Journal
+from feedback.journal import Journal
 
 
 def key(p):

@@ -110,7 +110,7 @@ def cut(rows, sizes, micro_batch, micro_tokens):
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
         # What is a quarter longer would make too much padding of the others, where they are enough for a
-        # forward pass of their own: measured, a fifth of the time of PPO with answers of 1 to 64 tokens.
+        # forward pass of their own: measured, a fifth of the time with answers of 1 to 64 tokens.
         too_uneven = tokens >= 1024 and longest > 1.25 * shortest
         if not pieces or too_many or too_long or too_uneven:
             pieces.append([])

@@ -1,17 +1,17 @@
-"""What earns an answer its score: the --reward of ppo.py and grpo.py.
+"""What earns an answer its score: the flag --reward.
 
-    out/reward_model                            a reward model's folder
-    data/world.py:exact                         a Python function (messages, answer) -> number
-    0.3*out/reward_model,data/world.py:exact    their weighted sum
+    folder                              a reward model
+    file.py:function                    a Python function (messages, answer) -> number
+    0.3*folder,file.py:function         their weighted sum
 
 A reward is an object with
 
     networks        those to be placed with the others, before it is called
-    folder          of a reward model from which a critic can start, or None
+    folder          of a reward model from which a value network can start, or None
     reward(run, batch, prompts, answers) -> (scores (B,), {name: number} to be logged)
 
-where batch holds the rollout's tokens, mask and lengths, prompts are message lists and answers texts. Scores
-of None end the run. A class of your own does it in its own way: see variants/cautious.py.
+where batch holds the answers' tokens, mask and lengths, prompts are message lists and answers texts. Scores
+of None end the run.
 """
 import torch
 

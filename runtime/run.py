@@ -18,12 +18,13 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, fingerprints, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, write_json
 from runtime.flags import program
+from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
 from runtime.models import UNCERTAINTY
 from runtime.safetensors import save_tensors
-from runtime.sharding import add_up, full_tensor, is_frozen
+from runtime.sharding import add_up, collect, full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +54,7 @@ class Run(Compute):
         os.makedirs(cfg.out, exist_ok=True)
         if processes.is_first():
             lock(cfg.out)
-        self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
+        self.checkpoints = Checkpoints(cfg.out)
         if cfg.resume and self.checkpoints.last():
             self.must_be_the_same()
         elif processes.is_first():
@@ -305,10 +306,3 @@ def peak_memory(device):
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def collect(x):
-    """A whole tensor from its shards, after the first process has written the one before: the others wait for
-    one tensor at a time, however large the network."""
-    processes.barrier()
-    return full_tensor(x)

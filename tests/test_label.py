@@ -141,17 +141,21 @@ def test_a_run_goes_on_after_a_half_written_line(start, tmp_path, capsys):
     whole = (tmp_path / "ann.jsonl").read_bytes()
     (tmp_path / "ann.jsonl").write_bytes(whole[:-20])
     labels = start()
-    assert labels.talk({})["done"] == 1 and "is left out" in capsys.readouterr().out
+    assert labels.talk({})["done"] == 1 and "is dropped" in capsys.readouterr().err
     finish(labels)
     assert len(lines(tmp_path)) == 6 and len({r["prompt"][0]["content"] for r in lines(tmp_path)}) == 6
     assert start().talk({})["item"] is None and state["done"] == 2
+
+
+def no_space(file):
+    raise OSError(28, "No space left")
 
 
 def test_a_choice_that_is_not_on_the_disk_is_not_made(start, tmp_path, monkeypatch):
     labels = start()
     state = labels.talk({})
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.files.os.fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr("feedback.journal.os.fsync", no_space)
         with pytest.raises(OSError):
             rank(labels, state)
     assert labels.talk({}) == state and lines(tmp_path) == []

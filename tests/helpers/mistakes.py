@@ -397,7 +397,11 @@ MISTAKES = {
          "if x.dtype == dtype and torch.equal(x, p)), p.data)", "if True), p.data)"),
         ("rotations are rounded under fsdp", "fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)",
          "fsdp.MixedPrecisionPolicy()"),
-        ("a process keeps its own gradients", "            x.copy_(part.view_as(x))", "            pass"),
+        ("a process keeps its own gradients",
+         "for sum_of_one in [dist.all_reduce(x, async_op=True) for x in gradients]:",
+         "for sum_of_one in []:"),
+        ("blocks are gathered at once where they should not be", "set_reshard_after_forward(not at_once)",
+         "set_reshard_after_forward(False)"),
     ],
     "runtime/compute.py": [
         ("what computes in between ends the loop's precision",
@@ -458,10 +462,10 @@ MISTAKES = {
         ("the writer gets the live tensors", '.detach().to("cpu", copy=True)', '.detach().to("cpu")'),
         ("Adam's second moment forgotten", 'for key, x in moments.items()}',
          'for key, x in moments.items() if key != "exp_avg_sq"}'),
-        ("the checkpoint before the last one", "os.path.dirname(complete[-1])",
-         "os.path.dirname(complete[0])"),
-        ("shards of other networks are read", "if contents.state_dict_metadata.keys() != state.keys():",
-         "if False:"),
+        ("a checkpoint of other networks is read", "if types(tensors) != types(flatten_all(parts, 0)):",
+         "if tensors.keys() != flatten_all(parts, 0).keys():"),
+        ("the first process gathers shards alone", "                    collect(x)\n",
+         "                    pass\n"),
         ("weights that ran off are saved", "        if not is_finite(state):\n            return\n", ""),
     ],
     "runtime/optimizer.py": [
@@ -472,9 +476,16 @@ MISTAKES = {
         ("decay that counts the warm-up", "done = (step - warmup) / max(1, total - warmup)",
          "done = step / max(1, total)"),
     ],
+    "runtime/inputs.py": [
+        ("only a file's first piece is checked", "while piece := f.read(1 << 22):",
+         "if piece := f.read(1 << 22):"),
+        ("a process knows only the files that it has read", "for theirs in gather(mine)",
+         "for theirs in [mine]"),
+    ],
+    "runtime/processes.py": [
+        ("the first process does not wait until all have come", "== size - 1:", "<= size - 1:"),
+    ],
     "runtime/files.py": [
-        ("only a file's first piece is checked",
-         "for start in range(0, max(1, os.path.getsize(path)), size)]", "for start in [0]]"),
         ("a folder that belongs to everybody", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     ],
     "data/tokenizer.py": [
