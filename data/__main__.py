@@ -21,8 +21,7 @@ class Config:
 
 
 def show(n, seed):
-    """Print n prompts of each family, each with four answers, their ranks by an annotator, and the judge's score.
-    """
+    """Print n prompts of each family, each with four answers, an annotator's ranks and the judge's scores."""
     rng = random.Random(seed)
     for family in dict.fromkeys(item.family for item in world.items()):
         items = [item for item in world.items() if item.family == family]

@@ -95,35 +95,36 @@ def read(kind, path, max_dropped=0.0):
         except RecordError as e:
             accepted = f" ({kind} have {shapes})" if isinstance(e, UnknownShape) and not malformed else ""
             malformed.append(f"{where}: {e}{accepted}")
-    total = len(out) + len(malformed)
+    bad, total = malformed or unusable, len(out) + len(malformed)
+    first_few = "; ".join(bad[:3] + ["..."] * (len(bad) > 3))
     if malformed:
-        count = f" ({len(malformed)} of {total} records are malformed)" if len(malformed) > 1 else ""
-        raise RecordError(f"{path}, {_first_few(malformed)}{count}")
+        raise RecordError(f"{path}, {first_few} ({len(bad)} of {total} records are malformed)")
     if not out:
         raise RecordError(f"{path}: no records")
     if unusable:
-        count = f"{len(unusable)} of {total} records of no use"
-        if len(unusable) > max_dropped * total:
-            raise RecordError(f"{path}, {_first_few(unusable)} ({count}, --max_dropped is {max_dropped:g})")
-        print(f"{path}: {count} are left out: {_first_few(unusable)}")
+        count = f"{len(bad)} of {total} records of no use"
+        if len(bad) > max_dropped * total:
+            raise RecordError(f"{path}, {first_few} ({count}, --max_dropped is {max_dropped:g})")
+        print(f"{path}: {count} are left out: {first_few}")
     return out
-
-
-def _first_few(texts, n=3):
-    return "; ".join(texts[:n]) + ("; ..." if len(texts) > n else "")
 
 
 def _records(path):
     """(where, record) for each record of a file. For a line that is not JSON the record is a RecordError."""
-    if path.endswith(".parquet"):
-        return [(f"record {i}", row) for i, row in enumerate(_parquet(path), 1)]
     try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
+            rows = parquet.read_table(path).to_pylist()     # null in each column that a row does not use
+            return [(f"record {i}", {key: x for key, x in row.items() if x is not None})
+                    for i, row in enumerate(rows, 1)]
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
             content = f.read().decode("utf-8-sig")
+    except ImportError:
+        raise RecordError(f"{path}: Parquet is read where pyarrow is installed") from None
     except UnicodeDecodeError as e:
         raise RecordError(f"{path}: not UTF-8 (byte {e.start})") from None
-    except (OSError, EOFError, zlib.error) as e:
-        reason = getattr(e, "strerror", None) or e          # a damaged .gz file has no strerror
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as e:
+        reason = getattr(e, "strerror", None) or str(e).split("\n")[0]      # a damaged file has no strerror
         raise RecordError(f"{path}: cannot be read: {reason}") from None
     if not path.endswith((".json", ".json.gz")):
         return [(f"line {i}", _json(line)) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
@@ -139,19 +140,6 @@ def _json(text):
         return json.loads(text)
     except (ValueError, RecursionError) as e:
         return RecordError(f"not JSON: {e}")
-
-
-def _parquet(path):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise RecordError(f"{path}: Parquet is read where pyarrow is installed") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except Exception as e:                              # pyarrow raises exceptions of its own for a bad file
-        raise RecordError(f"{path}: not a readable Parquet file: {str(e).splitlines()[0]}") from None
-    # In a column for which a row has no value, it holds null.
-    return [{key: x for key, x in row.items() if x is not None} for row in rows]
 
 
 def _kind(value):
