@@ -40,11 +40,6 @@ def features(prompt, response):
     return world.judge(prompt, response), len(response.split()), len(world.EAGER_SIGN.findall(response))
 
 
-def gumbel(rng):
-    """Standard Gumbel noise."""
-    return -math.log(-math.log(rng.random() or 0.5))            # 0 has no logarithm
-
-
 def rank(prompt, responses, rng, panel=1):
     """The ranks of K answers, 1 for the best, by annotators drawn with rng (random.Random).
 
@@ -52,9 +47,10 @@ def rank(prompt, responses, rng, panel=1):
     count), and equal means tie.
     """
     seen = [features(prompt, r) for r in responses]
-    sums = [0] * len(responses)                 # of each answer's ranks, in the order of its mean rank
+    sums = [0] * len(responses)                 # of each answer's ranks: as good as their means
     for annotator in rng.choices(ANNOTATORS, k=panel):
-        noisy = [annotator.utility(x) + gumbel(rng) for x in seen]
+        # Gumbel noise is −log(−log(uniform)), and 0 has no logarithm.
+        noisy = [annotator.utility(x) - math.log(-math.log(rng.random() or 0.5)) for x in seen]
         sums = [total + sum(other > x for other in noisy) for total, x in zip(sums, noisy)]
     return [1 + sum(other < total for other in sums) for total in sums]
 

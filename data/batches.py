@@ -42,18 +42,18 @@ class Comparison:
         return records.pairs(self.ranks)
 
 
-def encode_demonstrations(tokenizer, conversations, block_size, what, max_dropped=1.0):
+def encode_demonstrations(tokenizer, conversations, block_size, name, max_dropped=1.0):
     """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""
     def shorter(messages):
         rest = without_oldest_turn(messages)
         return rest if rest and any(m["role"] == "assistant" for m in rest) else None
 
-    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, what, shorter,
+    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, name, shorter,
                max_dropped)
     return [Demonstration(*tokenizer.chat(messages)) for messages in kept]
 
 
-def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0):
+def encode_comparisons(tokenizer, preferences, block_size, name, max_dropped=1.0):
     """Preferences (records.Preference) as Comparisons whose longest answer, with its prompt, takes at most
     block_size tokens: see fit."""
     def encode(p):
@@ -65,13 +65,13 @@ def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0
         prompt = without_oldest_turn(p.prompt)
         return replace(p, prompt=prompt) if prompt else None
 
-    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, what, shorter, max_dropped)
+    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, name, shorter, max_dropped)
     return [encode(p) for p in kept]
 
 
-def fit_prompts(tokenizer, prompts, room, what, max_dropped=1.0):
+def fit_prompts(tokenizer, prompts, room, name, max_dropped=1.0):
     """Prompts (message lists) of at most `room` tokens: see fit."""
-    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, what, without_oldest_turn,
+    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, name, without_oldest_turn,
                max_dropped)
 
 
@@ -82,13 +82,13 @@ def without_oldest_turn(messages):
     return system + messages[questions[1]:] if len(questions) > 1 else None
 
 
-def fit(examples, length, block_size, what, shorter=lambda example: None, max_dropped=1.0):
-    """The examples whose length(example) is at most block_size tokens. Longer ones are replaced by
-    shorter(example) as often as necessary, and left out if that is None; prints how many of either. what: a
-    name for the examples. Raises ValueError if none is left, or if more than max_dropped, a share of all,
-    would be left out."""
+def fit(examples, length, block_size, name, shorter=lambda example: None, max_dropped=1.0):
+    """The examples of at most block_size tokens, by length(example). Longer ones are replaced by
+    shorter(example), as often as necessary, and left out if that is None; prints how many of either. name:
+    the examples' name in messages. Raises ValueError if none is left, or if more than max_dropped, a share of
+    all, would be left out."""
     if not examples:
-        raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, "
+        raise ValueError(f"there are no {name}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
     kept, cut = [], 0
     for example in examples:
@@ -99,9 +99,9 @@ def fit(examples, length, block_size, what, shorter=lambda example: None, max_dr
             kept.append(rest)
             cut += rest is not example
     dropped, limit = len(examples) - len(kept), f"{block_size} tokens (block_size)"
-    longer = f"of {len(examples)} {what} are longer than {limit}"
+    longer = f"of {len(examples)} {name} are longer than {limit}"
     if not kept:
-        raise ValueError(f"none of the {len(examples)} {what} fits into {limit}")
+        raise ValueError(f"none of the {len(examples)} {name} fits into {limit}")
     if cut:
         print(f"{cut} {longer}: without their oldest turns")
     if dropped > max_dropped * len(examples):

@@ -21,7 +21,9 @@ def make_world(folder, seed=0):
     for suffix, n_demonstrations, n_preferences, panel in (
             ("", DEMONSTRATIONS, PREFERENCES, 5), ("_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS, 1)):
         pool = [item for item in world.items() if item.held_out == (suffix == "_heldout")]
-        demonstrations = [demonstration(item, rng) for item in world.choose(pool, rng, n_demonstrations)]
+        demonstrations = [
+            {"messages": [*item.turns, {"role": "assistant", "content": world.crowd_answer(item, rng)}]}
+            for item in world.choose(pool, rng, n_demonstrations)]
         preferences = [preference(item, rng, panel) for item in world.choose(pool, rng, n_preferences)]
         prompts = [{"prompt": item.prompt} for item in pool]
         checkable = [{"prompt": item.prompt} for item in pool if item.kind in ("sum", "fact")]  # world.exact
@@ -31,11 +33,6 @@ def make_world(folder, seed=0):
         if not suffix:
             texts = [m["role"] + "\n" + m["content"] for d in demonstrations for m in d["messages"]]
             learn(texts, vocab_size=1024).save(folder)
-
-
-def demonstration(item, rng):
-    """A record: the item's messages and the answer of somebody in the crowd."""
-    return {"messages": [*item.turns, {"role": "assistant", "content": world.crowd_answer(item, rng)}]}
 
 
 def preference(item, rng, panel):

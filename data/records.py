@@ -19,11 +19,11 @@ continues the prompt or begins with it. "input" is optional. So are, beside "cho
 "margin", and a "probability" that the chosen answer is the better one (a soft label; 1 by default). Files may
 also be .parquet, where pyarrow is installed.
 
-Two kinds of records are bad. Malformed records (not JSON, wrong types, missing fields) mean that the file has
-another format than expected: they stop a run before it trains on anything, and the error counts them all and
-names the first few. Real files also hold records that are well formed and unusable (an empty turn, two
-conversations with different prompts, the same answer chosen and rejected): a reader returns None for each of
-them, and if they are more than max_dropped, a share of all records, they stop the run too.
+Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fields) mean that the file has
+another format than expected: they stop a run before it trains on anything. Real files also hold records that
+are well formed and unusable (an empty turn, two conversations with different prompts, the same answer chosen
+and rejected): a reader returns None for each, and more of them than max_dropped, a share of all records, stop
+the run too. Either error counts the records and names the first few.
 """
 import gzip
 import itertools

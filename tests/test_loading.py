@@ -1,8 +1,11 @@
 """The world's files, and what is held out."""
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
+from helpers.start import ROOT
 
 from data import loading, records, world
 
@@ -141,3 +144,20 @@ def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, data, 
         text = str(caught[0].message)
         assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in text
         assert "--init" in text and "\n" not in text
+
+
+def test_reading_data_loads_no_torch_and_of_runtime_only_files_and_flags():
+    code = ("import sys, data.__main__, data.batches, data.loading, data.records, data.tokenizer\n"
+            "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'runtime')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['runtime', 'runtime.files', 'runtime.flags']\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags, status, said", [
+    ("--out {}/file/x", 1, "Not a directory"), ("--seed x", 2, "--seed"), ("--show 99", 2, "not 99")])
+def test_an_error_of_the_data_command_is_one_line(tmp_path, flags, status, said):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "data", *flags.format(tmp_path).split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("python -m data: ") and said in done.stderr

@@ -188,6 +188,20 @@ def test_the_chat_format_is_that_of_the_models_own_control_tokens():
     assert tok.vocab_size == 302                                # nothing added: it has all that it needs
 
 
+def test_models_with_other_vocabularies_or_control_tokens_are_told_apart(tmp_path):
+    TOK.save(tmp_path / "same")
+    Tokenizer(new_document(TOK.ranks, LLAMA3_SPECIAL, PATTERN)).save(tmp_path / "control")
+    learn(TEXTS, vocab_size=290).save(tmp_path / "words")
+    mine = Tokenizer.load(tmp_path / "same")
+    mine.check_same(tmp_path / "same")
+    for name, differ in (("control", "control tokens differ"), ("words", "vocabularies differ")):
+        said = f"{name} was trained with another tokenizer than .*same: their {differ}$"
+        with pytest.raises(ValueError, match=said):
+            mine.check_same(tmp_path / name)
+    with pytest.raises(ValueError, match="same was trained with another tokenizer than a new tokenizer"):
+        learn(TEXTS, vocab_size=290).check_same(tmp_path / "same")
+
+
 def test_a_system_message_of_the_conversation_itself_comes_first(tmp_path):
     tok = Tokenizer(new_document(TOK.ranks, TOK.special, PATTERN), system="Be kind.")
     own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
