@@ -19,7 +19,7 @@ def key(p):
 
 def read(path):
     """A person's choices: {key: records.Preference}."""
-    return {key(p): p for p in records.read_preferences(path)}
+    return {key(p): p for p in records.read("preferences", path)}
 
 
 class Choices:

@@ -94,7 +94,7 @@ def label(cfg):
     run.place(model)
     judge = Judge(run, model, tokenizer, cfg.constitution)
     pairs = [(p.prompt, p.responses[i], p.responses[j])                         # the better one first
-             for p in records.read_preferences(cfg.data, cfg.max_dropped) if p
+             for p in records.read("preferences", cfg.data, cfg.max_dropped) if p
              for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
     pairs = fit(pairs, lambda pair: 1 + len(judge.question(*pair)), model.config.block_size, "pairs",
                 max_dropped=cfg.max_dropped)

@@ -47,8 +47,8 @@ def label(cfg):
     folder, file = os.path.split(os.path.realpath(out))
     os.makedirs(folder, exist_ok=True)
     lock(folder, f".{file}")
-    gold = records.read_preferences(cfg.gold) if cfg.gold else []
-    choices = Choices(name, out, records.read_tasks(cfg.tasks), gold)
+    gold = records.read("preferences", cfg.gold) if cfg.gold else []
+    choices = Choices(name, out, records.read("tasks", cfg.tasks), gold)
     guidelines = {"guidelines": Path(cfg.guidelines or HERE / "guidelines.txt").read_text("utf-8")}
     if choices.left():
         html = (HERE / "label.html").read_text("utf-8")

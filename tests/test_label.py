@@ -42,7 +42,7 @@ def start(tmp_path):
     def begin(name="ann", items=None, gold=(), seed=0):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
         cfg = label.Config(name=name, out=str(tmp_path / "ann.jsonl"), seed=seed)
-        return choices.Choices(cfg, records.read_tasks(tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
+        return choices.Choices(cfg, records.read("tasks", tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
     return begin
 
 
@@ -71,7 +71,7 @@ def test_choices_are_a_preference_file_that_every_stage_reads(start, tmp_path, c
     labels.talk({"item": state["item"], "ranks": [1 if a == "b" else 2 for a in k]})        # a and c tie
     state = finish(labels)
     assert state["item"] is None and state["done"] == state["total"] == 20 and "20 are ranked" in state["end"]
-    read = records.read_preferences(tmp_path / "ann.jsonl")
+    read = records.read("preferences", tmp_path / "ann.jsonl")
     assert [p.ranks for p in read] == [[1, 1, 1], [2, 1, 2]] + [[2, 3, 1]] * 18
     assert [(p.prompt, p.responses) for p in read] == [(t["prompt"], t["responses"]) for t in tasks(20)]
     assert [p.cannot_judge for p in read] == [True] + [False] * 19
@@ -272,7 +272,7 @@ def test_sampled_tasks_are_different_answers_to_training_prompts(tiny_inputs, mo
                 label.sample_tasks(replace(cfg, **changed))
     finally:
         torch.set_default_dtype(torch.float32)
-    prompts = records.read_prompts("out/world/prompts.jsonl")
+    prompts = records.read("prompts", "out/world/prompts.jsonl")
     assert 1 < len(found) <= 8 and all(t["prompt"] in prompts for t in found)
     assert len({json.dumps(t["prompt"]) for t in found}) == len(found)
     for t in found:

@@ -18,8 +18,7 @@ from runtime import compute, sharding
 from runtime.models import load
 from runtime.rewards import load_function
 from sft import sft_loss
-from variants import cautious, grpo
-from variants import ppo_ptx as ptx
+from variants import cautious, grpo, ppo_ptx
 
 # -------------------------------------------------------------------------------------------- means
 
@@ -311,9 +310,9 @@ CASES = [                                       # each flag of the stages is set
     (grpo, dict(micro_batch=5, entropy_coef=0.05)),
     (grpo, dict(group=2, divide_by_std=False, divide_by_length=False)),
     (grpo, dict(advantage="rloo", reward="program.py:words", update_kl=0.002, epochs=3)),
-    (ptx, dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40,
+    (ppo_ptx, dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40,
                epochs=1)),
-    (ptx, dict(ptx_coef=0.2, update_kl=0.0, kl_target=0.5, kl_horizon=30)),
+    (ppo_ptx, dict(ptx_coef=0.2, update_kl=0.0, kl_target=0.5, kl_horizon=30)),
     (cautious, dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5, heads=3,
                     preferences="rankings.jsonl")),
     (cautious, dict(pessimism="worst", heads=2, preferences="pairs.jsonl", seed=5)),
