@@ -143,7 +143,7 @@ def test_a_folder_of_adapters_comes_back_as_it_was(tmp_path, monkeypatch, name, 
             torch.nn.init.normal_(p, std=0.3)
     adapters.save(model, "adapters")
     again = models.load("adapters")
-    assert again.head_kind == head and again.folder == "base"
+    assert again.head_kind == head and again.config.folder == "base"
     for key, layer in model.adapted().items():
         other = again.get_submodule(key)
         assert torch.equal(layer.A, other.A) and torch.equal(layer.B, other.B) and layer.scale == other.scale
