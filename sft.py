@@ -1,15 +1,14 @@
-"""Stage 1, supervised fine-tuning: imitate demonstrations.
+"""Stage 1, supervised fine-tuning (SFT): imitate demonstrations.
 
     python sft.py                                       the embedded world, a small GPT from nothing
     python sft.py --data my.jsonl --init out/other      go on from a checkpoint, on your own conversations
 
-The loss is that of any language model, −log p(next token), on what the assistant says and nothing else: every
-assistant turn of a conversation with the <|im_end|> that closes it, never the user's words. The model reads
-those, but need not learn to say them. And it must learn to emit <|im_end|>, or no answer would ever end.
+The loss is that of any language model, −log p(next token), but only on what the assistant says: all its
+turns in a conversation, each with the <|im_end|> that closes it. The model reads the user's words and need
+not learn to write them. It must learn to write <|im_end|>, or no answer would ever end.
 
-What comes out answers fluently, and as well as the average demonstration: maximum likelihood copies the
-people who answer badly as faithfully as those who answer well. To prefer the good answers is the work of the
-later stages.
+The model then answers fluently, and about as well as the average demonstration: maximum likelihood imitates
+those who answer badly as faithfully as those who answer well. To prefer good answers is for later stages.
 """
 import math
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import torch
 
 from data import loading
 from data.batches import batches, encode_demonstrations
-from data.loading import WORLD
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from runtime.compute import Meter, pad
@@ -32,7 +30,7 @@ from runtime.run import Run
 @dataclass
 class Config(Training):
     out: str = flag("out/sft", "folder that the run writes")
-    data: str = flag(WORLD, "demonstrations: a folder of the world\'s, or a file (.json, .jsonl)")
+    data: str = flag(loading.WORLD, "demonstrations: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
     init: str = flag("", "checkpoint to start from; none starts a new model of the shape below")
     tokenizer: str = flag("", "of a new model: gpt2, or a folder; none takes the world's there, else gpt2")
@@ -54,13 +52,11 @@ class Config(Training):
             raise ValueError("--lora_rank trains beside a checkpoint's weights: name one with --init")
 
 
-# ----------------------------------------------------------------------------------------- the loss
-
 def sft_loss(logprobs, mask):
-    """−mean log p over the tokens to learn: logprobs (B, T) in nats, mask (B, T) bool; a scalar.
+    """The mean of −log p over the tokens to learn: logprobs (B, T) in nats, mask (B, T) bool; a scalar.
 
-    The mean is over tokens, not over rows: averaged per row first, a token of a short answer would count more
-    than one of a long answer, and the loss would no longer be the cross-entropy of the text."""
+    The mean is over tokens, not over rows. If each row were averaged first, a token of a short answer would
+    count more than one of a long answer, and the loss would not be the cross-entropy of the text."""
     return -torch.where(mask, logprobs, 0).sum() / mask.sum()
 
 
@@ -80,78 +76,63 @@ def evaluate(model, run, demonstrations):
     return stats.means()["loss"]
 
 
-# ----------------------------------------------------------------------------------------- the loop
-
-def show_samples(model, tokenizer, run, conversations, first, n=3):
-    """Print the model's own answers to the last question of n conversations, from number `first` on."""
-    for number in range(first, first + n):
+def show_samples(model, tokenizer, run, conversations, n=3):
+    """Print the model's own answers to the last question of n conversations, others at each step."""
+    for number in range(run.step, run.step + n):
         messages = conversations[number % len(conversations)]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        if last == 0:                                           # it speaks before anybody has asked
-            continue
-        prompt = tokenizer.prompt(messages[:last])
+        prompt = tokenizer.prompt(messages[:last]) if last > 0 else []
         room = min(64, model.config.block_size - len(prompt))
-        if room < 1:
-            continue
-        answer = run.sample(model, [prompt], run.seeds(1), room, stop_token=tokenizer.end)
-        text = tokenizer.decode(answer["tokens"][answer["mask"]].tolist())
-        print(f"    {messages[last - 1]['content'][:70]!r} -> {text[:200]!r}")
+        if prompt and room > 0:
+            batch = run.sample(model, [prompt], run.seeds(1), room, stop_token=tokenizer.end)
+            answer = tokenizer.decode(batch["tokens"][batch["mask"]].tolist())
+            print(f"    {messages[last - 1]['content'][:70]!r} -> {answer[:200]!r}")
 
 
 def start(cfg):
-    """The model to train and its tokenizer: those of a checkpoint, or new ones."""
+    """The model to train and its tokenizer, from a checkpoint or new."""
     torch.manual_seed(cfg.seed)
     if cfg.init:
         tokenizer = Tokenizer.load(cfg.init, cfg.system)
         return load(cfg.init, "lm", tokenizer.vocab_size), tokenizer
     tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data, cfg.system)
-    rounded = 64 * math.ceil(tokenizer.vocab_size / 64)         # matrix products are faster at round numbers
-    config = GPTConfig(vocab_size=rounded, block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head,
-                       n_embd=cfg.n_embd, mlp="gelu")           # on a CPU GPT-2's approximation is slow
-    return GPT(config), tokenizer
+    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)      # matrix products are faster at round numbers
+    shape = (vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
+    return GPT(GPTConfig(*shape, mlp="gelu")), tokenizer        # GPT-2's approximation is slow on a CPU
 
 
 def train(cfg):
-    conversations, held_out_conversations = loading.load("demonstrations", cfg.data, cfg.held_out,
-                                                         cfg.max_dropped)
+    conversations, unseen = loading.load("demonstrations", cfg.data, cfg.held_out, cfg.max_dropped)
     model, tokenizer = start(cfg)
     loading.warn_if_foreign(tokenizer, conversations, cfg.data, cfg.init)
     block_size = model.config.block_size
-    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations",
-                                     cfg.max_dropped)
-    held_out = encode_demonstrations(tokenizer, held_out_conversations, block_size, "held-out demonstrations")
+    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations", cfg.max_dropped)
+    held_out = encode_demonstrations(tokenizer, unseen, block_size, "held-out demonstrations")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
+    every = max(1, steps // cfg.evals)
 
     run = Run(cfg, steps)
     run.place(model)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens, learnt = sum(len(d.ids) for d in examples), sum(sum(d.learn) for d in examples)
-    print(f"{parameters:,} parameters to train, {len(examples)} demonstrations, "
-          f"{learnt:,} tokens to learn of {tokens:,}")
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
-    every = max(1, steps // cfg.evals)
     for batch in batches([len(d.ids) for d in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         rows, stats = [examples[i] for i in batch], Meter()
-        # A row weighs as much as it has tokens to learn, so that the mean over rows is that over all tokens.
+        # The weight of a row is its number of tokens to learn: the mean over rows is that over all tokens.
         for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):
             loss = demonstrations_loss(model, run, some)
             (share * loss).backward()
             stats.add(share, loss=loss)
-        loss = stats.means()["loss"]
-        lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
+        loss, lr = stats.means()["loss"], cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, loss, f"demonstrations {batch}")
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
-        look = (run.step + 1) % every == 0 and run.step + every < steps
-        if look:
+        if (run.step + 1) % every == 0 and run.step + every < steps:
+            show_samples(model, tokenizer, run, unseen)
             held_out_loss = evaluate(model, run, held_out)
             metrics |= {"held_out_loss": held_out_loss, "perplexity": math.exp(held_out_loss)}
-        run.log(metrics, show=True if look else None)
-        if look:
-            show_samples(model, tokenizer, run, held_out_conversations, first=run.step)
+        run.log(metrics, show="held_out_loss" in metrics)
     held_out_loss = evaluate(model, run, held_out)
+    show_samples(model, tokenizer, run, unseen)
     print(f"held out:  loss {held_out_loss:.3f}  perplexity {math.exp(held_out_loss):.2f}")
-    show_samples(model, tokenizer, run, held_out_conversations, first=0)
     run.finish(model, tokenizer, held_out_loss=held_out_loss)
 
 

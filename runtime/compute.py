@@ -1,21 +1,22 @@
 """Where networks run, and how rows go through them: in micro-batches, on any number of processes.
 
-Two ideas. A weighted mean over rows, which is a loss or an evaluation, is a loop over micro-batches:
+A weighted mean over rows, which is a loss or an evaluation, is a loop over micro-batches:
 
     stats = Meter()
     for some, share in run.micro_batches(rows, weights):
-        loss = ...                              # a mean over some of the rows
-        (share * loss).backward()               # not in an evaluation
+        loss = ...                              # the mean over some of the rows
+        (share * loss).backward()               # left out in an evaluation
         stats.add(share, loss=loss)
     stats.means()                               # {"loss": the mean over all rows}
 
-A map over rows (Compute.map) computes something for every row: samples, scores, log-probabilities. How rows
-are cut into micro-batches and shared out over processes never changes the result, apart from rounding.
+What needs no gradient and gives something for each row (samples, scores, log-probabilities) is a map over
+rows: see Compute.map. The results do not depend on how the rows are split, apart from rounding.
 
-Processes go through networks together (a sharded network gathers its blocks in all of them), so all must run
-as many passes, forward and backward: a process that has fewer rows goes along with another's, whose share is
-0. So whether a loop's body calls a network, goes backward or breaks off must not depend on the share, the
-process or its rows.
+All processes go through a network together, because a sharded network gathers its blocks from all of them.
+So all of them run equally many forward and backward passes: a process without rows left computes another
+one's row with a share of 0. Whether the body of such a loop calls a network, calls backward() or breaks must
+therefore not depend on the share, on the rows or on the process. (`if share: loss.backward()` works under ddp
+and hangs under fsdp.)
 """
 import contextlib
 import ctypes
@@ -28,25 +29,24 @@ from runtime.precision import StandIns
 from runtime.processes import gather, is_distributed, rank, total, world_size
 from runtime.sharding import choose, is_frozen, shard, to_device
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3             # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3             # from glibc's malloc.h
 
 
 def pick_device(name):
-    """"auto" to the best device there is. Raises ValueError for one that is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device that --device names; "auto" takes the best one. Raises ValueError where it is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(d for d in there if there[d])
-    if not there[name]:
+        return next(device for device in available if available[device])
+    if not available[name]:
         raise ValueError(f"--device {name}: this machine or this build of PyTorch has none")
     return name
 
 
 def keep_freed_memory():
-    """Let the C library keep what is freed for the next array. Given back, it would come again page by page,
-    each cleared by the system: on the CPU that takes longer than most arithmetic on it. But arrays of 64 MB,
-    as a chunk of logits is one, go back: between others they would leave holes, and memory would grow with
-    the vocabulary."""
-    with contextlib.suppress(OSError, AttributeError):          # other systems have other libraries
+    """Let the C library keep freed memory for the next array. Otherwise the system would clear every page
+    anew, which takes longer on a CPU than most arithmetic on it. Arrays of 64 MB and more, such as a chunk of
+    logits, are returned all the same: they would leave holes, and memory would grow with the vocabulary."""
+    with contextlib.suppress(OSError, AttributeError):          # not every system has this C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2 ** 26)
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
@@ -55,12 +55,12 @@ def keep_freed_memory():
 # --------------------------------------------------------------------------------------------- rows
 
 def pad(rows):
-    """Lists of different lengths as a tensor (B, T), right-padded with 0: int64, float or bool."""
+    """Lists of different lengths as one tensor (B, T), right-padded with 0: int64, float or bool."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def concatenate(parts):
-    """Tensors (b, t) with t of each one's own, or (b,), to one with all rows, right-padded with 0."""
+    """Tensors (b, t) of different widths t, right-padded with 0, or tensors (b,), as one tensor."""
     if parts[0].dim() == 2:
         width = max(part.shape[1] for part in parts)
         parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
@@ -68,49 +68,53 @@ def concatenate(parts):
 
 
 def select(batch, rows):
-    """Some rows of a batch (a dict of tensors (B, T) or (B,), with "lengths" among them), without the columns
-    that only longer rows need."""
+    """The given rows of a batch, cut to the longest of them. A batch is a dict of tensors (B, T) or (B,);
+    its "lengths" (B,) are the tokens of each row without padding."""
     width = int(batch["lengths"][rows].max())
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
 
 
 def take(rows, numbers):
-    """Some rows: of a batch (a dict of tensors) a batch, of anything else that can be indexed a list."""
+    """The rows with these numbers: a batch if `rows` is a batch, else a list."""
     return select(rows, numbers) if isinstance(rows, dict) else [rows[i] for i in numbers]
 
 
+def as_list(x):
+    return x.tolist() if isinstance(x, torch.Tensor) else list(x)
+
+
 def lengths_of(rows):
-    """What rows say of their own lengths: a batch's "lengths", or each one's .lengths."""
-    return rows["lengths"] if isinstance(rows, dict) else [row.lengths for row in rows]
+    """The "lengths" of a batch, or the attribute .lengths of each row."""
+    return as_list(rows["lengths"]) if isinstance(rows, dict) else [row.lengths for row in rows]
 
 
 def row_seeds(rng, n):
-    """A seed for the noise of each of n rows, drawn from a random.Random: a row's sample then depends neither
-    on its neighbours nor on the process."""
+    """n seeds drawn from a random.Random, one for the sampling noise of each row: a row's sample then depends
+    neither on the rows beside it nor on the process."""
     return [rng.getrandbits(62) for _ in range(n)]
 
 
-def deal(lengths, micro_batch, micro_tokens, ranks):
-    """Cut rows into micro-batches for each of so many processes: a list per process of lists of row numbers.
+def deal(lengths, micro_batch, micro_tokens, processes):
+    """Split rows into micro-batches for each process: a list per process of lists of row numbers.
 
-    lengths: of each row, a number of tokens, or a list of them for a row of several sequences. A micro-batch
-    holds at most micro_batch sequences, and if micro_tokens is not 0, at most so many tokens with their
-    padding; a row that is larger comes alone. Rows are taken in order of length, so that little is padding,
-    and dealt out in turn, so that all processes have about as much to do. Equal lengths keep their order."""
+    lengths: the number of tokens of each row, or a list of them for a row that holds several sequences. A
+    micro-batch holds at most micro_batch sequences and, if micro_tokens is above 0, at most micro_tokens
+    tokens with padding; a row that exceeds this comes alone. Rows are sorted by length, so that little is
+    padding, and dealt out in turn, so that all processes have about equally much to do."""
     sizes = [(1, length) if isinstance(length, int) else (len(length), max(length)) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: sizes[i][1])
-    return [cut(order[r::ranks], sizes, micro_batch, micro_tokens) for r in range(ranks)]
+    return [cut(order[r::processes], sizes, micro_batch, micro_tokens) for r in range(processes)]
 
 
 def cut(rows, sizes, micro_batch, micro_tokens):
-    """Rows in order of length as micro-batches. sizes: of each, its sequences, and the longest's tokens."""
+    """Rows sorted by length as micro-batches. sizes: (sequences, tokens of the longest one) of each row."""
     pieces, sequences, shortest, tokens = [], 0, 0, 0
     for i in rows:
-        more, longest = sizes[i]                                # the longest so far
+        more, longest = sizes[i]                                # sorted: the longest so far
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
-        # What is a quarter longer would make too much padding of the others, where they are enough for a
-        # forward pass of their own: measured, a fifth of the time of PPO with answers of 1 to 64 tokens.
+        # From 1,024 tokens on, a forward pass of its own costs less than the padding that a row longer by a
+        # quarter brings: measured, a fifth of the time with answers of 1 to 64 tokens.
         too_uneven = tokens >= 1024 and longest > 1.25 * shortest
         if not pieces or too_many or too_long or too_uneven:
             pieces.append([])
@@ -122,18 +126,19 @@ def cut(rows, sizes, micro_batch, micro_tokens):
 
 
 class Meter:
-    """Means over all rows, from those of micro-batches."""
+    """Collects means over micro-batches and gives the means over all rows."""
 
     def __init__(self):
         self.sums = {}
 
     def add(self, share, **means):
-        """means: tensors, each the mean over a micro-batch that is this share of all rows."""
+        """means: scalar tensors, each the mean over a micro-batch that is this share of all rows. The names
+        must be the same on all processes, so they must not depend on the rows."""
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0) + share * mean.detach()
 
     def means(self):
-        """{name: float}, over the micro-batches of all processes, which come here together."""
+        """{name: float}, over the micro-batches of all processes, which call this together."""
         return dict(zip(self.sums, total(torch.stack(list(self.sums.values()))).tolist()))
 
 
@@ -150,15 +155,15 @@ class Compute:
             keep_freed_memory()
         if self.device == "cuda" and self.bfloat16:
             torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembed
-        self.kind = None                # "ddp" or "fsdp", from the first networks on that are placed
-        self.stand_ins = []             # of the trained networks, in bfloat16
-        self.frozen = {}                # what networks share that nothing trains: see to_device
-        self.fetched = {}               # networks that --offload has brought to the device: where they wait
-        self.inside = 0                 # how many computing() are open, one in another
+        self.kind = None                # "ddp" or "fsdp", chosen when the first networks are placed
+        self.copies = []                # bfloat16 copies of the trained networks
+        self.frozen = {}                # frozen weights that several networks share: see to_device
+        self.fetched = {}               # {network that --offload has moved to the device: its CPU weights}
+        self.depth = 0                  # how many computing() contexts are open
 
     def place(self, *models):
-        """Put networks on the device, spread over the processes, compiled and economical as the flags say.
-        Comes before their optimisers are made."""
+        """Put networks on the device, spread over the processes, compiled and with recomputed activations as
+        the flags say. Call it before their optimisers are made."""
         cfg = self.cfg
         self.kind = self.kind or choose(cfg.parallel, models, self.device)
         bases = {model.folder for model in models if not is_frozen(model) and model.adapted()}
@@ -167,26 +172,30 @@ class Compute:
             if not is_frozen(model):
                 model.checkpoint_blocks = cfg.checkpoint_blocks
             if cfg.compile:
-                # A graph for each use: with gradients, a cache or neither, and for a single row or token.
+                # One graph for each use: with gradients, with a cache or neither, for one row or several.
                 torch.compiler.config.recompile_limit = 32
                 for block in model.blocks:
                     block.compile(dynamic=True)
             if is_distributed() and self.kind == "fsdp":
                 shard(model, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
                 continue
-            if cfg.offload and is_frozen(model) and model.folder not in bases:    # a base is there anyway
-                to_device(model, "cpu", None, self.bfloat16)
-                if self.device == "cuda":                   # from pinned memory a copy need not be waited for
-                    for p in model.parameters():
-                        p.data = p.data.pin_memory()
-                model.token_embedding.register_forward_pre_hook(lambda *_, model=model: self.fetch(model))
+            if cfg.offload and is_frozen(model) and model.folder not in bases:   # a base is there anyway
+                self.offload(model)
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
             if self.bfloat16 and not is_frozen(model):
-                self.stand_ins.append(StandIns(model))
+                self.copies.append(StandIns(model))
+
+    def offload(self, model):
+        """Keep a frozen network on the CPU; its embedding, which every use calls first, fetches it."""
+        to_device(model, "cpu", None, self.bfloat16)
+        if self.device == "cuda":                           # copies from pinned memory are asynchronous
+            for p in model.parameters():
+                p.data = p.data.pin_memory()
+        model.token_embedding.register_forward_pre_hook(lambda *_: self.fetch(model))
 
     def fetch(self, model):
-        """Bring an offloaded network to the device: its embedding asks for it, where every use begins."""
+        """Move an offloaded network to the device."""
         if model not in self.fetched:
             self.fetched[model] = [p.data for p in model.parameters()]
             for p in model.parameters():
@@ -194,46 +203,46 @@ class Compute:
 
     @contextlib.contextmanager
     def computing(self):
-        """In here networks compute, in bfloat16 if so chosen. Those that were fetched go after it: what waits
-        on the CPU is what it was. One may be within another."""
-        if self.inside == 0:
-            for stand_ins in self.stand_ins:
-                stand_ins.enter()
-        self.inside += 1
+        """A context in which networks compute, in bfloat16 if so chosen. Contexts may be nested. When the
+        outermost one ends, trained networks have their float32 weights back and fetched networks their
+        weights on the CPU."""
+        if self.depth == 0:
+            for copies in self.copies:
+                copies.enter()
+        self.depth += 1
         try:
             yield
         finally:
-            self.inside -= 1
-            if self.inside == 0:
-                for stand_ins in self.stand_ins:
-                    stand_ins.leave()
-                for model, waiting in self.fetched.items():
-                    for p, x in zip(model.parameters(), waiting):
+            self.depth -= 1
+            if self.depth == 0:
+                for copies in self.copies:
+                    copies.leave()
+                for model, on_cpu in self.fetched.items():
+                    for p, x in zip(model.parameters(), on_cpu):
                         p.data = x
                 self.fetched.clear()
 
     def passes(self, lengths, micro_batch):
-        """This process's micro-batches as (row numbers, whether it is a filler), as many as any process has:
-        one that has no row left goes along with another's row, whose result does not count."""
-        everyone = deal(lengths, micro_batch, self.cfg.micro_tokens, world_size())
-        passes = [(piece, False) for piece in everyone[rank()]]
-        while len(passes) < max(len(theirs) for theirs in everyone):
-            passes.append((everyone[0][0][:1], True))           # the shortest row of all
-        return passes
+        """This process's micro-batches as (row numbers, whether it is a filler), equally many on each
+        process. A filler is the shortest row of all; its result is not used."""
+        pieces = deal(lengths, micro_batch, self.cfg.micro_tokens, world_size())
+        mine = [(piece, False) for piece in pieces[rank()]]
+        missing = max(map(len, pieces)) - len(mine)
+        return mine + [(pieces[0][0][:1], True)] * missing
 
     def micro_batches(self, rows, weights, lengths=None):
-        """Go through rows in micro-batches: yields (some of the rows, their share), as many times in every
-        process. The share is what the mean over these rows counts in the weighted mean over all rows of all
-        processes; one that has no rows left goes through a filler, whose share is 0.
+        """This process's part of one weighted mean over rows: yields (some of the rows, their share).
 
-        rows: anything that can be indexed, or a batch, of which smaller batches come. weights: of each row,
-        numbers. lengths: of each row, see deal; none takes what the rows say themselves.
+        rows: a list, or a batch (a dict of tensors), in which case smaller batches come. weights: one number
+        per row. lengths: see `deal`; by default those that the rows have themselves. The share is the weight
+        of these rows divided by the weight of all rows of all processes. So the shares add up to 1, and
+        (share · loss).backward() adds up to the gradient of the weighted mean.
 
-        Between the first row and the last, networks are as in computing(). They are what they were after the
-        loop, however it ends: `break` and an exception close a generator that nobody else holds. So write it
-        into the `for`, and give it no name."""
+        Inside the loop networks compute as in computing(), and after it, however it ends, they have their
+        own weights back: `break` and exceptions close a generator that only the `for` holds. So never give
+        the generator a name."""
         weights = as_list(weights)
-        lengths = as_list(lengths_of(rows) if lengths is None else lengths)
+        lengths = lengths_of(rows) if lengths is None else as_list(lengths)
         with self.computing():
             for piece, is_filler in self.passes(lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in piece) / sum(weights)
@@ -241,35 +250,39 @@ class Compute:
 
     @torch.no_grad()
     def map(self, function, rows, lengths=None, micro_batch=None):
-        """What a function computes for every row, in the rows' order, on every process.
+        """The results of a function for all rows, in the rows' order, on every process.
 
-        function: from b of the rows, a list or a batch, to a dict of tensors (b,) or (b, t). rows, lengths:
-        as in micro_batches; micro_batch: sequences at a time, if not the flag's. Returns the same dict for
-        all rows; tensors (b, t) are padded with 0 to the same width."""
-        lengths = as_list(lengths_of(rows) if lengths is None else lengths)
+        function: from some of the rows, a list or a batch of b, to a dict of tensors (b,) or (b, t). rows,
+        lengths: as in micro_batches; micro_batch: sequences per forward pass, by default the flag's. Returns
+        a dict of tensors (B,) or (B, T), right-padded with 0."""
+        lengths = lengths_of(rows) if lengths is None else as_list(lengths)
         order, parts = [], []
         with self.computing():
             for piece, is_filler in self.passes(lengths, micro_batch or self.cfg.micro_batch):
-                found = function(take(rows, piece))
+                result = function(take(rows, piece))
                 if not is_filler:
                     order += piece
-                    parts.append(found)
-        everyone = gather((order, [{name: x.cpu() for name, x in part.items()} for part in parts]))
-        back = torch.tensor([i for order, _ in everyone for i in order]).argsort()
-        parts = [part for _, parts in everyone for part in parts]
+                    parts.append({name: x.cpu() for name, x in result.items()})
+        gathered = gather((order, parts))
+        back = torch.tensor([i for order, _ in gathered for i in order]).argsort()
+        parts = [part for _, parts in gathered for part in parts]
         return {name: concatenate([part[name] for part in parts])[back].to(self.device)
                 for name in (parts[0] if parts else ())}
 
-    def sample(self, model, prompts, seeds, max_new_tokens, temperature=1.0, stop_token=None):
-        """GPT.generate for any number of prompts (lists of ids), each with a seed. Returns the dict of
-        tensors tokens, mask and logprobs (B, T), and lengths (B,), of prompt and answer together, and ended
-        (B,), whether an answer ends with stop_token."""
+    # ---------------------------------------------------------------------------- maps that many need
+
+    def sample(self, model, prompts, seeds, max_new_tokens, stop_token=None, **how):
+        """A batch of answers, by GPT.generate, to any number of prompts (lists of ids), each with a seed.
+        how: temperature, top_k, top_p.
+
+        Returns a dict of tokens, mask and logprobs (B, T), of lengths (B,), the tokens of prompt and answer
+        together, and of ended (B,) bool: whether the answer ends with stop_token."""
         def answer(rows):
             ids, seed = zip(*rows)
             lengths = torch.tensor([len(x) for x in ids], device=self.device)
-            tokens, mask, logprobs = model.generate(
-                pad(ids).to(self.device), lengths, max_new_tokens, temperature, stop_token=stop_token,
-                seeds=torch.tensor(seed, device=self.device))
+            seed = torch.tensor(seed, device=self.device)
+            tokens, mask, logprobs = model.generate(pad(ids).to(self.device), lengths, max_new_tokens,
+                                                    stop_token=stop_token, seeds=seed, **how)
             lengths = lengths + mask.sum(1)
             last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
             return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths,
@@ -277,6 +290,20 @@ class Compute:
         room = [len(prompt) + max_new_tokens for prompt in prompts]
         return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
 
+    def batch(self, sequences, starts=None):
+        """Lists of ids as a batch: tokens (B, T), mask (B, T), true from column starts[b] (by default 0) to
+        the row's end, and lengths (B,)."""
+        tokens, lengths = pad(sequences), torch.tensor([len(ids) for ids in sequences])
+        column, starts = torch.arange(tokens.shape[1]), torch.tensor(starts or [0] * len(sequences))
+        mask = (column >= starts[:, None]) & (column < lengths[:, None])
+        return {name: x.to(self.device) for name, x in
+                (("tokens", tokens), ("mask", mask), ("lengths", lengths))}
 
-def as_list(x):
-    return x.tolist() if isinstance(x, torch.Tensor) else list(x)
+    def logprobs(self, model, batch, temperature=1.0):
+        """GPT.logprobs of a batch without gradients: (B, T), 0 outside the mask."""
+        return self.map(lambda b: {"logprobs": model.logprobs(b["tokens"], b["mask"], temperature)},
+                        batch)["logprobs"]
+
+    def score(self, model, batch):
+        """GPT.score of a batch without gradients: (B,), the scalar at each row's last token."""
+        return self.map(lambda b: {"scores": model.score(b["tokens"], b["lengths"])}, batch)["scores"]

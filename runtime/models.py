@@ -1,17 +1,10 @@
 """Networks from checkpoint folders."""
-import importlib.util
-import math
-import os
-import sys
 
 import torch
 
 from model import GPT
 from runtime import adapters
 from runtime.files import base_of, find
-from runtime.safetensors import load_tensors
-
-UNCERTAINTY = "uncertainty.safetensors"
 
 
 def load(folder, head=None, vocab_size=0):
@@ -49,40 +42,8 @@ def add_tokens(model, vocab_size):
 
 
 def load_reward_model(folder):
-    """A network that gives scores, and in `known` what uncertainty.learn found out about them, or None.
-    Raises ValueError for any other."""
-    model, path = load(folder), os.path.join(find(folder), UNCERTAINTY)
-    if os.path.exists(path):
-        model.known, C = load_tensors(path), model.config.n_embd
-        shapes = {name: tuple(x.shape) for name, x in model.known.items()}
-        M = shapes.get("bias", (0,))[0]
-        if shapes != {"heads": (M, C), "bias": (M,), "mean": (C,), "precision": (C, C), "threshold": ()}:
-            raise ValueError(f"{path} does not fit the model beside it: train that once more, or remove it")
+    """A network with a scalar head. Raises ValueError for any other."""
+    model = load(folder)
     if model.head_kind != "scalar":
         raise ValueError(f"{folder} is no reward model: it has no score")
     return model
-
-
-def load_function(name):
-    """The function of `file.py:name`, (messages, answer) -> number. Its errors, and what is no number, become
-    a ValueError that names the prompt."""
-    path, _, called = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("reward_function", path)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look there
-        spec.loader.exec_module(module)
-        function = getattr(module, called)
-    except Exception as e:                              # somebody's own code
-        raise ValueError(f"--reward {name}: {type(e).__name__}: {e}") from e
-
-    def checked(messages, answer):
-        try:
-            number = float(function(messages, answer))
-            if math.isfinite(number):
-                return number
-            wrong = f"returned {number}"
-        except Exception as e:
-            wrong = f"{type(e).__name__}: {e}"
-        prompt = messages[-1]["content"]
-        raise ValueError(f"--reward {name}: {wrong}, for the answer {answer[:80]!r} to {prompt[:80]!r}")
-    return checked

@@ -1,76 +1,105 @@
-"""What earns an answer its score: the --reward of ppo.py and grpo.py.
+"""What gives an answer its score: a reward model, a function, or a weighted sum of several.
 
-    out/reward_model                            a reward model's folder
-    data/world.py:exact                         a Python function (messages, answer) -> number
-    0.3*out/reward_model,data/world.py:exact    their weighted sum
+    folder                                      a reward model
+    file.py:function                            a Python function (messages, answer) -> number
+    0.3*folder,file.py:function                 their weighted sum
 
 A reward is an object with
 
-    networks        those to be placed with the others, before it is called
-    folder          of a reward model from which a critic can start, or None
-    reward(run, batch, prompts, answers) -> (scores (B,), {name: number} to be logged)
+    networks                                    a list of frozen networks, which the caller places
+    folder                                      of a network from which a value network can start, or None
+    reward(run, prompts, answers, batch)        scores (B,)
 
-where batch holds the rollout's tokens, mask and lengths, prompts are message lists and answers texts. Scores
-of None end the run. A class of your own does it in its own way: see variants/cautious.py.
+for B answers: prompts are message lists, answers texts; batch holds their tokens (B, T), mask (B, T) and
+lengths (B,). A class of your own needs no more than that.
 """
+import importlib.util
+import math
+import os
+import sys
+
 import torch
 
 from runtime.files import find
-from runtime.models import load_function, load_reward_model
+from runtime.models import load_reward_model
 
 
-def find_reward(names, tokenizer, of_model=None):
-    """What --reward names. of_model: what makes a reward of a reward model's folder, if not OfModel."""
-    of_model = of_model or OfModel
+def find_reward(names, tokenizer):
+    """The reward that --reward names. tokenizer: that of the model whose answers are scored. Raises
+    ValueError for what is not there, and for a reward model with another tokenizer."""
     terms = []
-    for name in names.split(","):
-        weight, _, name = name.rpartition("*")
+    for term in names.split(","):
+        weight, _, name = term.rpartition("*")
         try:
             weight = float(weight or 1)
         except ValueError:
-            raise ValueError(f"--reward {names}: {weight!r} is no weight") from None
-        terms.append((weight, OfProgram(name) if ".py:" in name else of_model(name, tokenizer)))
-    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else Sum(terms)
+            raise ValueError(f"--reward {names}: the weight {weight!r} is not a number") from None
+        terms.append((weight, FunctionReward(name) if ".py:" in name else ModelReward(name, tokenizer)))
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
 
 
-class OfModel:
-    """A reward model's score."""
+class ModelReward:
+    """The score of a reward model."""
 
     def __init__(self, folder, tokenizer):
         find(folder)
-        tokenizer.check_same(folder)
+        tokenizer.check_same(folder)        # it reads ids, not texts
         self.folder, self.model = folder, load_reward_model(folder).requires_grad_(False)
         self.networks = [self.model]
 
-    def __call__(self, run, batch, prompts, answers):
-        return run.map(lambda b: {"scores": self.model.score(b["tokens"], b["lengths"])}, batch)["scores"], {}
+    def __call__(self, run, prompts, answers, batch):
+        return run.score(self.model, batch)
 
 
-class OfProgram:
-    """What a program says. What can be checked need not be learnt, and a program that checks it leaves no
-    wrong guess to exploit."""
+class FunctionReward:
+    """The number that a Python function gives. Where an answer can be checked, nothing has to be learnt, and
+    there is no wrong guess to exploit."""
     folder, networks = None, []
 
     def __init__(self, name):
         self.function = load_function(name)
 
-    def __call__(self, run, batch, prompts, answers):
-        def check(rows):
+    def __call__(self, run, prompts, answers, batch):
+        def score(rows):
             return {"scores": torch.tensor([self.function(*row) for row in rows])}
-        return run.map(check, list(zip(prompts, answers)), batch["lengths"])["scores"], {}
+        return run.map(score, list(zip(prompts, answers)), batch["lengths"])["scores"]
 
 
-class Sum:
-    """A weighted sum of rewards. terms: (weight, reward)."""
+class WeightedSum:
+    """Σ weight·score. terms: (weight, reward) pairs."""
 
     def __init__(self, terms):
         self.terms = terms
         self.networks = [network for _, reward in terms for network in reward.networks]
         self.folder = next((reward.folder for _, reward in terms if reward.folder), None)
 
-    def __call__(self, run, batch, prompts, answers):
-        scores, signs = 0.0, {}
-        for weight, reward in self.terms:
-            found, more = reward(run, batch, prompts, answers)
-            scores, signs = scores + weight * found, signs | more
-        return scores, signs
+    def __call__(self, run, prompts, answers, batch):
+        return sum(weight * reward(run, prompts, answers, batch) for weight, reward in self.terms)
+
+
+def load_function(name):
+    """The function of `file.py:name`, (messages, answer) -> float. The file may import modules beside it. An
+    exception in it, and a result that is not a finite number, become a ValueError that names the prompt."""
+    path, _, called = name.rpartition(":")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+        spec = importlib.util.spec_from_file_location("reward_function", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look there
+        spec.loader.exec_module(module)
+        function = getattr(module, called)
+    except Exception as e:                              # the code is the user's own
+        raise ValueError(f"--reward {name}: {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.pop(0)
+
+    def checked(messages, answer):
+        try:
+            number = float(function(messages, answer))
+            if math.isfinite(number):
+                return number
+            wrong = f"returned {number}"
+        except Exception as e:
+            wrong = f"{type(e).__name__}: {e}"
+        prompt = messages[-1]["content"]
+        raise ValueError(f"--reward {name}: {wrong}, for the answer {answer[:80]!r} to {prompt[:80]!r}")
+    return checked

@@ -18,12 +18,11 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, fingerprints, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, write_json
 from runtime.flags import program
+from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
-from runtime.models import UNCERTAINTY
-from runtime.safetensors import save_tensors
-from runtime.sharding import add_up, full_tensor, is_frozen
+from runtime.sharding import add_up, collect, full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -46,14 +45,14 @@ class Run(Compute):
         """cfg: a stage's flags.Training; total: steps in all."""
         super().__init__(cfg)
         self.total, self.parts, self.stop_signal = total, {}, None
-        self.warned = []                                        # what the last step was warned about
+        self.warned, self.notes = set(), {}                     # conditions that hold; see note()
         self.failed_in_a_row = Counter()                   # by optimiser: its last steps that were not finite
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
         if processes.is_first():
             lock(cfg.out)
-        self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
+        self.checkpoints = Checkpoints(cfg.out)
         if cfg.resume and self.checkpoints.last():
             self.must_be_the_same()
         elif processes.is_first():
@@ -126,7 +125,7 @@ class Run(Compute):
             print(f"going on after step {self.step} of {self.total}", flush=True)
         self.open_metrics()
         self.clock, self.first_step, self.saved, self.save_took = time.time(), self.step, time.time(), 0.0
-        launch.at_work = self
+        self.step_began, launch.at_work = time.time(), self
 
     def open_metrics(self):
         """metrics.jsonl, without the steps after the checkpoint, which will come again."""
@@ -152,7 +151,7 @@ class Run(Compute):
 
         A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
         after three in a row raises ValueError."""
-        if self.inside:
+        if self.depth:
             raise RuntimeError("optimizer_step inside a loop over micro-batches, or one was left half-way "
                                "while something still holds its generator")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -182,17 +181,22 @@ class Run(Compute):
         raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
                          "A lower --lr or --max_norm may help")
 
-    def warn(self, texts):
-        """Say what is wrong once, until it passes and comes back."""
-        for text in texts:
-            if text not in self.warned:
-                warn(f"step {self.step + 1}: {text}")
-        self.warned = texts
+    def warn_if(self, condition, text):
+        """Print a warning when a condition becomes true, and not again at each step while it stays true."""
+        if condition and text not in self.warned:
+            warn(f"step {self.step + 1}: {text}")
+        (self.warned.add if condition else self.warned.discard)(text)
 
-    def log(self, metrics, show=None):
-        """Finish a step: {name: number} goes to the files, and to the screen at some twenty of the steps, or
-        where show says so. Saves a checkpoint now and then, and stops here after Ctrl-C."""
-        metrics, step = {name: float(value) for name, value in metrics.items()}, self.step + 1
+    def note(self, **numbers):
+        """Add numbers to the metrics of this step."""
+        self.notes |= numbers
+
+    def log(self, metrics, show=False):
+        """Finish a step: write its metrics, {name: number}, to the files, and print them at some twenty steps
+        of the run and where `show` is true. Saves a checkpoint if one is due, and stops after Ctrl-C."""
+        metrics |= self.notes | {"seconds": time.time() - self.step_began}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        step, self.notes = self.step + 1, {}
         rounded = {name: round(value, 6) if math.isfinite(value) else None          # JSON has no NaN
                    for name, value in metrics.items()}
         self.metrics.write(json.dumps({"step": step} | rounded) + "\n")
@@ -202,9 +206,9 @@ class Run(Compute):
                 self.board.add_scalar(name, value, step)
         self.begin(step)
         self.save_if_due()
-        if show is None:
-            show = step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        show = show or step % max(1, self.total // 20) == 0 or step in (1, self.total)
         self.print_progress(step, metrics, show)
+        self.step_began = time.time()
 
     def print_progress(self, step, metrics, show):
         """A line with the time left. On a terminal each step overwrites the last, unless that is to stay."""
@@ -221,10 +225,11 @@ class Run(Compute):
 
     # ----------------------------------------------------------------------------------- what stays
 
-    def write(self, name, found):
-        """Write numbers and texts into the folder, as JSON."""
+    def write_examples(self, name, examples):
+        """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""
         if processes.is_first():
-            write_json(os.path.join(self.cfg.out, name), found)
+            path = os.path.join(self.cfg.out, f"{name}_{'last' if self.step else 'first'}.json")
+            write_json(path, [{"step": self.step + 1} | example for example in examples])
 
     def save_if_due(self):
         """Save every save_seconds, less often where that would take more than a twentieth of the time, or on
@@ -249,10 +254,9 @@ class Run(Compute):
         self.saved = time.time()
         self.save_took = self.saved - began
 
-    def finish(self, model, tokenizer, uncertainty=None, **facts):
-        """Save the model with its tokenizer, and what the run found out, with the seconds that it took. All
-        files are written aside first: what stood in the folder before stays until they are whole.
-        uncertainty: a reward model's {name: tensor}, of how far its scores can be trusted."""
+    def finish(self, model, tokenizer, **facts):
+        """Save the model and its tokenizer, and in run.json the facts and the seconds that the run took. All
+        files are first written under another name, so that a crash leaves the old ones in place."""
         launch.at_work = None
         self.checkpoints.wait()
         if not is_finite(flatten(model)):
@@ -267,11 +271,9 @@ class Run(Compute):
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
-            for name in (*others, UNCERTAINTY):
+            for name in others:
                 for folder in (aside, self.cfg.out):
                     Path(folder, name).unlink(missing_ok=True)
-            if uncertainty:
-                save_tensors(os.path.join(aside, UNCERTAINTY), uncertainty)
             self.keep(aside, facts)
         processes.barrier()                                     # nobody leaves before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
@@ -305,10 +307,3 @@ def peak_memory(device):
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def collect(x):
-    """A whole tensor from its shards, after the first process has written the one before: the others wait for
-    one tensor at a time, however large the network."""
-    processes.barrier()
-    return full_tensor(x)

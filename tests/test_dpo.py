@@ -9,24 +9,24 @@ from helpers.arrays import near, nll, seeds, tiny
 
 import dpo
 from data import loading
-from data.answers import warnings
-from data.batches import Comparison, encode_comparisons
+from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
-from runtime.run import Run
 from variants import online_dpo
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):
-    ratio = (pc - rc) - (pr - rr)
-    if kind == "sigmoid":
-        return (1 - smoothing) * nll(beta * ratio) + smoothing * nll(-beta * ratio)
-    return (ratio - 0.5 / beta) ** 2 if kind == "ipo" else max(0.0, 1 - beta * ratio)
+    ratio, total = (pc - rc) - (pr - rr), 0.0
+    for weight, h in ((1 - smoothing, ratio), (smoothing, -ratio)):
+        cost = {"sigmoid": nll(beta * h), "ipo": (h - 0.5 / beta) ** 2, "hinge": max(0.0, 1 - beta * h)}
+        total += weight * cost[kind]
+    return total
 
 
 @seeds
-@pytest.mark.parametrize("kind,smoothing", [("sigmoid", 0.0), ("sigmoid", 0.1), ("ipo", 0.0), ("hinge", 0.0)])
+@pytest.mark.parametrize("kind", plainly.DPO_LOSSES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("beta", [0.1, 0.6])
 def test_dpo_loss_and_implicit_rewards_are_those_of_the_papers(seed, kind, smoothing, beta):
     torch.manual_seed(seed)
@@ -77,19 +77,29 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
 
 
-SHARED = dict(records=0, batch=17, warmup=2, looks=0)
+def test_smoothing_may_differ_from_pair_to_pair():
+    inputs = torch.randn(4, 3).double()
+    found = dpo_loss(*inputs, 0.3, "ipo", torch.tensor([0.0, 0.2, 0.5]).double())[0]
+    for b, smoothing in enumerate((0.0, 0.2, 0.5)):
+        near(found[b], loops("ipo", smoothing, 0.3, *inputs[:, b].tolist()))
+
+
+def test_an_unknown_loss_is_refused_by_name():
+    with pytest.raises(ValueError, match="loss must be sigmoid, ipo or hinge, not 'exo'"):
+        dpo_loss(*torch.randn(4, 3), 0.3, "exo")
+
+
+SHARED = dict(batch=17, warmup=2)
 CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
     dict(),
-    dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2,
-         records=20),
+    dict(label_smoothing=0.2, beta=0.3, nll_coef=0.0, epochs=2, decay="cosine", lr=1e-2, max_norm=0.2),
     dict(length_normalize=True, beta=2.0, decay="constant", warmup=0, max_norm=0.0, micro_batch=9,
          micro_tokens=200),
-    *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3} for kind in dpo.LOSSES),
-    *({"loss": kind, "beta": 0.4, "records": 20} for kind in dpo.LOSSES),
+    *({"loss": kind, "beta": 0.4, "nll_coef": 0.3, "seed": 3, "label_smoothing": 0.1}
+      for kind in plainly.DPO_LOSSES),
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
     dict(data="pairs.jsonl", batch=9, micro_batch=4, label_smoothing=0.1),               # soft labels
-    dict(looks=3, max_new_tokens=7, micro_batch=6),
-    dict(by="out/reward_model", max_new_tokens=9, epochs=2, nll_coef=0.5, records=40, looks=2),
+    dict(by="out/reward_model", data="rankings.jsonl", batch=9, max_new_tokens=9, epochs=2, nll_coef=0.5),
 ]
 
 
@@ -97,12 +107,11 @@ CASES = [                                       # each flag of the stage is set 
 def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
     stage = online_dpo if "by" in settings else dpo
     cfg, model, lines, about = trained(stage, **SHARED | settings)
-    cfg.online = stage is online_dpo
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
     preferences, held_out = loading.load("preferences", cfg.data, max_dropped=1.0)
     held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
-    scorer = GPT.load("out/reward_model")
-    expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences, held_out, scorer)
+    scorer = GPT.load("out/reward_model") if stage is online_dpo else None
+    expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences, scorer)
     for line in (lines[0], expected[0]):
         del line["accuracy"]                                # the policy is the reference: rounding decides
     plainly.assert_same_lines(lines, expected)
@@ -111,28 +120,12 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     assert about["held_out"] == pytest.approx(found | {"loss": found["loss"].item()}, abs=1e-6)
 
 
-def test_a_policy_that_falls_apart_is_warned_about_with_the_flag_to_change():
-    fine = {"entropy": 0.5, "kl": 2.0, "length": 12.0, "ended": 1.0}
-    assert warnings(fine) == []
-    signs = (({"entropy": 0.001}, "--lr"), ({"kl": 12.0}, "--beta"), ({"ended": 0.88}, "do not end"))
-    for change, flag in signs:
-        [said] = warnings(fine | change)
-        assert flag in said
-
-
-def test_where_all_fresh_answers_tie_the_old_ones_teach(tiny_inputs, monkeypatch):
-    monkeypatch.chdir(tiny_inputs)
-    tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
-    preferences, _ = loading.load("preferences", loading.WORLD, max_dropped=1.0)
-    old = encode_comparisons(tokenizer, preferences[:3], 56, "preferences")
-    run = Run(online_dpo.Config(device="cpu", max_new_tokens=5), 1)
-    assert old is online_dpo.fresh(
-        run, model, tokenizer, lambda prompts, answers, rng: [[1] * len(a) for a in answers], old)
-
-
-def test_only_the_sigmoid_comes_with_imitation_unless_it_is_asked_for():
-    assert dpo.Config().nll_coef == 2 and dpo.Config(nll_coef=0.0).nll_coef == 0
-    assert dpo.Config().beta == 0.5 and dpo.Config(nll_coef=0.0).beta == 1 and dpo.Config(beta=2.0).beta == 2
-    for kind in dpo.LOSSES:
-        if kind != "sigmoid":
-            assert dpo.Config(loss=kind).nll_coef == 0 and dpo.Config(loss=kind, nll_coef=1.5).nll_coef == 1.5
+def test_where_all_fresh_answers_tie_the_old_ones_teach_and_a_warning_says_so(trained, monkeypatch, capsys):
+    def labeller(*_):
+        return lambda prompts, answers, rng: [[1] * len(some) for some in answers]
+    monkeypatch.setattr(online_dpo, "labeller", labeller)
+    settings = SHARED | dict(data="rankings.jsonl", batch=20, epochs=2)
+    _, model, *_ = trained(online_dpo, **settings, max_new_tokens=5)
+    assert capsys.readouterr().err.count("all fresh answers to a prompt tie") == 1
+    _, without, *_ = trained(dpo, **settings)
+    plainly.assert_same_weights(model, without)

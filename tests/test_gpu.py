@@ -84,7 +84,7 @@ def test_in_bfloat16_the_old_policy_is_held_against_the_new_one_at_the_same_prec
     out = f"out/ratio{''.join(way.split()[:2])}"
     train("ppo", f"--precision bfloat16 --steps 1 --epochs 1 --minibatches 1 {way}", plain[0], out)
     step = json.loads((plain[0] / out / "metrics.jsonl").read_text())
-    assert abs(step["approx_kl"]) < 1e-3 and step["clipped"] < 0.01
+    assert abs(step["approx_kl"]) < 1e-3 and step["clip_fraction"] < 0.01
 
 
 def test_a_killed_run_goes_on(plain):

@@ -16,7 +16,7 @@ import torch
 
 import ppo
 from data import world
-from dpo import LOSSES, dpo_loss
+from dpo import dpo_loss
 from model import GPT, GPTConfig
 from reward_model import pairwise_loss
 from runtime.compute import pad
@@ -72,9 +72,9 @@ class Judge:
     def __init__(self, r):
         self.r = {tuple(row): x for row, x in zip(ROWS, r.tolist())}
 
-    def __call__(self, run, batch, prompts, answers):
+    def __call__(self, run, prompts, answers, batch):
         rows = zip(batch["tokens"].tolist(), batch["lengths"].tolist())
-        return torch.tensor([self.r[tuple(row[:n])] for row, n in rows]), {}
+        return torch.tensor([self.r[tuple(row[:n])] for row, n in rows])
 
 
 SETTINGS = dict(max_new_tokens=LONGEST, no_end_score=NO_END, kl_coef=BETA, adaptive_kl=False,
@@ -113,8 +113,8 @@ def test_ppo_reaches_the_best_policy_that_the_kl_penalty_allows(tmp_path, monkey
     monkeypatch.setattr(world, "truth", lambda *_: {})
     monkeypatch.setattr(Run, "finish", lambda *_: None)
     stage.train(stage.Config(steps=120, batch=384, lr=4e-3, out=str(tmp_path), **SETTINGS | choices))
-    actor, reference = made[:2]
-    distance = total_variation(answer_logprobs(actor).exp(), optimum(reference, true_reward()))
+    policy, reference = made[:2]
+    distance = total_variation(answer_logprobs(policy).exp(), optimum(reference, true_reward()))
     assert distance < 0.05, (
         f"{stage.__name__} ends {distance:.3f} from π* ∝ π_ref·exp(r/β): rewards, advantages, losses or "
         "rollout are wrong")
@@ -130,9 +130,9 @@ DPO_MARGINS = {
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", DPO_MARGINS)
 def test_each_kind_of_dpo_ends_at_the_margin_that_its_loss_asks_for(kind, smoothing):
-    """Within 0.05, for one pair of answers per prompt; smoothed labels are noisier pairs to the sigmoid."""
+    """Within 0.05, for one pair of answers per prompt; smoothed labels are noisier pairs."""
     policy, reference, r = network("lm", 1), network("lm", 1), true_reward()
     first, second = [3, len(ANSWERS)], [15, len(ANSWERS) + 19]      # of each prompt: rows that end
     wins = torch.sigmoid(r[first] - r[second])
@@ -150,8 +150,7 @@ def test_each_kind_of_dpo_ends_at_the_margin_that_its_loss_asks_for(kind, smooth
         (wins * right + (1 - wins) * swapped).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    if kind == "sigmoid":
-        wins = wins * (1 - smoothing) + (1 - wins) * smoothing
+    wins = wins * (1 - smoothing) + (1 - wins) * smoothing
     torch.testing.assert_close((a - ref_a) - (b - ref_b), DPO_MARGINS[kind](wins), rtol=0, atol=0.05)
 
 
@@ -203,23 +202,23 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam, gro
     """Of J = E[r − β·KL], listed in full, against policy_loss on samples, within 4 standard errors. With
     exact values in the critic's place any λ is unbiased; λ < 1 with a wrong critic would not be."""
     run, judge = Run(ppo.Config(out=str(tmp_path), **SETTINGS), 1), Judge(true_reward())
-    actor, reference = (network("lm", 1).double() for _ in range(2))
-    with torch.no_grad():                               # the actor has moved already, so that the KL counts
-        for p in actor.parameters():
+    policy, reference = (network("lm", 1).double() for _ in range(2))
+    with torch.no_grad():                               # the policy has moved already, so that the KL counts
+        for p in policy.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     r, ref = true_reward().double().view(2, -1), answer_logprobs(reference).detach()
-    parameters = [p for p in actor.parameters() if p.requires_grad]
+    parameters = [p for p in policy.parameters() if p.requires_grad]
 
     def flat(gradients):
         return torch.cat([g.flatten() for g in gradients])
 
-    logp = answer_logprobs(actor)
+    logp = answer_logprobs(policy)
     J = (logp.exp() * (r - BETA * (logp - ref))).sum(1).mean()
     exact = flat(torch.autograd.grad(J, parameters))
 
     # V of a state: what is still to come, r − β·Σ(log π − log π_ref) over the tokens ahead, averaged over
     # answers.
-    tokenwise = actor.logprobs(TOKENS, MASK).detach() - reference.logprobs(TOKENS, MASK)
+    tokenwise = policy.logprobs(TOKENS, MASK).detach() - reference.logprobs(TOKENS, MASK)
     p, values = logp.detach().exp().flatten(), {}
     for i, row in enumerate(ROWS):
         for t in range(int(STARTS[i]), len(row)):
@@ -239,15 +238,15 @@ def test_the_policy_gradient_at_ratio_1_is_the_exact_gradient(tmp_path, lam, gro
     torch.manual_seed(11)
     estimates = []
     for _ in range(40):
-        batch = ppo.rollout(run, actor, reference, TOKENIZER, prompts)
+        batch, _ = ppo.rollout(run, TOKENIZER, prompts, policy, reference)
         tokens, mask, old, ref = (batch[k] for k in ("tokens", "mask", "old_logprobs", "ref_logprobs"))
-        earned = ppo.kl_rewards(judge(run, batch, None, None)[0], old, ref, mask, BETA)
+        earned = ppo.kl_rewards(judge(run, None, None, batch), old, ref, mask, BETA)
         if lam is None:
             advantages = grpo.rloo(earned.sum(1), group)[:, None] * mask
         else:
             advantages, _ = ppo.gae(earned, ppo.state_values(critic, tokens, mask), mask, 1.0, lam)
-        loss, clipped = ppo.policy_loss(actor.logprobs(tokens, mask), old, advantages, mask, 0.2)
-        assert clipped == 0
+        loss, clip_fraction = ppo.policy_loss(policy.logprobs(tokens, mask), old, advantages, mask, 0.2)
+        assert clip_fraction == 0
         tokens_an_answer = batch["mask"].sum() / len(batch["mask"])        # the loss is a mean over tokens
         estimates.append(flat(torch.autograd.grad(-loss * tokens_an_answer, parameters)))
     estimates = torch.stack(estimates)

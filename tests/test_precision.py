@@ -72,7 +72,7 @@ def test_however_a_loop_over_micro_batches_ends_a_network_is_what_it_was(how):
         loop()
     except KeyError as e:
         caught = e                                  # its traceback holds the loop's frame
-    assert (caught is not None) == (how == "raise") and device.inside == 0
+    assert (caught is not None) == (how == "raise") and device.depth == 0
     assert all(p is before[name] and p.dtype == torch.float32 for name, p in model.named_parameters())
 
 
@@ -152,6 +152,6 @@ def test_what_is_frozen_is_kept_in_bfloat16_alone_but_for_what_must_be_exact():
     for module in base.modules():
         if isinstance(module, NF4):
             assert {p.dtype for p in module.parameters()} == {torch.uint8, torch.float32}
-    stand_ins, = device.stand_ins
+    stand_ins, = device.copies
     assert {name for _, name, _, _ in stand_ins.places} == {"A", "B"}
     assert base.token_embedding.weight.dtype == torch.bfloat16

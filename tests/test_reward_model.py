@@ -1,6 +1,5 @@
 """The reward model's losses, and the stage around them."""
 import math
-import os
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from data import annotators, loading
 from data.tokenizer import Tokenizer
 from model import GPT
 from reward_model import pairwise_loss, ranking_loss
-from runtime.safetensors import load_tensors
 
 
 @seeds
@@ -94,7 +92,6 @@ CASES = [                                       # each flag of the stage is set 
     dict(batch=9, data="pairs.jsonl", decay="constant", warmup=0, max_norm=0.0, micro_batch=3,
          micro_tokens=100),
     dict(batch=7, data="rankings.jsonl", warmup=1, micro_batch=5),
-    dict(batch=30, data="rankings.jsonl", ensemble=3),
 ]
 
 
@@ -115,24 +112,6 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     torch.testing.assert_close(torch.tensor(about["calibration"]), torch.tensor(calibration),
                                rtol=1e-6, atol=0)
     plainly.assert_same_weights(model, plain)
-    if cfg.ensemble:
-        known = plainly.uncertainty(cfg, plain, tokenizer, preferences, len(lines))
-        found = load_tensors(f"{cfg.out}/uncertainty.safetensors")
-        assert found.keys() == known.keys()
-        for name, x in known.items():
-            torch.testing.assert_close(found[name], torch.tensor(x), rtol=1e-6, atol=1e-9, msg=name)
-
-
-def test_what_a_folder_says_of_uncertainty_goes_with_the_model_that_it_is_of(trained):
-    cfg, *_ = trained(reward_model, ensemble=2, batch=40, warmup=0)
-    assert os.path.exists(f"{cfg.out}/uncertainty.safetensors")
-    trained(reward_model, batch=40, warmup=0)
-    assert not os.path.exists(f"{cfg.out}/uncertainty.safetensors")
-
-
-def test_an_ensemble_of_one_is_refused():
-    with pytest.raises(ValueError, match="a single head disagrees with nobody"):
-        reward_model.Config(ensemble=1)
 
 
 def test_without_normalisation_the_score_is_left_as_it_was_trained(trained):

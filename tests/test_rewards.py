@@ -1,4 +1,6 @@
 """What --reward names: a reward model, a program, and weighted sums."""
+import sys
+
 import pytest
 import torch
 from helpers.arrays import tiny
@@ -8,7 +10,8 @@ from runtime.flags import Settings
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("What?", "Who?", "Why?")]
 ANSWERS = ["a", "bb", "cccc"]
-BATCH = {"tokens": torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]]), "lengths": torch.tensor([2, 3, 1])}
+BATCH = {"tokens": torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]]), "lengths": torch.tensor([2, 3, 1]),
+         "mask": torch.tensor([[False, True, False], [False, True, True], [True, False, False]])}
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ class AnyTokenizer:
 def scores(names):
     reward = rewards.find_reward(names, AnyTokenizer())
     run = compute.Compute(Settings(device="cpu", micro_batch=2))
-    return reward, reward(run, BATCH, PROMPTS, ANSWERS)[0].tolist()
+    return reward, reward(run, PROMPTS, ANSWERS, BATCH).tolist()
 
 
 def test_a_program_scores_each_answer_to_its_prompt(program):
@@ -50,7 +53,7 @@ def test_a_sum_weighs_its_terms(program, monkeypatch):
 
 
 def test_what_is_no_reward_is_one_line(program):
-    for names, said in ((f"x*{program}:size", "'x' is no weight"),
+    for names, said in ((f"x*{program}:size", "the weight 'x' is not a number"),
                         (f"{program}:two", "program.py:two: AttributeError"),
                         ("missing.py:one", "missing.py:one: FileNotFoundError")):
         with pytest.raises(ValueError, match=said):
@@ -58,3 +61,11 @@ def test_what_is_no_reward_is_one_line(program):
     for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan")):
         with pytest.raises(ValueError, match=f"program.py:{called}: {said}, for the answer '.*' to '.*'"):
             scores(f"{program}:{called}")
+
+
+def test_a_reward_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "words_of_mine.py").write_text("WORDS = {'bb': 3}\n")
+    (tmp_path / "reward.py").write_text("import words_of_mine\n\ndef score(messages, answer):\n"
+                                        "    return words_of_mine.WORDS.get(answer, 0)\n")
+    _, found = scores(f"{tmp_path}/reward.py:score")
+    assert found == [0, 3, 0] and str(tmp_path) not in sys.path

@@ -22,7 +22,7 @@ def assert_same_lines(lines, expected):
     """What a stage has logged, which is rounded to six places, and what a plain loop gives: the same names
     and numbers, apart from the speed."""
     for line in lines:
-        line.pop("tokens_per_second", None)
+        line.pop("seconds", None)
     assert len(lines) == len(expected)
     for ours, theirs in zip(lines, expected):
         assert sorted(ours) == sorted(theirs)
@@ -256,12 +256,12 @@ def scale(cfg, model, sft_model, tokenizer, preferences, steps):
     return average, deviation
 
 
-def heads(states, ranks, margins, sure, count):
-    """An ensemble's heads, (count, C) in lists, from states[p][k] of answers and their ranks[p][k]; margins
-    and how sure labels are, of each prompt."""
+def heads(states, preferences, count, noise):
+    """An ensemble's heads, (count, C) in lists, from states[p][k] of the answers of each preference. noise: a
+    torch.Generator."""
     N, C = len(states), len(states[0][0])
-    found = [(x / math.sqrt(C + 1)).requires_grad_() for x in torch.randn(count, C)]
-    drawn = torch.randint(N, (count, N)).tolist()
+    found = [(x / math.sqrt(C + 1)).requires_grad_() for x in torch.randn(count, C, generator=noise)]
+    drawn = torch.randint(N, (count, N), generator=noise).tolist()
     optimizers = [torch.optim.Adam([head], 0.03) for head in found]
     for _ in range(30):
         for start in range(0, N, 512):
@@ -269,33 +269,33 @@ def heads(states, ranks, margins, sure, count):
                 losses = []
                 for p in mine[start:start + 512]:
                     r = [head @ torch.tensor(h) for h in states[p]]
-                    losses.append(mean([-sure[p] * log_sigmoid(r[i] - r[j] - margins[p])
-                                        - (1 - sure[p]) * log_sigmoid(r[j] - r[i] - margins[p])
-                                        for i, j in ordered_pairs(ranks[p])]))
+                    sure, margin = preferences[p].probability, preferences[p].margin
+                    losses.append(mean([-sure * log_sigmoid(r[i] - r[j] - margin)
+                                        - (1 - sure) * log_sigmoid(r[j] - r[i] - margin)
+                                        for i, j in ordered_pairs(preferences[p].ranks)]))
                 optimizer.zero_grad()
                 mean(losses).backward()
                 optimizer.step()
     return [head.tolist() for head in found]
 
 
-def uncertainty(cfg, model, tokenizer, preferences, steps):
-    """What a reward model's folder says of how far its scores can be trusted: {name: lists}."""
-    states, ranks, own = [], [], []
-    rng = begin(cfg, steps)
+@torch.no_grad()
+def answer_states(model, tokenizer, preferences):
+    """states[p][k]: what the head reads of answer k of preference p, a list."""
+    return [[model.hidden(torch.tensor([prompt + a]))[0, -1].tolist() for a in answers]
+            for prompt, answers in (sequences(tokenizer, p) for p in preferences)]
+
+
+def uncertainty(cfg, model, tokenizer, preferences, held_out):
+    """How far a reward model's scores can be trusted: {name: lists}."""
     preferences = comparisons_that_fit(model, tokenizer, preferences)
-    rng.choices(preferences, k=cfg.normalize)               # the prompts and seeds that set the scale
-    for _ in range(cfg.normalize):
-        rng.getrandbits(62)
-    preferences = rng.sample(preferences, len(preferences))
-    for p in preferences:
-        prompt, answers = sequences(tokenizer, p)
-        with torch.no_grad():
-            states.append([model.hidden(torch.tensor([prompt + a]))[0, -1].tolist() for a in answers])
-            own += [score(model, prompt + a).item() for a in answers]
-        ranks.append(p.ranks)
-    found = heads(states, ranks, [p.margin for p in preferences], [p.probability for p in preferences],
-                  cfg.ensemble)
+    preferences = random.Random(cfg.seed).sample(preferences, len(preferences))
+    states = answer_states(model, tokenizer, preferences)
+    with torch.enable_grad():
+        found = heads(states, preferences, cfg.heads, torch.Generator().manual_seed(cfg.seed))
     every = [h for some in states for h in some]
+    weight, bias = model.head.weight[0].tolist(), model.head.bias.item()
+    own = [sum(x * w for x, w in zip(h, weight)) + bias for h in every]
     scaled, biases = [], []
     for head in found:
         theirs = [sum(x * w for x, w in zip(h, head)) for h in every]
@@ -309,9 +309,10 @@ def uncertainty(cfg, model, tokenizer, preferences, steps):
     for i in range(C):
         covariance[i][i] += floor
     distances = []
-    for h in every:
-        away = torch.tensor([x - m for x, m in zip(h, average)])
-        distances.append(math.sqrt(away @ torch.linalg.solve(torch.tensor(covariance), away)))
+    for some in answer_states(model, tokenizer, comparisons_that_fit(model, tokenizer, held_out)):
+        for h in some:
+            away = torch.tensor([x - m for x, m in zip(h, average)])
+            distances.append(math.sqrt(away @ torch.linalg.solve(torch.tensor(covariance), away)))
     return {"heads": scaled, "bias": biases, "mean": average,
             "threshold": torch.tensor(distances).quantile(0.99).item(),
             "precision": torch.linalg.inv(torch.tensor(covariance)).tolist()}
@@ -320,10 +321,9 @@ def uncertainty(cfg, model, tokenizer, preferences, steps):
 # ----------------------------------------------------------------------------------------------- dpo
 
 DPO_LOSSES = {                                      # of h, the margin over the reference's
-    "sigmoid": lambda h, beta, smoothing: (-(1 - smoothing) * log_sigmoid(beta * h)
-                                           - smoothing * log_sigmoid(-beta * h)),
-    "ipo": lambda h, beta, smoothing: (h - 1 / (2 * beta)) ** 2,
-    "hinge": lambda h, beta, smoothing: torch.clamp(1 - beta * h, min=0),
+    "sigmoid": lambda h, beta: -log_sigmoid(beta * h),
+    "ipo": lambda h, beta: (h - 1 / (2 * beta)) ** 2,
+    "hinge": lambda h, beta: torch.clamp(1 - beta * h, min=0),
 }
 
 
@@ -338,8 +338,10 @@ def dpo_numbers(cfg, model, reference, tokenizer, preferences):
         ratio = [(x - y) / n for x, y, n in zip(logp, ref, size)]
         for winner, loser in ordered_pairs(p.ranks):
             h = ratio[winner] - ratio[loser]
-            won, lost = (DPO_LOSSES[cfg.loss](x, cfg.beta, cfg.label_smoothing) for x in (h, -h))
-            loss = p.probability * won + (1 - p.probability) * lost
+            won, lost = DPO_LOSSES[cfg.loss](h, cfg.beta), DPO_LOSSES[cfg.loss](-h, cfg.beta)
+            right, swapped = 1 - cfg.label_smoothing, cfg.label_smoothing
+            loss = (p.probability * (right * won + swapped * lost)
+                    + (1 - p.probability) * (right * lost + swapped * won))
             if p.ranks[winner] == 1:
                 loss = loss - cfg.nll_coef * logp[winner] / len(answers[winner])
             good, bad = cfg.beta * ratio[winner].item(), cfg.beta * ratio[loser].item()
@@ -356,52 +358,40 @@ def room(cfg, model, tokenizer, preferences):
 
 @torch.no_grad()
 def dpo_fresh(cfg, rng, model, tokenizer, preferences, scorer):
-    """The same prompts with the policy's answers, lists of ids, ranked by a reward model."""
+    """The same prompts with the policy's answers, lists of ids, ranked by a reward model; and what is logged
+    of the answers."""
     k, longest, found = len(preferences[0].responses), room(cfg, model, tokenizer, preferences), []
+    lengths, ended = [], []
     seeds = iter([rng.getrandbits(62) for _ in range(k * len(preferences))])
     for p in preferences:
         prompt = tokenizer.prompt(p.prompt)
         answers = [sample(model, prompt, next(seeds), longest, tokenizer.end) for _ in range(k)]
         scores = [score(scorer, prompt + a).item() if a[-1] == tokenizer.end else -math.inf for a in answers]
         ranks = [1 + len([x for x in scores if x > mine]) for mine in scores]
+        lengths += [float(len(a)) for a in answers]
+        ended += [float(a[-1] == tokenizer.end) for a in answers]
         if len(set(ranks)) > 1:
             found.append(replace(p, responses=answers, ranks=ranks, probability=1.0))
-    return found
+    return found, {"length": mean(lengths), "ended": mean(ended)}
 
 
-@torch.no_grad()
-def dpo_look(cfg, rng, model, reference, tokenizer, preferences):
-    longest, rows = room(cfg, model, tokenizer, preferences), []
-    for p, seed in [(p, rng.getrandbits(62)) for p in preferences]:
-        prompt = tokenizer.prompt(p.prompt)
-        ids = sample(model, prompt, seed, longest, tokenizer.end)
-        now, ref = (token_logprobs(net, prompt + ids)[len(prompt) - 1:] for net in (model, reference))
-        logp = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].log_softmax(-1)
-        rows.append({"kl": sum(now).item() - sum(ref).item(), "entropy": -(logp.exp() * logp).sum().item(),
-                     "length": len(ids), "ended": float(ids[-1] == tokenizer.end)})
-    found = {name: mean([row[name] for row in rows]) for name in rows[0]}
-    return found | {"entropy": found["entropy"] / found["length"]}
-
-
-def dpo(cfg, model, reference, tokenizer, preferences, held_out, scorer=None):
-    """Trains the model. Returns a line {name: number} per step."""
+def dpo(cfg, model, reference, tokenizer, preferences, scorer=None):
+    """Trains the model; with a scorer, on fresh answers that it ranks. Returns a line {name: number} per
+    step."""
     preferences = [p for p in preferences if len(set(p.ranks)) > 1]
-    if cfg.records:
-        preferences = preferences[:cfg.records]
     preferences = comparisons_that_fit(model, tokenizer, preferences)
     longest = [longest_sequence(tokenizer, p) for p in preferences]
     total = cfg.epochs * math.ceil(len(preferences) / cfg.batch)
     optimizer, lines = AdamW(model, max_norm=cfg.max_norm), []
     for step, batch in enumerate(batches(longest, cfg.batch, cfg.epochs, cfg.seed)):
-        rng, some = begin(cfg, step), [preferences[i] for i in batch]
-        if cfg.online:
-            some = dpo_fresh(cfg, rng, model, tokenizer, some, scorer)
+        rng, some, sampled = begin(cfg, step), [preferences[i] for i in batch], {}
+        if scorer:
+            fresh, sampled = dpo_fresh(cfg, rng, model, tokenizer, some, scorer)
+            some = fresh or some
         numbers = dpo_numbers(cfg, model, reference, tokenizer, some)
         lr, loss = rate(cfg, step, total, cfg.lr), numbers["loss"]
         norm = optimizer.step(loss, lr)
-        lines.append(numbers | {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr})
-        if cfg.looks and (step + 1) % max(1, total // cfg.looks) == 0:
-            lines[-1] |= dpo_look(cfg, rng, model, reference, tokenizer, held_out[:32])
+        lines.append(numbers | sampled | {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr})
     return lines
 
 
@@ -439,11 +429,10 @@ def doubt(a, reward, known):
     """In place: what an ensemble says of an answer, and how far it is from what the reward model has seen."""
     with torch.no_grad():
         h = reward.hidden(torch.tensor([a["prompt"] + a["ids"]]))[0, -1].tolist()
-    heads, biases = known["heads"].tolist(), known["bias"].tolist()
-    a["heads"] = [sum(x * w for x, w in zip(h, head)) + b for head, b in zip(heads, biases)]
-    away = [x - m for x, m in zip(h, known["mean"].tolist())]
-    square = sum(x * p * y for x, row in zip(away, known["precision"].tolist()) for p, y in zip(row, away))
-    a["distance"] = math.sqrt(square) / known["threshold"].item()
+    a["heads"] = [sum(x * w for x, w in zip(h, head)) + b for head, b in zip(known["heads"], known["bias"])]
+    away = [x - m for x, m in zip(h, known["mean"])]
+    square = sum(x * p * y for x, row in zip(away, known["precision"]) for p, y in zip(row, away))
+    a["distance"] = math.sqrt(square) / known["threshold"]
 
 
 PESSIMISM = {
@@ -459,10 +448,10 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
     answers = []
     for messages, seed in zip(prompts, seeds):
         prompt = tokenizer.prompt(messages)
-        ids = sample(nets["actor"], prompt, seed, cfg.max_new_tokens, tokenizer.end, cfg.temperature)
+        ids = sample(nets["policy"], prompt, seed, cfg.max_new_tokens, tokenizer.end, cfg.temperature)
         a = {"prompt": prompt, "ids": ids, "ended": ids[-1] == tokenizer.end}
         with torch.no_grad():
-            for name, net in (("old", "actor"), ("ref", "reference")):
+            for name, net in (("old", "policy"), ("ref", "reference")):
                 whole = token_logprobs(nets[net], prompt + ids, cfg.temperature)
                 a[name] = [x.item() for x in whole[len(prompt) - 1:]]
             if cfg.advantage == "gae":
@@ -522,7 +511,7 @@ def ppo_minibatch(cfg, nets, answers):
     for a in answers:
         ids = torch.tensor([a["prompt"] + a["ids"]])
         start = len(a["prompt"])
-        logp = (nets["actor"](ids)[0] / cfg.temperature).log_softmax(-1)
+        logp = (nets["policy"](ids)[0] / cfg.temperature).log_softmax(-1)
         out = nets["critic"](ids)[0] if cfg.advantage == "gae" else None
         for t, token in enumerate(a["ids"]):
             now = logp[start + t - 1]
@@ -530,9 +519,10 @@ def ppo_minibatch(cfg, nets, answers):
             limited = min(max(ratio.item(), 1 - cfg.clip), 1 + cfg.clip)
             is_clipped = limited * advantage < ratio.item() * advantage
             policy.append(-(limited * advantage if is_clipped else ratio * advantage))
-            policy_clipped.append(float(is_clipped))
+            policy_clipped.append(float(abs(ratio.item() - 1) > cfg.clip))
             entropies.append(-(now.exp() * now).sum())
-            kls.append(ratio.item() - 1 - math.log(ratio.item()))
+            log_ratio = (now[token] - a["old"][t]).item()
+            kls.append(math.expm1(log_ratio) - log_ratio)
             if out is None:
                 continue
             v, old, wanted = out[start + t - 1], a["values"][t], a["returns"][t]
@@ -540,40 +530,38 @@ def ppo_minibatch(cfg, nets, answers):
             clip_counts = (near - wanted) ** 2 > (v.item() - wanted) ** 2
             value.append(0.5 * ((near - wanted) ** 2 if clip_counts else (v - wanted) ** 2))
             value_clipped.append(float(abs(v.item() - old) > cfg.value_clip))
-    stats = {"policy_loss": mean(policy), "entropy": mean(entropies), "clipped": mean(policy_clipped),
+    stats = {"policy_loss": mean(policy), "entropy": mean(entropies), "clip_fraction": mean(policy_clipped),
              "approx_kl": mean(kls)}
     if value:
-        stats |= {"value_loss": mean(value), "value_clipped": mean(value_clipped)}
+        stats |= {"value_loss": mean(value), "value_clip_fraction": mean(value_clipped)}
     stats = {name: float(torch.as_tensor(x).detach()) for name, x in stats.items()}
     return mean(policy) - cfg.entropy_coef * mean(entropies), mean(value) if value else None, stats
 
 
 # Flags of PPO's variants, with values that leave it what it is.
 PLAIN = {"advantage": "gae", "group": 1, "whiten_rewards": False, "ptx_coef": 0.0, "pessimism": "none",
-         "ood_penalty": 0.0, "stop_ood": 1.0, "reward_model_coef": 1.0}
+         "ood_penalty": 0.0, "reward_model_coef": 1.0}
 
 
 def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None):
-    """Trains actor and, with gae, critic. Returns a line {name: number} per step."""
+    """Trains the policy and, with gae, the critic. Returns a line {name: number} per step."""
     cfg = SimpleNamespace(**PLAIN | vars(cfg))
-    actor = AdamW(nets["actor"], eps=1e-5, max_norm=cfg.max_norm)
+    optimizer = AdamW(nets["policy"], eps=1e-5, max_norm=cfg.max_norm)
     if cfg.advantage == "gae":
         critic = AdamW(nets["critic"], eps=1e-5, max_norm=cfg.max_norm)
     beta, lines = cfg.kl_coef, []
     prompts = that_fit(prompts, lambda p: len(tokenizer.prompt(p)) + cfg.max_new_tokens,
-                       nets["actor"].config.block_size)
-    demonstrations = conversations_that_fit(nets["actor"], tokenizer, demonstrations)
+                       nets["policy"].config.block_size)
+    demonstrations = conversations_that_fit(nets["policy"], tokenizer, demonstrations)
     for step in range(cfg.steps):
         rng = begin(cfg, step)
         chosen = rng.choices(prompts, k=cfg.batch // cfg.group)
         chosen = [prompt for prompt in chosen for _ in range(cfg.group)]
         answers = ppo_rollout(cfg, rng, nets, tokenizer, chosen, beta, program, known)
-        if known and mean([float(a["distance"] > 1) for a in answers]) > cfg.stop_ood:
-            break
         stats, updates = [], 0
         minibatches = []
         for _ in range(cfg.epochs):
-            minibatches += torch.randperm(cfg.batch).chunk(cfg.minibatches)
+            minibatches += torch.randperm(cfg.batch).tensor_split(cfg.minibatches)
         for rows in minibatches:
             policy, value, numbers = ppo_minibatch(cfg, nets, [answers[i] for i in rows.tolist()])
             stats.append(numbers)
@@ -581,9 +569,9 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None)
                 break
             if cfg.ptx_coef:
                 some = rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-                logprobs = [x for c in some for x in learnt_logprobs(nets["actor"], c)]
+                logprobs = [x for c in some for x in learnt_logprobs(nets["policy"], c)]
                 policy = policy - cfg.ptx_coef * mean(logprobs)
-            actor.step(policy, rate(cfg, step, cfg.steps, cfg.lr))
+            optimizer.step(policy, rate(cfg, step, cfg.steps, cfg.lr))
             if value is not None:
                 critic.step(value, rate(cfg, step, cfg.steps, cfg.critic_lr))
             updates += 1

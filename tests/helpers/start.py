@@ -16,9 +16,9 @@ SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]           # numbers of proc
 SMALL = {
     "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
     "reward_model": "--normalize 32 --warmup 5",
-    "dpo": "--records 40 --warmup 2 --looks 0",
+    "dpo": "--warmup 2",
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --whiten_rewards",
-    "variants.online_dpo": "--records 40 --warmup 2 --looks 0 --max_new_tokens 12",
+    "variants.online_dpo": "--warmup 2 --max_new_tokens 12",
     "variants.grpo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
@@ -27,7 +27,7 @@ SMALL = {
 FLAGS = {
     "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 7 --warmup 4",
     "reward_model": "--normalize 33 --batch 7 --micro_batch 8 --warmup 5",
-    "dpo": "--records 70 --batch 7 --micro_batch 8 --warmup 5",
+    "dpo": "--nll_coef 2 --batch 7 --micro_batch 8 --warmup 5",
     "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 "
            "--whiten_rewards --entropy_coef 0.01",
 }
