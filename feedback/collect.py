@@ -19,7 +19,6 @@ import torch
 from data import annotators, loading, records
 from data.batches import fit_prompts
 from data.tokenizer import Tokenizer
-from feedback.answers import as_answers
 from feedback.judge import Judge
 from runtime.compute import Compute, row_seeds
 from runtime.flags import Settings, flag
@@ -40,6 +39,20 @@ class Config(Settings):
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
 
 
+@dataclass
+class Answer:
+    text: str
+    ids: list           # with the end token, if there is one
+    ended: bool
+
+
+def as_answers(tokenizer, batch, k):
+    """A batch of Compute.sample with k rows for each prompt: for each prompt a list of k Answers."""
+    ids = [tokens[mask].tolist() for tokens, mask in zip(batch["tokens"], batch["mask"])]
+    answers = [Answer(tokenizer.decode(x), x, ended) for x, ended in zip(ids, batch["ended"].tolist())]
+    return [answers[i:i + k] for i in range(0, len(answers), k)]
+
+
 def answer_prompts(cfg, run, tokenizer, rng):
     """cfg.model's Answers to cfg.prompts prompts, all of which are drawn once before one comes again. Returns
     (prompt, its different Answers) for each prompt that got at least two; ValueError if none did."""
@@ -57,7 +70,7 @@ def answer_prompts(cfg, run, tokenizer, rng):
     batch = run.sample(model, rows, row_seeds(rng, len(rows)), cfg.max_new_tokens,
                        temperature=cfg.temperature, stop_token=tokenizer.end)
     different = [list({a.text: a for a in some if a.text.strip()}.values())
-                 for some in as_answers(batch, tokenizer, cfg.answers)]
+                 for some in as_answers(tokenizer, batch, cfg.answers)]
     answered = [(prompt, some) for prompt, some in zip(drawn, different) if len(some) > 1]
     if not answered:
         raise ValueError("no prompt got two different answers: a higher --temperature may give some")

@@ -11,7 +11,7 @@ import torch
 from data import annotators, records
 from data.tokenizer import Tokenizer, learn
 from feedback import collect, judge
-from feedback.answers import Answer, as_answers
+from feedback.collect import Answer, as_answers
 from model import GPT
 from runtime.compute import Compute
 
@@ -43,7 +43,7 @@ def test_sampled_rows_are_k_answers_to_each_prompt(run):
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
     rows = [tokenizer.prompt(p) for p in PROMPTS for _ in range(3)]
     batch = run.sample(model, rows, range(6), 6, stop_token=tokenizer.end)
-    found = as_answers(batch, tokenizer, 3)
+    found = as_answers(tokenizer, batch, 3)
     assert [len(some) for some in found] == [3, 3]
     assert len({a.text for some in found for a in some}) > 2
     for a, tokens, mask in zip(itertools.chain(*found), batch["tokens"], batch["mask"]):
@@ -147,10 +147,10 @@ def test_a_constitution_for_whoever_does_not_read_it_is_refused(run, tmp_path, b
 @pytest.mark.parametrize("by", ["annotators", "out/reward_model"])
 def test_what_is_collected_is_a_preference_file(run, tmp_path, by):
     lines = collected(tmp_path, by=by)
-    found = records.read_preferences(tmp_path / "out/preferences.jsonl")
+    found = records.read("preferences", tmp_path / "out/preferences.jsonl")
     assert 0 < len(found) <= 12 and {len(p.responses) for p in found} <= {2, 3}
     assert len({json.dumps(p.prompt) for p in found}) == len(found)
-    prompts = records.read_prompts("out/world/prompts.jsonl")
+    prompts = records.read("prompts", "out/world/prompts.jsonl")
     assert all(p.prompt in prompts for p in found)
     assert any(len(set(p.ranks)) > 1 for p in found)
     assert collected(tmp_path, by=by) == lines
@@ -160,7 +160,7 @@ def test_for_a_person_the_same_answers_are_written_to_be_ranked(run, tmp_path):
     tasks = collected(tmp_path, "tasks.jsonl", by="person")
     ranked = collected(tmp_path, by="annotators")
     assert [t["responses"] for t in tasks] == [r["responses"] for r in ranked]
-    read = records.read_tasks(tmp_path / "out/tasks.jsonl")
+    read = records.read("tasks", tmp_path / "out/tasks.jsonl")
     assert [(p.prompt, p.responses) for p in read] == [(t["prompt"], t["responses"]) for t in tasks]
 
 

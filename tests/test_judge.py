@@ -79,7 +79,7 @@ def test_a_judge_of_bad_taste_is_written_down_as_it_is(judged):
 
 def test_labels_are_read_as_soft_ones(judged, tmp_path):
     judged(0.0, 1.0)
-    read = records.read_preferences(tmp_path / "out/labels.jsonl")
+    read = records.read("preferences", tmp_path / "out/labels.jsonl")
     assert [p.probability for p in read] == [round(1 / (1 + math.exp(-1)), 4)] * len(PAIRS)
     assert read[0].prompt == [{"role": "user", "content": PAIRS[0]["prompt"]}]
 

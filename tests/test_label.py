@@ -40,7 +40,7 @@ def start(tmp_path):
     """A function that begins a run, as after any earlier one: Choices. They write to tmp_path/ann.jsonl."""
     def begin(name="ann", items=None, gold=()):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
-        read = records.read_tasks(tmp_path / "tasks.jsonl")
+        read = records.read("tasks", tmp_path / "tasks.jsonl")
         return choices.Choices(name, str(tmp_path / "ann.jsonl"), read, gold)
     return begin
 
@@ -71,7 +71,7 @@ def test_choices_are_a_preference_file_that_every_stage_reads(start, tmp_path, c
     labels.talk({"item": state["item"], "ranks": [1 if a == "b" else 2 for a in k]})        # a and c tie
     state = finish(labels)
     assert state["item"] is None and state["done"] == state["total"] == 20 and "20 are ranked" in state["end"]
-    read = records.read_preferences(tmp_path / "ann.jsonl")
+    read = records.read("preferences", tmp_path / "ann.jsonl")
     assert [p.ranks for p in read] == [[1, 1, 1], [2, 1, 2]] + [[2, 3, 1]] * 18
     assert [(p.prompt, p.responses) for p in read] == [(t["prompt"], t["responses"]) for t in tasks(20)]
     assert [p.cannot_judge for p in read] == [True] + [False] * 19
@@ -133,6 +133,20 @@ def test_undo_takes_back_the_last_of_this_run_once(start, tmp_path):
     end = finish(again)
     back = again.talk({"item": end["last"], "undo": True})                      # from the end, too
     assert back["item"] == end["last"] and back["done"] == 5
+
+
+def test_a_run_keeps_every_choice_that_the_file_holds_with_whatever_stands_beside_it(start, tmp_path):
+    """Even of items that are no tasks any more. A line that is there twice counts once."""
+    finish(start(items=tasks(2)))
+    found = lines(tmp_path)
+    other = {"prompt": "Another?", "responses": ["x\u2028", "y"], "ranks": [1, 2], "note": "é"}
+    texts = [json.dumps(r, ensure_ascii=False) for r in (found[0], other, found[0])]
+    (tmp_path / "ann.jsonl").write_text(texts[0] + "\n\n" + texts[1] + "\n" + texts[2], "utf-8")
+    labels = start(items=tasks(2))
+    assert labels.talk({})["done"] == 1
+    finish(labels, best_to_worst="abc")
+    again = lines(tmp_path)
+    assert again[:2] == [found[0], other] and again[2]["prompt"] == found[1]["prompt"] and len(again) == 3
 
 
 def test_a_choice_that_was_undone_leaves_a_file_that_the_next_run_reads(start, tmp_path):

@@ -48,7 +48,7 @@ def test_each_round_labels_the_last_policy_and_learns_from_all_labels(commands):
                      ("feedback.collect", f"{out}/ppo_1"), ("reward_model.py", "out/sft"),
                      ("ppo.py", "out/sft")]
     data = [flags["data"] for name, flags in done if name == "reward_model.py"]
-    asked = [[p.prompt[0]["content"] for p in records.read_preferences(file)] for file in data]
+    asked = [[p.prompt[0]["content"] for p in records.read("preferences", file)] for file in data]
     assert asked == [["sft 0", "sft 1"], ["sft 0", "sft 1", "ppo_1 0", "ppo_1 1"]]
     rewards = [flags["reward"] for name, flags in done if name == "ppo.py"]
     assert rewards == [f"{out}/reward_model_ppo_1", f"{out}/reward_model_ppo_2"]
@@ -140,7 +140,7 @@ def test_the_best_answers_go_back_into_sft(commands):
     assert [(name, flags.get("init")) for name, flags in done if name == "sft.py"] == [
         ("sft.py", "out/sft"), ("sft.py", f"{out}/best_1")]
     data = [flags["data"] for name, flags in done if name == "sft.py"]
-    best = [m[-1]["content"] for m in records.read_demonstrations(data[0])]
+    best = [m[-1]["content"] for m in records.read("demonstrations", data[0])]
     assert best == ["It's 4.", "It's 4."]                               # of two that are best, the first
 
 
