@@ -276,7 +276,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
         advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
-        batch |= {"advantages": advantages, "returns": returns}
+        batch |= {"scores": scores, "rewards": rewards, "advantages": advantages, "returns": returns}
 
         # 4. Update
         factor, history, updates = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay), [], 0
@@ -331,7 +331,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
         run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target,
                     "KL is more than four times its target: lower --lr, or start with a higher --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
-        run.write_rollout(rollout_examples(tokenizer, asked, batch | {"rewards": rewards, "scores": scores}))
+        run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
         run.log(metrics)
     run.finish(policy, tokenizer)
 

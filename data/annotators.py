@@ -2,7 +2,7 @@
 
 An annotator sees the judge's score and has human failings: noise, and a weakness for length and for eager
 words ("Certainly!"). The choice between two answers a and b is Bradley-Terry's, P(a over b) = σ(u(a) − u(b)),
-with
+with the utility
 
     u = care · judge + length · (words / 10) + eager · (eager words)
 
@@ -23,8 +23,8 @@ class Annotator:
     length: float       # utility of ten more words
     eager: float        # utility of one more eager word
 
-    def utility(self, seen):
-        judge, words, eager = seen
+    def utility(self, features):
+        judge, words, eager = features
         return self.care * judge + self.length * words / 10 + self.eager * eager
 
 
@@ -35,65 +35,59 @@ ANNOTATORS = (
 )
 
 
-def look(prompt, response):
-    """What an annotator sees of an answer: (the judge's score, number of words, number of eager words)."""
+def features(prompt, response):
+    """What annotators notice about an answer: (the judge's score, number of words, number of eager words)."""
     return world.judge(prompt, response), len(response.split()), len(world.EAGER_SIGN.findall(response))
-
-
-def gumbel(rng):
-    """Standard Gumbel noise."""
-    return -math.log(-math.log(rng.random() or 0.5))            # 0 has no logarithm
 
 
 def rank(prompt, responses, rng, panel=1):
     """The ranks of K answers, 1 for the best, by annotators drawn with rng (random.Random).
 
-    Each of the `panel` annotators ranks all answers. These are then ordered by their mean rank (Borda count),
-    and equal means tie.
+    Each of the `panel` annotators ranks all answers. The answers are then ordered by their mean rank (Borda
+    count), and equal means tie.
     """
-    seen = [look(prompt, r) for r in responses]
-    places = [0] * len(responses)               # the sum over the panel: its order is that of the mean
+    seen = [features(prompt, r) for r in responses]
+    sums = [0] * len(responses)                 # of each answer's ranks: as good as their means
     for annotator in rng.choices(ANNOTATORS, k=panel):
-        noisy = [annotator.utility(s) + gumbel(rng) for s in seen]
-        places = [place + sum(other > x for other in noisy) for place, x in zip(places, noisy)]
-    return [1 + sum(other < place for other in places) for place in places]
+        # Gumbel noise is −log(−log(uniform)), and 0 has no logarithm.
+        noisy = [annotator.utility(x) - math.log(-math.log(rng.random() or 0.5)) for x in seen]
+        sums = [total + sum(other > x for other in noisy) for total, x in zip(sums, noisy)]
+    return [1 + sum(other < total for other in sums) for total in sums]
 
 
 def probability(prompt, a, b):
     """P(an annotator drawn at random prefers a to b)."""
-    seen_a, seen_b = look(prompt, a), look(prompt, b)
+    seen_a, seen_b = features(prompt, a), features(prompt, b)
     each = [1 / (1 + math.exp(x.utility(seen_b) - x.utility(seen_a))) for x in ANNOTATORS]
     return sum(each) / len(each)
 
 
-def ceiling(records):
-    """The best accuracy that a scorer can expect on preferences of this world: the mean over all pairs of
-    max(p, 1 − p), where p is the probability that an annotator drawn at random prefers one answer to the
-    other. records: what records.read_preferences returns."""
-    p = [probability(r.prompt, a, b) for r in records for a, b in itertools.combinations(r.responses, 2)]
+def ceiling(preferences):
+    """The best accuracy that a scorer can expect on preferences of this world (records.Preference): the mean
+    over all pairs of max(p, 1 − p), where p is the probability that an annotator drawn at random prefers one
+    answer to the other."""
+    p = [probability(r.prompt, a, b) for r in preferences
+         for a, b in itertools.combinations(r.responses, 2)]
     return sum(max(x, 1 - x) for x in p) / len(p)
 
 
-def accuracy(records):
-    """How often the annotators' mean utility orders two answers as a record does, over the pairs that it does
-    not tie; equal utilities count half. On rankings by a panel no scorer can expect much more."""
+def accuracy(preferences):
+    """The share of pairs in which the better answer has the higher mean utility of the annotators; equal
+    utilities count half. On rankings by a panel no scorer can expect much more."""
     right = []
-    for r in records:
-        seen = [look(r.prompt, response) for response in r.responses]
-        utilities = [sum(annotator.utility(s) for annotator in ANNOTATORS) for s in seen]
-        for (u, rank_u), (v, rank_v) in itertools.combinations(zip(utilities, r.ranks), 2):
-            if rank_u != rank_v:
-                right.append(0.5 if u == v else (u > v) == (rank_u < rank_v))
+    for r in preferences:
+        u = [sum(annotator.utility(features(r.prompt, response)) for annotator in ANNOTATORS)
+             for response in r.responses]
+        right += [0.5 if u[better] == u[worse] else float(u[better] > u[worse]) for better, worse in r.pairs]
     return sum(right) / len(right)
 
 
-def agreement(records):
-    """How often annotators and judge agree on a pair, among the pairs that both of them tell apart."""
+def agreement(preferences):
+    """The share of pairs in which the judge also scores the better answer higher, among those that the judge
+    tells apart."""
     agree = []
-    for r in records:
-        for (a, rank_a), (b, rank_b) in itertools.combinations(zip(r.responses, r.ranks), 2):
-            gap = world.judge(r.prompt, a) - world.judge(r.prompt, b)
-            if abs(gap) > 1e-9 and rank_a != rank_b:
-                judge_prefers_a, annotators_prefer_a = gap > 0, rank_a < rank_b
-                agree.append(judge_prefers_a == annotators_prefer_a)
+    for r in preferences:
+        score = [world.judge(r.prompt, response) for response in r.responses]
+        agree += [score[better] > score[worse] for better, worse in r.pairs
+                  if abs(score[better] - score[worse]) > 1e-9]
     return sum(agree) / len(agree)

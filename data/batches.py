@@ -1,45 +1,30 @@
-"""Records as tokens, those that fit, and their order in batches."""
+"""Records as tokens, those that fit into a model's block, and their order in batches."""
 import itertools
 import random
 from dataclasses import dataclass, replace
+
+from data import records
 
 
 @dataclass
 class Demonstration:
     """A conversation as tokens."""
     ids: list                   # all turns
-    learn: list                 # bools: true on what the assistant says
+    learn: list                 # bools: true on the assistant's words and the tokens that end them
 
     @property
     def lengths(self):
         return len(self.ids)
 
 
-def encode_demonstrations(tokenizer, conversations, block_size, what, max_dropped=1.0):
-    """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""
-    def shorter(messages):
-        rest = without_oldest_turn(messages)
-        return rest if rest and any(m["role"] == "assistant" for m in rest) else None
-
-    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, what, shorter,
-               max_dropped)
-    return [Demonstration(*tokenizer.chat(messages)) for messages in kept]
-
-
-def fit_prompts(tokenizer, prompts, room, what, max_dropped=1.0):
-    """Prompts (message lists) of at most `room` tokens: see fit."""
-    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, what, without_oldest_turn,
-               max_dropped)
-
-
 @dataclass
 class Comparison:
     """One prompt with its K ranked answers, as tokens."""
     sequences: list             # K lists of ids, prompt and answer
-    start: int                  # where the answers begin
+    start: int                  # index of the answers' first token
     ranks: list                 # K whole numbers, 1 for the best; equal numbers are ties
-    margin: float = 0.0         # how much the better one should win by
-    probability: float = 1.0    # that it is the better one: below 1 a soft label
+    margin: float = 0.0         # how much higher the better answer should score
+    probability: float = 1.0    # that it is the better one: a soft label if below 1
     prompt: list = None         # messages
     ref_logprobs: list = None   # K numbers, for DPO: the reference's log-probability of each answer
 
@@ -54,12 +39,21 @@ class Comparison:
 
     @property
     def pairs(self):
-        """Indices (better, worse) of every two answers that the ranks tell apart."""
-        both_orders = itertools.permutations(range(len(self.ranks)), 2)
-        return [(i, j) for i, j in both_orders if self.ranks[i] < self.ranks[j]]
+        return records.pairs(self.ranks)
 
 
-def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0):
+def encode_demonstrations(tokenizer, conversations, block_size, name, max_dropped=1.0):
+    """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""
+    def shorter(messages):
+        rest = without_oldest_turn(messages)
+        return rest if rest and any(m["role"] == "assistant" for m in rest) else None
+
+    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, name, shorter,
+               max_dropped)
+    return [Demonstration(*tokenizer.chat(messages)) for messages in kept]
+
+
+def encode_comparisons(tokenizer, preferences, block_size, name, max_dropped=1.0):
     """Preferences (records.Preference) as Comparisons whose longest answer, with its prompt, takes at most
     block_size tokens: see fit."""
     def encode(p):
@@ -71,24 +65,30 @@ def encode_comparisons(tokenizer, preferences, block_size, what, max_dropped=1.0
         prompt = without_oldest_turn(p.prompt)
         return replace(p, prompt=prompt) if prompt else None
 
-    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, what, shorter, max_dropped)
+    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, name, shorter, max_dropped)
     return [encode(p) for p in kept]
 
 
+def fit_prompts(tokenizer, prompts, room, name, max_dropped=1.0):
+    """Prompts (message lists) of at most `room` tokens: see fit."""
+    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, name, without_oldest_turn,
+               max_dropped)
+
+
 def without_oldest_turn(messages):
-    """A conversation from its second question on, a system message before it kept; None if it has only one
-    question."""
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    """A conversation from its second question on, with its system message; None if it has one question."""
+    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
     system = [m for m in messages[:1] if m["role"] == "system"]
-    return system + messages[asked[1]:] if len(asked) > 1 else None
+    return system + messages[questions[1]:] if len(questions) > 1 else None
 
 
-def fit(examples, length, block_size, what, shorter=lambda example: None, max_dropped=1.0):
-    """The examples with a length of at most block_size. Those that are longer are shortened, by `shorter` as
-    often as it takes, or left out where it returns None; prints how many of either. Raises ValueError if none
-    is left, or if more than max_dropped, a share of all, would be left out."""
+def fit(examples, length, block_size, name, shorter=lambda example: None, max_dropped=1.0):
+    """The examples of at most block_size tokens, by length(example). Longer ones are replaced by
+    shorter(example), as often as necessary, and left out if that is None; prints how many of either. name:
+    the examples' name in messages. Raises ValueError if none is left, or if more than max_dropped, a share of
+    all, would be left out."""
     if not examples:
-        raise ValueError(f"there are no {what}: a file that stands alone holds out every tenth record, "
+        raise ValueError(f"there are no {name}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
     kept, cut = [], 0
     for example in examples:
@@ -99,9 +99,9 @@ def fit(examples, length, block_size, what, shorter=lambda example: None, max_dr
             kept.append(rest)
             cut += rest is not example
     dropped, limit = len(examples) - len(kept), f"{block_size} tokens (block_size)"
-    longer = f"of {len(examples)} {what} are longer than {limit}"
+    longer = f"of {len(examples)} {name} are longer than {limit}"
     if not kept:
-        raise ValueError(f"none of the {len(examples)} {what} fits into {limit}")
+        raise ValueError(f"none of the {len(examples)} {name} fits into {limit}")
     if cut:
         print(f"{cut} {longer}: without their oldest turns")
     if dropped > max_dropped * len(examples):
@@ -113,7 +113,7 @@ def fit(examples, length, block_size, what, shorter=lambda example: None, max_dr
 
 def batches(lengths, size, epochs, seed, start=0):
     """The batches of by_length for each epoch in turn, from batch number `start` on. Their order depends only
-    on the seed and the epoch, so a run can go on where it stopped."""
+    on the seed and the epoch, so that a run can go on where it stopped."""
     orders = (by_length(lengths, size, random.Random(f"{seed}/{epoch}")) for epoch in range(epochs))
     return itertools.islice(itertools.chain.from_iterable(orders), start, None)
 
@@ -121,14 +121,14 @@ def batches(lengths, size, epochs, seed, start=0):
 def by_length(lengths, size, rng):
     """Indices in batches of `size`, in random order. rng: random.Random.
 
-    Neighbours in length share a batch, so that little of it is padding. Examples are sorted only within
-    random pools of 32 batches, so that neighbours change from epoch to epoch.
+    Examples of similar length share a batch, so that little of it is padding. They are sorted only within
+    random pools of 32 batches, so that the batches differ from epoch to epoch.
     """
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    found = []
+    batches = []
     for i in range(0, len(order), 32 * size):
         pool = sorted(order[i:i + 32 * size], key=lambda j: lengths[j])
-        found += [pool[j:j + size] for j in range(0, len(pool), size)]
-    rng.shuffle(found)
-    return found
+        batches += [pool[j:j + size] for j in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches

@@ -1,7 +1,7 @@
 """Text to tokens and back, and conversations in the format that a model was trained with.
 
-A tokenizer is a byte-level BPE run by tiktoken: "gpt2", one learnt from any text by `learn`, or that of a
-Hugging Face folder (tokenizer.json). Text is data: a message that spells "<|im_end|>" is encoded as those ten
+A tokenizer is a byte-level BPE run by tiktoken: "gpt2", one learnt from texts by `learn`, or the one in a
+Hugging Face folder (tokenizer.json). Text is data: in a message, "<|im_end|>" is encoded as those ten
 characters and controls nothing.
 """
 import json
@@ -11,17 +11,18 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 import tiktoken
 
-from runtime.files import base_of, find
+from runtime.files import base_of, find, reading
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 # How a learnt tokenizer cuts text before merging: into words, numbers and punctuation, each with the space
 # before it, and whitespace. Uses only syntax that Python's re and tiktoken's engine share.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
-# GPT-2's, which tokenizer.json calls ByteLevel; and what is left of it where each digit stands alone.
+# GPT-2's, which tokenizer.json calls ByteLevel; and the rest of it where each digit is a token of its own.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
                   r"|\s+(?=\p{N})|\s+(?!\S)|\s+")
@@ -39,29 +40,39 @@ class Chat:
 
 CHATML = Chat("", IM_START, "\n", IM_END, "\n")
 LLAMA3 = Chat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
+# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a Chat.
+TEMPLATE = Template(
+    "{{ $begin }}{% if messages[0]['role'] != 'system' %}{{ $system }}{% endif %}"
+    "{% for m in messages %}{{ $before + m['role'] + $after + m['content'] + $end }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ $assistant }}{% endif %}")
 
 
 class Tokenizer:
-    """ranks: {bytes: id} of a byte-level BPE, merged in the order of the ids; special: {text: id} of its
-    control tokens; pattern: how text is cut before merging; system: the message put before conversations that
-    have none; about: the tokenizer.json that it was read from."""
+    """document: the content of a tokenizer.json; system: the message put before conversations that have none;
+    name: the tokenizer's name in messages. Raises ValueError for kinds other than byte-level BPE.
 
-    def __init__(self, ranks, special, pattern, system="", about=None):
-        self.ranks, self.special, self.pattern = ranks, special, pattern
-        self.system, self.about = system, about
-        is_llama3 = LLAMA3.before in special and LLAMA3.end in special and IM_END not in special
+    ranks: {bytes: id} of the text's tokens; special: {text: id} of the control tokens."""
+
+    def __init__(self, document, system="", name="a new tokenizer"):
+        self.system, self.name = system, name
+        self.ranks, self.special = ranks, special = read_vocabulary(document)
+        is_llama3 = {LLAMA3.before, LLAMA3.end} <= special.keys() and IM_END not in special
         self.chat_format = chat = LLAMA3 if is_llama3 else CHATML
-        for text in (chat.before, chat.end):                    # a base model: in rows after its last
-            special.setdefault(text, 1 + max([*ranks.values(), *special.values()]))
+        for text in (chat.before, chat.end):            # a base model lacks them: they get ids after its last
+            if text not in special:
+                special[text] = 1 + max([*ranks.values(), *special.values()])
+                added = [*document["added_tokens"], control_token(text, special[text])]
+                document = document | {"added_tokens": added}
+        self.document = document
         self.vocab_size = 1 + max([*ranks.values(), *special.values()])     # ids in use
         # Bytes that a vocabulary lacks get ids after it, and are dropped.
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        ranks = ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)}
-        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
-        self.composed = bool(about and about["normalizer"])             # NFC: é is one character, not two
-        self.text_ids, self.end = set(self.ranks.values()), special[chat.end]
-        # What fills a batch elsewhere must not be what ends an answer: a reward model's score stands there.
+        self.encoding = tiktoken.Encoding(
+            "bpe", pat_str=read_pattern(document["pre_tokenizer"]), special_tokens=special,
+            mergeable_ranks=ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)})
+        self.text_ids, self.end = set(ranks.values()), special[chat.end]
+        # The token that pads must not be the one that ends answers: other libraries look for the last token
+        # that does not pad, and read a reward model's score there.
         fillers = [text for text in special if text not in "".join(vars(chat).values())]
         best_first = [text for text in fillers if "pad" in text] + fillers + [chat.before]
         self.pad = special[best_first[0]]
@@ -74,7 +85,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Text to a list of ids, none of them a control token."""
-        if self.composed:
+        if self.document["normalizer"]:                 # NFC, in which é is one character and not two
             text = unicodedata.normalize("NFC", text)
         return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
 
@@ -83,8 +94,8 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i in self.text_ids])
 
     def chat(self, messages):
-        """A conversation to (ids, learn): learn[t] is true on what the assistant says and the token that ends
-        it."""
+        """A conversation to (ids, learn): learn[t] is true on the assistant's words and the token that ends
+        them."""
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         ids, learn = [], []
@@ -100,94 +111,55 @@ class Tokenizer:
         return self.chat(messages)[0] + self.gap + self.headers["assistant"]
 
     def response(self, text):
-        """An answer as ids: what follows a prompt, with the token that ends it."""
+        """An answer as ids: the ones that follow a prompt, with the token that ends them."""
         return self.encode(text) + [self.end]
 
-    def template(self):
-        """The chat format as the Jinja template that transformers and vLLM read."""
-        f = self.chat_format
-        system = f.before + "system" + f.after + self.system + f.end + f.gap if self.system else ""
-        texts = {"BEGIN": f.begin, "SYSTEM": system, "BEFORE": f.before, "AFTER": f.after,
-                 "END": f.end + f.gap, "ASSISTANT": f.before + "assistant" + f.after}
-        template = ("{{ BEGIN }}{% if messages[0]['role'] != 'system' %}{{ SYSTEM }}{% endif %}"
-                    "{% for m in messages %}{{ BEFORE + m['role'] + AFTER + m['content'] + END }}{% endfor %}"
-                    "{% if add_generation_prompt %}{{ ASSISTANT }}{% endif %}")
-        for name, text in texts.items():
-            template = template.replace(name, json.dumps(text))
-        return template
-
-    # ---------------------------------------------------------------------------------------- files
-
     def ids(self):
-        """What config.json says of control tokens: where an answer ends, and what fills a batch."""
+        """config.json's entries for control tokens: the one that ends an answer, and the one that pads."""
         return {"eos_token_id": self.end, "pad_token_id": self.pad}
+
+    def check_same(self, folder):
+        """Raise ValueError if the model in a folder has another vocabulary or other control tokens (the end
+        token is one of them): these ids would be another text to it."""
+        other = Tokenizer.load(folder)
+        for kind, ours, theirs in (("vocabularies", self.ranks, other.ranks),
+                                   ("control tokens", self.special, other.special)):
+            if ours != theirs:
+                raise ValueError(f"{folder} was trained with another tokenizer than {self.name}: "
+                                 f"their {kind} differ")
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        names = {i: text for text, i in self.special.items()}
+        f, names = self.chat_format, {i: text for text, i in self.special.items()}
+        system = f.before + "system" + f.after + self.system + f.end + f.gap if self.system else ""
+        texts = {"begin": f.begin, "system": system, "before": f.before, "after": f.after,
+                 "end": f.end + f.gap, "assistant": f.before + "assistant" + f.after}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[self.end],
                   "pad_token": names[self.pad], "clean_up_tokenization_spaces": False,
                   # transformers 4 adds token_type_ids, which Llama refuses and GPT-2 adds to its embeddings.
-                  "model_input_names": ["input_ids", "attention_mask"],
-                  "system": self.system, "chat_template": self.template()}
+                  "model_input_names": ["input_ids", "attention_mask"], "system": self.system,
+                  "chat_template": TEMPLATE.substitute({k: json.dumps(text) for k, text in texts.items()})}
         os.makedirs(folder, exist_ok=True)
-        for name, about in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", config)):
-            aside = os.path.join(folder, f"{name}.{os.getpid()}.tmp")     # the file appears whole
-            Path(aside).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
-            os.replace(aside, os.path.join(folder, name))
-
-    def to_json(self):
-        """tokenizer.json: as it was read, with the control tokens that have been added; or written anew."""
-        about = self.about or {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-            "pre_tokenizer": write_pattern(self.pattern), "post_processor": None,
-            "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "vocab": {spell(token): i for token, i in self.ranks.items()},
-                      "merges": [[spell(a), spell(b)] for a, b in merges(self.ranks)]}}
-        known = {token["id"] for token in about["added_tokens"]}
-        added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                  "normalized": False, "special": True}
-                 for text, i in self.special.items() if i not in known]
-        return about | {"added_tokens": about["added_tokens"] + added}
+        for name, content in (("tokenizer.json", self.document), ("tokenizer_config.json", config)):
+            unfinished = Path(folder, f"{name}.{os.getpid()}.tmp")                  # the file appears whole
+            unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+            os.replace(unfinished, Path(folder, name))
 
     @classmethod
-    def load(cls, source, system=""):
-        """The tokenizer of a model, by its folder or name of the hub. system: in place of the folder's own.
-        Raises ValueError naming what cannot be read."""
-        if not os.path.isdir(source):
-            source = find(source)
-        if not os.path.exists(os.path.join(source, "tokenizer.json")) and base_of(source):
-            source = find(base_of(source))                          # adapters, whose model has it
-        try:
-            about = json.loads(Path(source, "tokenizer.json").read_text("utf-8"))
-            config = Path(source, "tokenizer_config.json")
-            if not system and config.exists():
-                system = json.loads(config.read_text("utf-8")).get("system", "")
-            return cls.from_json(about, system)
-        except FileNotFoundError:
-            raise ValueError(f"{source}: no tokenizer here (tokenizer.json is missing)") from None
-        except Exception as e:                      # tiktoken raises exceptions of its own for a bad file
-            reason = f"{e} is missing" if isinstance(e, KeyError) else e
-            raise ValueError(f"{source}: not a readable tokenizer: {reason}") from None
-
-    @classmethod
-    def from_json(cls, about, system=""):
-        """The tokenizer of a tokenizer.json. Raises ValueError for kinds other than byte-level BPE."""
-        model = about["model"]
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or not about["pre_tokenizer"]:
-            kind = "SentencePiece" if model.get("byte_fallback") else model.get("type")
-            raise ValueError(f"tokenizers of the kind {kind} are not supported: byte-level BPE is")
-        if (about["normalizer"] or {}).get("type", "NFC") != "NFC":
-            raise ValueError(f"normalizer {about['normalizer']['type']} is not supported")
-        special = {token["content"]: token["id"] for token in about["added_tokens"]}
-        ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in special}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        made = [ranks[unspell(a + b)] for a, b in pairs]
-        if made != sorted(made) or len(ranks) + len(special) != len({*ranks.values(), *special.values()}):
-            raise ValueError("merges that are not in the order of their ids are not supported")
-        return cls(ranks, special, read_pattern(about["pre_tokenizer"]), system, about)
+    def load(cls, name, system=""):
+        """The tokenizer of a model, by its folder or its name on the hub. system: replaces the folder's own.
+        Raises ValueError naming the file that cannot be read."""
+        folder = name if os.path.isdir(name) else find(name)
+        if not os.path.exists(os.path.join(folder, "tokenizer.json")) and base_of(folder):
+            folder = find(base_of(folder))                          # adapters, whose base model has it
+        path, config = Path(folder, "tokenizer.json"), Path(folder, "tokenizer_config.json")
+        if not path.exists():
+            raise ValueError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
+        if not system and config.exists():
+            with reading(config, "a tokenizer's settings") as settings:
+                system = settings.get("system", "")
+        with reading(path, "a readable tokenizer") as document:
+            return cls(document, system, name)
 
     @classmethod
     def gpt2(cls, system=""):
@@ -198,17 +170,12 @@ class Tokenizer:
             raise ValueError("gpt2: its vocabulary is not on this machine and cannot be downloaded "
                              f"({type(e).__name__}): let TIKTOKEN_CACHE_DIR name a folder where tiktoken "
                              "has put it, on any machine") from None
-        return cls(gpt2._mergeable_ranks, {END_OF_TEXT: 50256}, GPT2_PATTERN, system)
-
-    def check_same(self, folder):
-        """Raise ValueError if the model in a folder was trained with another vocabulary."""
-        if Tokenizer.load(folder).ranks != self.ranks:
-            raise ValueError(f"{folder} was trained with another tokenizer than the policy")
+        return cls(new_document(gpt2._mergeable_ranks, [END_OF_TEXT], GPT2_PATTERN), system, "gpt2")
 
 
-# ----------------------------------------------------------------------- what tokenizer.json spells out
+# ------------------------------------------------------------------------- the content of tokenizer.json
 
-# Bytes as characters that can be seen (GPT-2's table): those that print stand for themselves.
+# Bytes as visible characters (GPT-2's table): those that can be printed stand for themselves.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 LETTERS = {b: chr(b) for b in VISIBLE}
 LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in LETTERS)}
@@ -222,6 +189,24 @@ def spell(token):
 
 def unspell(text):
     return bytes(BYTES[letter] for letter in text)
+
+
+def read_vocabulary(document):
+    """({bytes: id} of the text's tokens, {text: id} of the control tokens). Raises ValueError for kinds of
+    tokenizers that tiktoken would run otherwise: it merges in the order of the ids."""
+    model, normalizer = document["model"], document["normalizer"] or {"type": "NFC"}
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or not document["pre_tokenizer"]:
+        kind = "SentencePiece" if model.get("byte_fallback") else model.get("type")
+        raise ValueError(f"tokenizers of the kind {kind} are not supported: byte-level BPE is")
+    if normalizer["type"] != "NFC":
+        raise ValueError(f"normalizer {normalizer['type']} is not supported")
+    special = {token["content"]: token["id"] for token in document["added_tokens"]}
+    ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in special}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    made = [ranks[unspell(a + b)] for a, b in pairs]
+    if made != sorted(made) or len(ranks) + len(special) != len({*ranks.values(), *special.values()}):
+        raise ValueError("merges that are not in the order of their ids are not supported")
+    return ranks, special
 
 
 def read_pattern(pre):
@@ -238,12 +223,25 @@ def read_pattern(pre):
     raise ValueError(f"pre_tokenizer {' + '.join(step['type'] for step in [*steps, last])} is not supported")
 
 
-def write_pattern(pattern):
-    """The reverse of read_pattern, for patterns of ours."""
-    if pattern == GPT2_PATTERN:
-        return BYTE_LEVEL
+def new_document(ranks, control, pattern):
+    """The tokenizer.json of a byte-level BPE that merges in the order of its ids. control: the texts of its
+    control tokens, whose ids follow."""
+    first = 1 + max(ranks.values())
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [control_token(text, i) for i, text in enumerate(control, first)], "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]},
+        "post_processor": None, "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "vocab": {spell(token): i for token, i in ranks.items()},
+                  "merges": [[spell(a), spell(b)] for a, b in merges(ranks)]}}
+
+
+def control_token(text, i):
+    return {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
 
 
 def merges(ranks):
@@ -284,4 +282,4 @@ def learn(texts, vocab_size):
                     merged.append(b"".join(parts[i:i + step]))
                     i += step
                 words[word] = merged
-    return Tokenizer(ranks, {END_OF_TEXT: len(ranks)}, PATTERN)
+    return Tokenizer(new_document(ranks, [END_OF_TEXT], PATTERN))

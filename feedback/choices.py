@@ -1,45 +1,55 @@
-"""What people choose among answers: the file of one person's rankings, and how far two people agree."""
+"""What one person chooses: the file of their rankings, and how far two people agree."""
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from data import records
-from runtime.files import Journal
 
 
 def key(p):
-    """The name of an item (a records.Preference), the same in every file and run: what it says, hashed."""
+    """The name of an item (a records.Preference) in every file and run: a hash of its prompt and answers."""
     return hashlib.sha256(json.dumps([p.prompt, p.responses]).encode()).hexdigest()[:16]
 
 
 def read(path):
     """A person's choices: {key: records.Preference}."""
-    return {key(p): p for p in records.read_preferences(path)}
+    return {key(p): p for p in records.read("preferences", path)}
 
 
 class Choices:
-    """What a person has to rank, and the file of what they chose."""
+    """The items that a person ranks, and the file of their choices. It is replaced by a new file after each
+    choice, so that it is whole at any moment and holds every choice that the page shows as saved.
 
-    def __init__(self, cfg, tasks, gold, guidelines):
-        self.cfg, self.gold, self.guidelines = cfg, {key(p): p for p in gold}, guidelines
-        self.saved = []                                         # (key, where its line begins) in this run
-        rng = random.Random(cfg.seed)
+    name: the person; out: the file; tasks: the items, as records.Preference; gold: more of them, whose order
+    is known. They come at random places among the others and look no different."""
+
+    def __init__(self, name, out, tasks, gold=()):
+        self.name, self.out, self.gold = name, out, {key(p): p for p in gold}
+        tasks, rng = list(tasks), random.Random(0)
         for p in gold:
             tasks.insert(rng.randint(0, len(tasks)), p)
-        self.items, self.journal = {key(p): p for p in tasks}, Journal(cfg.out)
-        self.done = read(cfg.out) if self.journal.size() else {}
+        self.items, self.saved = {key(p): p for p in tasks}, []     # saved: keys, in the order of this run
+        text = Path(out).read_text("utf-8") if os.path.exists(out) else ""
+        self.lines = [line for line in text.split("\n") if line]
+        self.done = read(out) if self.lines else {}
+
+    def left(self):
+        """The keys of the items that are not ranked yet."""
+        return [item for item in self.items if item not in self.done]
 
     def order(self, item):
-        """In which order the answers stand on this person's page: their numbers in the record."""
+        """The order of the answers on this person's page: their indices in the record."""
         n = len(self.items[item].responses)
-        return random.Random(f"{self.cfg.name}/{item}").sample(range(n), n)
+        return random.Random(f"{self.name}/{item}").sample(range(n), n)
 
     def talk(self, change):
-        """Save or undo a choice, if the page asks for it; returns what it shows next."""
+        """Save or undo a choice, if the page asks for it. Returns what the page shows next."""
         item = change.get("item") if isinstance(change, dict) else 0
         if item is not None:
             if not isinstance(item, str) or item not in self.items:
@@ -48,41 +58,57 @@ class Choices:
                 self.undo(item)
             else:
                 self.save(item, change.get("ranks"), change.get("cannot_judge") is True)
-        left = [item for item in self.items if item not in self.done]
-        state = {"total": len(self.items), "done": len(self.items) - len(left), "guidelines": self.guidelines,
-                 "last": self.saved[-1][0] if self.saved else None, "item": None, "prompt": [], "answers": []}
+        left, total = self.left(), len(self.items)
+        state = {"total": total, "done": total - len(left), "last": self.saved[-1] if self.saved else None,
+                 "item": None, "prompt": [], "answers": []}
         if not left:
-            return state | {"end": f"All {len(self.items)} are ranked. Thank you! {self.gold_score()}"}
+            return state | {"end": f"All {total} are ranked. Thank you! {self.gold_score()}"}
         p = self.items[left[0]]                                 # nothing here tells a gold item from another
         return state | {"item": left[0], "prompt": p.prompt,
                         "answers": [p.responses[i] for i in self.order(left[0])]}
 
     def save(self, item, ranks, cannot_judge):
-        """ranks: in the page's order. What has been saved, by a double click or another tab, stays."""
-        p, order = self.items[item], self.order(item)
+        """ranks: in the order of the page. The first choice counts: a double click or a second tab changes
+        nothing."""
         if item in self.done:
             return
+        p, order = self.items[item], self.order(item)
         if cannot_judge:
             ranks = [1] * len(order)
         if not isinstance(ranks, list) or len(ranks) != len(order) or \
                 not all(type(r) is int and 1 <= r <= len(order) for r in ranks):
             raise ValueError("expected a rank for each answer")
         p = replace(p, ranks=[ranks[order.index(i)] for i in range(len(order))], cannot_judge=cannot_judge)
-        record = {"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks, "by": self.cfg.name,
-                  "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order}
-        record |= {"cannot_judge": True} if cannot_judge else {}
-        record |= {"gold": True} if item in self.gold else {}
-        self.saved.append((item, self.journal.append(record)))
+        record = {"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks, "by": self.name,
+                  "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order,
+                  "cannot_judge": cannot_judge, "gold": item in self.gold}
+        self.write([*self.lines, json.dumps(record, ensure_ascii=False)])
+        self.saved.append(item)
         self.done[item] = p
 
     def undo(self, item):
-        """Take this choice out of the file, if it is the last one of this run."""
-        if self.saved and self.saved[-1][0] == item:
+        """Take a choice back, if it is the last one of this run."""
+        if self.saved and self.saved[-1] == item:
+            self.write(self.lines[:-1])
+            self.saved.pop()
             del self.done[item]
-            self.journal.cut(self.saved.pop()[1])
+
+    def write(self, lines):
+        """Replace the file by one of these lines, which is on the disk when this returns. If that fails, the
+        old file stays."""
+        with open(f"{self.out}.tmp", "w", encoding="utf-8") as f:
+            f.writelines(line + "\n" for line in lines)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{self.out}.tmp", self.out)
+        if hasattr(os, "O_DIRECTORY"):                  # Windows has none: there the new name may come later
+            folder = os.open(os.path.dirname(os.path.abspath(self.out)), os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+        self.lines = lines
 
     def gold_score(self):
-        """A sentence, or nothing where nothing of known order has been ranked."""
+        """A sentence; empty where no item of known order has been ranked."""
         right = [a == b for item, p in self.gold.items() if item in self.done
                  for a, b in zip(pairwise(p.ranks), pairwise(self.done[item].ranks))
                  if a != 0 and not self.done[item].cannot_judge]
@@ -90,15 +116,16 @@ class Choices:
 
 
 def pairwise(ranks):
-    """Of every two answers, in their order: 1 if the first is better, -1 if the second is, 0 if they tie."""
+    """The choice between every two answers: 1 for the first, −1 for the second, 0 for a tie."""
     return [(a < b) - (a > b) for a, b in itertools.combinations(ranks, 2)]
 
 
 def kappa(mine, theirs):
-    """(share of equal choices, Cohen's kappa) of two people (Cohen 1960): (p_o − p_e)/(1 − p_e), where p_o is
-    that share, and p_e the one that they would reach if each kept to how often they make a choice and drew it
-    blindly. Without p_e, two people who call almost everything a tie would seem to agree. Kappa is 1 for
-    equal choices, 0 for blind ones, and NaN where both always make the same choice."""
+    """(share of equal choices, Cohen's kappa) of two people's choices (Cohen 1960): (p_o − p_e)/(1 − p_e).
+
+    p_o is the share of equal choices. p_e is the share to expect from two people who choose at random, each
+    choice as often as these two do; without it, people who call almost everything a tie would seem to agree.
+    Kappa is 1 for equal choices, 0 for random ones, and NaN where both always make the same choice."""
     n = len(mine)
     observed = sum(a == b for a, b in zip(mine, theirs)) / n
     expected = sum(mine.count(c) * theirs.count(c) for c in (1, 0, -1)) / n ** 2
@@ -106,19 +133,18 @@ def kappa(mine, theirs):
 
 
 def compare(ours, theirs):
-    """Print how far two people, {key: Preference} each, agree on every two answers of what both ranked."""
-    both = [item for item in ours if item in theirs]
-    judged = [item for item in both if not ours[item].cannot_judge and not theirs[item].cannot_judge]
-    pairs = [[c for item in judged for c in pairwise(found[item].ranks)] for found in (ours, theirs)]
+    """Print the items that two people, {key: Preference} each, rank differently, and how far they agree."""
+    both = [(p, theirs[item]) for item, p in ours.items() if item in theirs]
+    judged = [(p, q) for p, q in both if not p.cannot_judge and not q.cannot_judge]
     if not judged:
-        raise ValueError("the two files share nothing that both could judge")
-    for item in judged:
-        p, other = ours[item], theirs[item].ranks
-        if pairwise(p.ranks) != pairwise(other):
+        raise ValueError("the two files share no item that both people could judge")
+    for p, q in judged:
+        if pairwise(p.ranks) != pairwise(q.ranks):
             print(f"\n{p.prompt[-1]['content']}")
-            for mine, their, answer in zip(p.ranks, other, p.responses):
-                print(f"  {mine} {their}  {answer}")
+            for mine, other, answer in zip(p.ranks, q.ranks, p.responses):
+                print(f"  {mine} {other}  {answer}")
+    pairs = [[choice for p in people for choice in pairwise(p.ranks)] for people in zip(*judged)]
     share, k = kappa(*pairs)
-    print(f"\nAbove: where they differ, each answer with its place for either.\n{len(judged)} items, without "
-          f"{len(both) - len(judged)} that one of them could not judge; {len(pairs[0])} pairs of answers: "
-          f"{share:.1%} equal choices, kappa {k:.2f}")
+    print(f"\nAbove: the items on which they differ, each answer with its two ranks.\n"
+          f"{len(judged)} items, without {len(both) - len(judged)} that one of them could not judge; "
+          f"{len(pairs[0])} pairs of answers: {share:.1%} equal choices, kappa {k:.2f}")

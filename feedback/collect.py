@@ -1,22 +1,25 @@
-"""Fresh preferences: a model answers prompts several times, and somebody says which answers are better.
+"""Fresh preferences: a model answers prompts, each several times, and the answers are ranked.
 
-    python -m feedback.collect --model out/ppo --by annotators    the world's simulated people rank them
-    python -m feedback.collect --model out/ppo --by out/reward_model    a reward model does
-    python -m feedback.collect --model out/ppo --by folder    a chat model that judges does: judge.py
+    python -m feedback.collect --model out/ppo                          by the world's simulated annotators
+    python -m feedback.collect --model out/ppo --by out/reward_model    by a reward model
+    python -m feedback.collect --model out/ppo --by folder              by a chat model: see judge.py
+    python -m feedback.collect --model out/ppo --by person              by nobody yet: see label.py
 
-Labels of answers that others gave say little about what this model does wrong, least of all once it has
-learnt from them. Labels of its own answers do.
+Labels of other models' answers say little about the mistakes of this one, least of all once it has learnt
+from them. Labels of its own answers do.
 """
+import math
 import os
 import random
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from data import annotators, loading, records
-from data.answers import sample, score
 from data.batches import fit_prompts
-from data.records import Preference
 from data.tokenizer import Tokenizer
-from feedback import judge
+from feedback.judge import Judge
 from runtime.compute import Compute, row_seeds
 from runtime.flags import Settings, flag
 from runtime.launch import main
@@ -25,62 +28,106 @@ from runtime.models import load
 
 @dataclass
 class Config(Settings):
-    out: str = flag("out/feedback", "folder of what is written, preferences.jsonl")
+    out: str = flag("out/feedback", "folder of preferences.jsonl, or of tasks.jsonl for a person")
     model: str = flag("out/sft", "model that answers")
-    by: str = flag("annotators", "who ranks: annotators, a reward model, or a chat model that judges")
-    data: str = flag(loading.WORLD, "prompts: a folder of the world's, or a file")
-    prompts: int = flag(1000, "prompts drawn from them", 1)
-    answers: int = flag(4, "answers to each", 2, 9)
+    by: str = flag("annotators", "annotators, person, or the folder of a reward model or of a chat model")
+    constitution: str = flag("", "file of a chat model's principles; none is feedback/principles.txt")
+    data: str = flag(loading.WORLD, "prompts: a file, or a folder of the world's files")
+    prompts: int = flag(1000, "prompts drawn at random", 1)
+    answers: int = flag(4, "answers sampled to each prompt; equal ones count once", 2, 9)
+    temperature: float = flag(1.0, "sampling temperature; 0 is greedy", 0)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
 
 
-def labeller(by, run):
-    """A function of prompts, lists of Answers to each and a random.Random, to the ranks of these answers. by:
-    annotators, in panels of five as in the world's preferences, or a folder."""
+@dataclass
+class Answer:
+    text: str
+    ids: list           # with the end token, if there is one
+    ended: bool
+
+
+def as_answers(tokenizer, batch, k):
+    """A batch of Compute.sample with k rows for each prompt: for each prompt a list of k Answers."""
+    ids = [tokens[mask].tolist() for tokens, mask in zip(batch["tokens"], batch["mask"])]
+    answers = [Answer(tokenizer.decode(x), x, ended) for x, ended in zip(ids, batch["ended"].tolist())]
+    return [answers[i:i + k] for i in range(0, len(answers), k)]
+
+
+def answer_prompts(cfg, run, tokenizer, rng):
+    """cfg.model's Answers to cfg.prompts prompts, all of which are drawn once before one comes again. Returns
+    (prompt, its different Answers) for each prompt that got at least two; ValueError if none did."""
+    model = load(cfg.model, vocab_size=tokenizer.vocab_size).requires_grad_(False)
+    if model.head_kind != "lm":
+        raise ValueError(f"{cfg.model} is a reward model: it gives scores, not answers")
+    run.place(model)
+    prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
+    room = model.config.block_size - cfg.max_new_tokens
+    prompts = fit_prompts(tokenizer, prompts, room, "prompts", cfg.max_dropped)
+    times = math.ceil(cfg.prompts / len(prompts))
+    drawn = [p for _ in range(times) for p in rng.sample(prompts, len(prompts))][:cfg.prompts]
+    print(f"{cfg.model} answers {len(drawn)} prompts {cfg.answers} times ...", flush=True)
+    rows = [tokenizer.prompt(p) for p in drawn for _ in range(cfg.answers)]
+    batch = run.sample(model, rows, row_seeds(rng, len(rows)), cfg.max_new_tokens,
+                       temperature=cfg.temperature, stop_token=tokenizer.end)
+    different = [list({a.text: a for a in some if a.text.strip()}.values())
+                 for some in as_answers(tokenizer, batch, cfg.answers)]
+    answered = [(prompt, some) for prompt, some in zip(drawn, different) if len(some) > 1]
+    if not answered:
+        raise ValueError("no prompt got two different answers: a higher --temperature may give some")
+    return answered
+
+
+def labeller(by, run, tokenizer, constitution=""):
+    """The function that ranks answers: rank(prompts, answers, rng) takes
+
+        prompts   a list of message lists
+        answers   for each prompt a list of Answers, or of other objects with .text, .ids and .ended
+        rng       random.Random, for the annotators' noise
+
+    and returns for each prompt a list of ranks, 1 for the best; equal ranks are ties.
+
+    by: "annotators", in panels of five as in the world's preferences; the folder of a reward model, which
+    must have the tokenizer of the model that answers; or the folder of a chat model, which judges by the
+    principles in the file `constitution`."""
+    if by != "annotators":
+        own = Tokenizer.load(by)
+        model = load(by, vocab_size=own.vocab_size).requires_grad_(False)
+        run.place(model)
+        if model.head_kind == "lm":
+            return partial(rank_by, Judge(run, model, own, constitution).scores)
+        tokenizer.check_same(by)
+    if constitution:
+        raise ValueError(f"--constitution is for a chat model that judges, and {by} is none")
     if by == "annotators":
         return lambda prompts, answers, rng: [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
                                               for prompt, some in zip(prompts, answers)]
-    tokenizer = Tokenizer.load(by)
-    model = load(by, vocab_size=tokenizer.vocab_size).requires_grad_(False)
-    run.place(model)
-
-    def rank(prompts, answers, rng):
-        scores = score if model.head_kind == "scalar" else judge_scores
-        return [[1 + sum(other > x for other in some) for x in some]
-                for some in scores(run, model, tokenizer, prompts, answers)]
-    return rank
+    return partial(rank_by, partial(reward_scores, run, model, tokenizer))
 
 
-def judge_scores(run, model, tokenizer, prompts, answers):
-    """How much a judge prefers each answer to the others: the sum of its d over its pairs (see judge.py)."""
-    with open(judge.PRINCIPLES, encoding="utf-8") as f:
-        principles = f.read().strip()
-    places = [(n, i, j) for n, some in enumerate(answers) for i in range(len(some)) for j in range(i)]
-    pairs = [Preference(prompts[n], [answers[n][i].text, answers[n][j].text], [1, 1]) for n, i, j in places]
-    first, second = judge.ask_twice(run, model, tokenizer, principles, pairs)
-    scores = [[0.0] * len(some) for some in answers]
-    for (n, i, j), d in zip(places, ((first - second) / 2).tolist()):
-        scores[n][i] += d
-        scores[n][j] -= d
-    return scores
+def rank_by(scores, prompts, answers, rng):
+    return [[1 + sum(other > x for other in some) for x in some] for some in scores(prompts, answers)]
+
+
+def reward_scores(run, model, tokenizer, prompts, answers):
+    """A reward model's score of each answer: for each prompt a list. An answer without an end, which the
+    model has never seen, gets −∞."""
+    rows = [tokenizer.prompt(prompt) + a.ids for prompt, some in zip(prompts, answers) for a in some]
+    scores = iter(run.score(model, run.batch(rows)).tolist())
+    return [[x if a.ended else -torch.inf for a, x in zip(some, scores)] for some in answers]
 
 
 def collect(cfg):
     tokenizer, run, rng = Tokenizer.load(cfg.model), Compute(cfg), random.Random(cfg.seed)
-    model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
-    run.place(model)
-    rank = labeller(cfg.by, run)
-    prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
-    prompts = fit_prompts(tokenizer, prompts, model.config.block_size - cfg.max_new_tokens, "prompts")
-    chosen = rng.choices(prompts, k=cfg.prompts)
-    seeds = row_seeds(rng, cfg.prompts * cfg.answers)
-    answers = sample(run, model, tokenizer, chosen, cfg.answers, cfg.max_new_tokens, seeds)
-    found = [{"prompt": prompt, "responses": [a.text for a in some], "ranks": ranks}
-             for prompt, some, ranks in zip(chosen, answers, rank(chosen, answers, rng))
-             if all(a.text.strip() for a in some)]
+    person = cfg.by == "person"                     # who ranks later: until then all answers tie
+    rank = None if person else labeller(cfg.by, run, tokenizer, cfg.constitution)
+    prompts, answers = zip(*answer_prompts(cfg, run, tokenizer, rng))
+    ranks = [[1] * len(some) for some in answers] if person else rank(prompts, answers, rng)
+    rankings = [{"prompt": prompt, "responses": [a.text for a in some], "ranks": places}
+                for prompt, some, places in zip(prompts, answers, ranks)]
+    file = os.path.join(cfg.out, "tasks.jsonl" if person else "preferences.jsonl")
     os.makedirs(cfg.out, exist_ok=True)
-    records.write(f"{cfg.out}/preferences.jsonl", found)
-    print(f"wrote {len(found)} rankings to {cfg.out}/preferences.jsonl")
+    records.write(file, rankings)
+    print(f"wrote {file}: answers to {len(rankings)} prompts")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A page for one person on this machine: an HTML file that sends changes and shows the state after each.
 
-The person's browser runs other people's pages too. They can send requests to this machine, and let a name of
-their own lead here, so a request is answered only with this machine's name as its Host, no other page as its
-Origin, and the token of the address that the program prints. The page itself loads and runs nothing else.
+The person's browser also runs other people's pages, which can send requests to this machine, even under a
+host name of their own. So a request is answered only if its Host is this machine, its Origin no other page,
+and its path holds the token of the address that the program printed. The page itself loads nothing else and
+runs no script but its own.
 """
 import hmac
 import json
@@ -17,9 +18,9 @@ POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; co
 
 
 class Page(ThreadingHTTPServer):
-    """html: the text, in which NONCE stands for the word that lets its style and script run. talk: from a
-    change to the state after it, both JSON, for one request at a time; a change that makes no sense is a
-    ValueError. port: 0 takes a free one."""
+    """html: the page, in which the word NONCE is replaced by the nonce that lets its style and script run.
+    talk: a function from a change to the state after it, both JSON, called for one request at a time; it
+    raises ValueError for a change that makes no sense. port: 0 takes a free one."""
 
     def __init__(self, port, html, talk):
         self.html, self.talk, self.lock, self.token = html, talk, threading.Lock(), secrets.token_urlsafe(16)
@@ -32,10 +33,12 @@ class Page(ThreadingHTTPServer):
 
 
 class Request(BaseHTTPRequestHandler):
-    timeout = 10                            # seconds to wait for a browser that falls silent
+    timeout = 10                            # seconds to wait for a silent browser
 
-    def is_trusted(self):
-        """Whether it may be answered; if not, it is refused here."""
+    def parse_request(self):
+        """Every request comes through here. False, after a reply, for one that may not be answered."""
+        if not super().parse_request():
+            return False
         server, token = self.server, self.path.removeprefix("/?token=")
         origins = [None, *(f"http://{host}" for host in server.hosts)]
         if self.headers.get("Host") in server.hosts and self.headers.get("Origin") in origins \
@@ -45,13 +48,10 @@ class Request(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self):
-        if self.is_trusted():
-            nonce = secrets.token_urlsafe(16)
-            self.reply(200, self.server.html.replace("NONCE", nonce), "text/html", nonce)
+        nonce = secrets.token_urlsafe(16)
+        self.reply(200, self.server.html.replace("NONCE", nonce), "text/html", nonce)
 
     def do_POST(self):
-        if not self.is_trusted():
-            return
         try:
             length = int(self.headers.get("Content-Length", "0"))
             if length > LARGEST:
@@ -61,7 +61,7 @@ class Request(BaseHTTPRequestHandler):
                 state = self.server.talk(change)
         except (ValueError, RecursionError) as e:
             return self.reply(400, str(e))
-        except OSError as e:                # the disk's, or the browser went away
+        except OSError as e:                # from the disk, or the browser is gone
             return self.reply(500, e.strerror or str(e))
         self.reply(200, json.dumps(state), "application/json")
 
@@ -70,12 +70,12 @@ class Request(BaseHTTPRequestHandler):
         headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content)),
                    "Content-Security-Policy": POLICY.format(nonce), "X-Content-Type-Options": "nosniff",
                    "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-        with suppress(OSError):             # a browser may have gone away
+        with suppress(OSError):             # the browser may be gone
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 
-    def log_message(self, *about):
-        """Nothing: the terminal is for the person."""
+    def log_message(self, *args):
+        """Prints nothing: the terminal is for the person."""

@@ -17,8 +17,7 @@ Bytes, with P parameters, N processes and b bytes per number in matrix products;
                   --checkpoint_blocks only a block's input
     logits        V numbers of 4 bytes per token that is learnt, 16 million at a time: log-probabilities, and
                   two gradients
-    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes; ddp: 4 million
-                  gradients, twice
+    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes
     cache         keys and values of every row that is sampled, in b
     sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients
                   up; ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and
@@ -32,12 +31,12 @@ import torch
 from model import GPT, GPTConfig
 from runtime.flags import flag
 from runtime.launch import main
-from runtime.sharding import BUCKET, LOGITS, cached_numbers
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
 PPO_MINIBATCHES, PPO_EPOCHS = 2, 2                                  # ppo.py's defaults
 CHUNK = 2 ** 24                                                     # logits that exist at once: GPT.logprobs
+LOGITS = 5                              # float32 arrays (rows, V) that exist at once where tokens are sampled
 GB, TB = 1e9, 1e12
 
 
@@ -108,8 +107,8 @@ class Plan:
         self.mlp = cfg.shape.mlp_hidden * (4 if cfg.shape.mlp == "swiglu" else 2)
 
     def numbers(self):
-        """{what: bytes}. The peak is the largest of four: in a backward pass, at its end, where the
-        embeddings' gradients are, while they are added up, and while sampling."""
+        """{what: bytes}. The peak is the largest of three: in a backward pass, at its end, where the
+        embeddings' gradients are, and while sampling."""
         state = (12 * self.P_trained + 4 * self.P_frozen) / self.shards             # without gradients
         if not self.is_sharded:
             state = 12 * self.P_trained + self.b * self.P_frozen
@@ -121,15 +120,8 @@ class Plan:
             gradients += 4 * net.all / self.shards
         sampling = self.sampling()
         return {"state": state + gradients, "backward": backward, "sampling": sampling,
-                "peak": state + max(backward, end, sampling, self.adding_up(gradients)),
+                "peak": state + max(backward, end, sampling),
                 "sent per step": self.sent()}
-
-    def adding_up(self, gradients):
-        """ddp: all gradients, and those in transit, as they are sent and as they come."""
-        if self.is_sharded or self.N == 1:
-            return 0
-        at_once = max(BUCKET, self.shape.vocab_size * self.shape.n_embd)        # a parameter is not parted
-        return gradients + 2 * 4 * min(at_once, max(net.all for net in self.trained))
 
     def activations(self):
         """Bytes that the backward pass needs per token of a block."""
@@ -196,7 +188,7 @@ class Plan:
             extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
         else:
             return 0
-        cache = rows * (prompt + answer) * cached_numbers(shape) * b
+        cache = rows * (prompt + answer) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * b
         reading = rows * prompt * (self.mlp + 4 * shape.n_embd) * b
         return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
 

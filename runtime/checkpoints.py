@@ -1,178 +1,112 @@
-"""What a run remembers while it trains, on disk: written in the background, and there whole or not at all.
+"""The checkpoint of an unfinished run: `resume.safetensors` in its folder, written whole or not at all.
 
-    out/ppo/resume.safetensors      where each process holds all of it (one process, or ddp)
-    out/ppo/resume/STEP/            where it is sharded (fsdp): each process writes its part, through
-                                    torch.distributed.checkpoint
+It holds the trained parameters, the optimisers' moments and the step. Any number of processes writes it, and
+any other number reads it. Reading it runs no code.
 
-Any number of processes reads either of them. Reading runs no code from the files.
+With one process, or under ddp, the first process copies the state to the CPU and writes the copies in the
+background while training goes on. Under fsdp no process has room for the whole state: all gather one tensor
+at a time, and the first writes it. Training waits for that. The file has 12 bytes per trained parameter, so
+at 1 GB per second a model of 1 billion parameters takes 12 seconds, and one of 70 billion 14 minutes; Run
+then saves less often, to keep this below a twentieth of the time. For models that are larger still, let each
+process write its own shards (torch.distributed.checkpoint does that).
 """
-import contextlib
-import glob
 import os
-import pickle
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from runtime.processes import is_first, total, world_size
-from runtime.safetensors import load_tensors, save_tensors
-from runtime.sharding import distribute_like, is_sharded, local_tensor
+from runtime.processes import is_first, total
+from runtime.safetensors import load_tensors, save_tensors, write_tensors
+from runtime.sharding import collect, distribute_like, is_sharded, local_tensor
 
 
 class Checkpoints:
-    """The checkpoint of the run in a folder: only the last one is kept."""
+    """The checkpoint in a folder. A new one replaces the one before."""
 
-    def __init__(self, folder, timeout=600):
-        self.whole, self.shards = os.path.join(folder, "resume.safetensors"), os.path.join(folder, "resume")
-        self.writing = None             # (future, path) of the save that is under way
-        self.pool = ThreadPoolExecutor(1)
-        self.group = None               # of the processes, apart from what training sends
-        if world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    def __init__(self, folder):
+        self.path = os.path.join(folder, "resume.safetensors")
+        self.thread, self.writing = ThreadPoolExecutor(1), None         # writing: the save that is under way
 
     def last(self):
-        """The newest one that is complete, a path, or None."""
-        complete = sorted(glob.glob("*/.metadata", root_dir=self.shards))
-        if complete:
-            return os.path.join(self.shards, os.path.dirname(complete[-1]))
-        return self.whole if os.path.exists(self.whole) else None
+        """The checkpoint's path, or None if there is none."""
+        return self.path if os.path.exists(self.path) else None
 
     def save(self, parts, step):
-        """Begin to write the state of some parts ({name: network, optimiser, ...}) after a step, unless
-        numbers in it have run off to infinity. All processes call it together, and change nothing before it
-        returns: then it has copies."""
+        """Save parts of training, {name: network, optimiser or object of numbers}, after a step. Does nothing
+        if a number is infinite or NaN. All processes call it together, and may change the parts as soon as it
+        returns."""
         self.wait()
         state = flatten_all(parts, step)
         if not is_finite(state):
             return
         if any(is_sharded(x) for x in state.values()):
-            import torch.distributed.checkpoint as dcp  # a second to import
-            path = os.path.join(self.shards, f"{step:08}")
-            # Two threads: a single one works through CUDA, and would take room on the first GPU for every
-            # process.
-            writer = dcp.FileSystemWriter(path, thread_count=2)
-            self.writing = dcp.async_save(state, storage_writer=writer, process_group=self.group), path
+            if is_first():
+                write_tensors(self.path, types(state), lambda name: collect(state[name]))
+            else:
+                for x in state.values():                                # in the order of the first process
+                    collect(x)
         elif is_first():
-            copies = {key: local_tensor(x).detach().to("cpu", copy=True) for key, x in state.items()}
-            self.writing = self.pool.submit(save_tensors, self.whole, copies), self.whole
+            copies = {name: local_tensor(x).detach().to("cpu", copy=True) for name, x in state.items()}
+            self.writing = self.thread.submit(save_tensors, self.path, copies)
 
     def wait(self):
-        """Until what save() began is on the disk, and what it replaces is gone. Raises OSError if it could
-        not be written."""
-        if not self.writing:
-            return
-        (future, path), self.writing = self.writing, None
-        try:
-            future.result()
-        except BaseException as e:
-            raise one_failure(e)
-        if is_first():
-            self.remove(but=path)
+        """Wait until the last save is on the disk. Raises OSError if it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
-    def remove(self, but=None):
-        """Delete all checkpoints, but one."""
-        if but != self.whole:
-            Path(self.whole).unlink(missing_ok=True)
-        for name in glob.glob("*", root_dir=self.shards):
-            path = os.path.join(self.shards, name)
-            if path != but:
-                Path(path, ".metadata").unlink(missing_ok=True)         # first what makes it a checkpoint
-                shutil.rmtree(path)
-        with contextlib.suppress(OSError):                      # it is not there, or not empty
-            os.rmdir(self.shards)
+    def remove(self):
+        Path(self.path).unlink(missing_ok=True)
 
     def load(self, parts):
-        """Put the last checkpoint into the parts, and return its step. Raises ValueError if it does not fit
-        or cannot be read."""
-        path = self.last()
+        """Load the checkpoint into the parts, and return its step. Raises ValueError if it cannot be read, or
+        if its tensors are not those of the parts."""
         try:
-            tensors = load_tensors(path) if path == self.whole else load_shards(path, parts)
-            for name, part in parts.items():
-                mine = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
-                restore(part, {key.removeprefix(f"{name}/"): x for key, x in mine.items()})
-            return int(tensors["step"])
-        except (KeyError, ValueError, RuntimeError, TypeError, EOFError, OSError,
-                pickle.UnpicklingError) as e:
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"{path} does not fit this run ({reason}): add --no-resume") from None
+            tensors = load_tensors(self.path)
+            if types(tensors) != types(flatten_all(parts, 0)):
+                raise ValueError("another network")
+        except ValueError as e:
+            raise ValueError(f"{self.path} does not fit this run ({e}): add --no-resume") from None
+        for name, part in parts.items():
+            own = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
+            restore(part, {key.removeprefix(f"{name}/"): x for key, x in own.items()})
+        return int(tensors["step"])
 
 
-def one_failure(e):
-    """torch.distributed.checkpoint's own error holds one exception per process: one of them will do."""
-    return next(iter(e.failures.values()))[0] if hasattr(e, "failures") else e
+def types(tensors):
+    """{name: (dtype, shape)} of named tensors, sharded or not."""
+    return {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
 
 
 def flatten(part):
-    """What a part of training remembers, as {name: tensor}: what is trained of a network, an optimiser's
-    moments ("7.exp_avg"), the numbers of any other object."""
+    """The state of one part as {name: tensor}: a network's trained parameters, an optimiser's moments
+    ("7.exp_avg" of parameter 7), or the attributes of any other object, which must be numbers."""
     if isinstance(part, torch.nn.Module):
         return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
     if not hasattr(part, "state_dict"):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(part).items()}
-    state = part.state_dict()
-    return {f"{i}.{key}": x for i, moments in state["state"].items() for key, x in moments.items()}
+    state = part.state_dict()["state"]
+    return {f"{i}.{key}": x for i, moments in state.items() for key, x in moments.items()}
 
 
 def flatten_all(parts, step):
-    """The same of all parts, "actor/norm.weight", and the step."""
+    """The state of all parts and the step as {name: tensor}: "model/norm.weight", ..., "step"."""
     state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
     return state | {"step": torch.tensor(step)}
 
 
 @torch.no_grad()
 def restore(part, tensors):
-    """The reverse of flatten."""
-    now = flatten(part)
-    if {name: x.shape for name, x in now.items()} != {name: x.shape for name, x in tensors.items()}:
-        raise ValueError("another network")
+    """The reverse of flatten: copy tensors of the same names and shapes into a part."""
+    state = flatten(part)
     for name, x in tensors.items():
-        now[name].copy_(distribute_like(now[name], x))
+        state[name].copy_(distribute_like(state[name], x))
     if not hasattr(part, "state_dict"):
-        vars(part).update({name: x.item() for name, x in now.items()})
+        vars(part).update({name: x.item() for name, x in state.items()})
 
 
 def is_finite(tensors):
-    """Whether all numbers are, in the shards of all processes. All call it together."""
+    """Whether all numbers in all processes' shards are finite. All processes call it together."""
     bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors.values())
     return total(bad) == 0
-
-
-def load_shards(path, parts):
-    """Read a folder of shards, however many processes wrote it, each tensor sharded as the parts are."""
-    import torch.distributed.checkpoint as dcp
-    with open(os.path.join(path, ".metadata"), "rb") as f:
-        contents = Metadata(f).load()
-    reader = dcp.FileSystemReader(path)
-    reader.read_metadata = lambda: contents             # whose own unpickler would run what the file names
-    state = {key: torch.empty_like(x) for key, x in flatten_all(parts, 0).items()}
-    if contents.state_dict_metadata.keys() != state.keys():
-        raise ValueError("another network")
-    try:
-        dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
-    except dcp.api.CheckpointException as e:
-        raise ValueError(str(one_failure(e))) from None
-    return state
-
-
-class Metadata(pickle.Unpickler):
-    """The table of contents of torch.distributed.checkpoint is a pickle: read it without letting it name
-    anything but what such a table is made of."""
-    ALLOWED = {("torch", "Size"), ("torch.serialization", "_get_layout"),
-               ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-               ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-               *(("torch.distributed.checkpoint.metadata", name) for name in (
-                   "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-                   "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"))}
-
-    def find_class(self, module, name):
-        if (module, name) == ("builtins", "getattr"):   # how Python 3.11.2 names the only enum in there
-            from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-            return lambda enum, member: _MEM_FORMAT_ENCODING[member]
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"a table of contents may not name {module}.{name}")

@@ -114,7 +114,7 @@ def cut(rows, sizes, micro_batch, micro_tokens):
         too_many = sequences + more > micro_batch
         too_long = micro_tokens > 0 and (sequences + more) * longest > micro_tokens
         # From 1,024 tokens on, a forward pass of its own costs less than the padding that a row longer by a
-        # quarter brings: measured, a fifth of PPO's time with answers of 1 to 64 tokens.
+        # quarter brings: measured, a fifth of the time with answers of 1 to 64 tokens.
         too_uneven = tokens >= 1024 and longest > 1.25 * shortest
         if not pieces or too_many or too_long or too_uneven:
             pieces.append([])

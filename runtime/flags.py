@@ -1,4 +1,4 @@
-"""Flags as dataclasses: a script declares its own as fields on top of Settings or Training, and `parse` makes
+"""Flags as dataclasses. A script declares its own as fields on top of Settings or Training, and `parse` makes
 a command line of them.
 
     lr: float = flag(3e-3, "peak learning rate", 0)         # --lr, at least 0
@@ -11,29 +11,29 @@ import sys
 
 def flag(default, help, low=None, high=None, choices=None):
     """A dataclass field that is also a command-line flag. low and high are inclusive. A field of type tuple
-    takes words without a flag's name."""
-    about = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=about)
+    takes words that no flag's name precedes."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 @dataclasses.dataclass
 class Settings:
-    """The flags of every script that runs networks. None of them changes a result, apart from rounding, but
-    `seed`, `precision` and `max_dropped`."""
+    """The flags of every script that runs networks. Apart from rounding, only `seed`, `precision` and
+    `max_dropped` change results."""
     out: str = flag("out/run", "folder that the run writes")
-    max_dropped: float = flag(0.01, "share of a file's records that may be left out, of no use or too "
-                              "long; more stop the run", 0, 1)
+    max_dropped: float = flag(0.01, "share of a file's records that may be left out, as useless or too long; "
+                              "more stop the run", 0, 1)
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "
                           "Trained weights stay float32", choices=("auto", "float32", "bfloat16"))
     micro_batch: int = flag(32, "sequences per forward pass: lower it if memory runs out", 1)
-    micro_tokens: int = flag(0, "tokens per forward pass, padding included; 0 sets no bound on them", 0)
+    micro_tokens: int = flag(0, "most tokens per forward pass, padding included; 0 sets no bound", 0)
     sample_batch: int = flag(256, "answers sampled at once, each of which needs its part of the KV cache", 1)
-    parallel: str = flag("auto", "under torchrun: ddp keeps the training state whole in each process, fsdp "
-                         "shards it; auto takes fsdp where it would fill more than half of a GPU",
+    parallel: str = flag("auto", "under torchrun: ddp keeps the whole training state in each process, fsdp "
+                         "shards it; auto takes fsdp if the state would fill more than half of a GPU",
                          choices=("auto", "ddp", "fsdp"))
-    gather_at_once: bool = flag(True, "under fsdp: sample with all blocks gathered, if they fit")
+    gather_at_once: bool = flag(True, "under fsdp: gather the whole network to sample; --no-gather_at_once "
+                                "gathers it block by block at every token, if memory runs out")
     offload: bool = flag(False, "keep frozen networks on the CPU between uses")
     compile: bool = flag(False, "torch.compile each block; the first steps take minutes")
     timeout: float = flag(600.0, "seconds that a process waits for the others", 1)
@@ -42,13 +42,13 @@ class Settings:
 
 @dataclasses.dataclass
 class Training(Settings):
-    """The flags that all four stages share."""
+    """The flags of every script that trains."""
     system: str = flag("", "system message for conversations that have none; none keeps the checkpoint's")
     save_seconds: float = flag(60.0, "seconds between checkpoints to go on from; 0 saves every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     lora_rank: int = flag(0, "r of LoRA: train adapters of this rank beside frozen weights; 0 trains all", 0)
-    lora_alpha: float = flag(32.0, "α of LoRA: what adapters add counts α/r", 1e-6)
+    lora_alpha: float = flag(32.0, "α of LoRA: an adapter's output is scaled by α/r", 1e-6)
     lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters")
     nf4: bool = flag(False, "QLoRA: keep the frozen weights of all layers in 4 bits")
     merge: bool = flag(True, "merge adapters into the saved weights; --no-merge saves them alone, for PEFT")
@@ -57,35 +57,35 @@ class Training(Settings):
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong flag is one line: argparse would print every flag before it."""
+    """Reports a wrong flag in one line. argparse itself would print the usage of all flags before it."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
 def parse(config, doc, argv=None):
-    """A config dataclass from the command line. A wrong flag ends the program with status 2 and a line."""
-    parser = Parser(program(), description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A config dataclass from the command line. A wrong flag ends the program with status 2 and one line."""
     fields = dataclasses.fields(config)
+    words = [f"[{f.name} ...]" for f in fields if f.type is tuple]
+    parser = Parser(program(), usage=" ".join([program(), *words, "[flags]"]), description=doc,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = parser.add_argument_group("flags of this script")
+    shared = parser.add_argument_group("flags that other scripts have too")
+    inherited = {f.name for f in dataclasses.fields(Training)} if issubclass(config, Settings) else ()
     for f in fields:
-        add_flag(parser, f)
+        add_flag(shared if f.name in inherited else own, f)
     values = vars(parser.parse_args(argv))
-    for f in fields:
-        low, high, value = f.metadata["low"], f.metadata["high"], values[f.name]
-        if f.type in (int, float) and value is not None and not is_within(value, low, high):
-            parser.error(f"argument --{f.name}: must be {range_in_words(low, high)}, not {value}")
-        if f.type is tuple:
-            values[f.name] = tuple(value)
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     try:
         return config(**values)
     except ValueError as e:                     # flags that do not go together
         parser.error(str(e))
 
 
-def add_flag(parser, f):
+def add_flag(group, f):
+    """Add the flag of a dataclass field to a parser's group."""
     if f.type is tuple:
-        parser.add_argument(f.name, nargs="*", default=f.default, help=f.metadata["help"])
+        group.add_argument(f.name, nargs="*", default=f.default, help=f.metadata["help"])
         return
     default = "none" if f.default in ("", None) else f.default
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
@@ -94,29 +94,29 @@ def add_flag(parser, f):
         how = {"action": argparse.BooleanOptionalAction}
     elif choices:
         how = {"choices": choices, "metavar": "|".join(choices)}
+    elif f.type is str:
+        how = {"metavar": "str"}
     else:
-        how = {"type": f.type, "metavar": f.type.__name__}
-    parser.add_argument(f"--{f.name}", default=f.default, help=text, **how)
+        how = {"type": number(f.type, f.metadata["low"], f.metadata["high"]), "metavar": f.type.__name__}
+    group.add_argument(f"--{f.name}", default=f.default, help=text, **how)
 
 
-def is_within(value, low, high):
-    """Whether low ≤ value ≤ high, where None stands for the largest finite number. NaN is in no range."""
+def number(kind, low, high):
+    """A function that reads a finite int or float from low to high (None: no bound), for argparse."""
     largest = sys.float_info.max
-    return (-largest if low is None else low) <= value <= (largest if high is None else high)
+    start, end = "(-inf" if low is None else f"[{low}", "inf)" if high is None else f"{high}]"
 
-
-def range_in_words(low, high):
-    if low is not None and high is not None:
-        return f"from {low} to {high}"
-    if low is not None:
-        return f"at least {low} and finite"
-    if high is not None:
-        return f"at most {high} and finite"
-    return "finite"
+    def read(text):
+        value = kind(text)
+        if not (-largest if low is None else low) <= value <= (largest if high is None else high):
+            raise argparse.ArgumentTypeError(f"must be in {start}, {end}, not {text}")
+        return value
+    read.__name__ = kind.__name__               # argparse says "invalid int value"
+    return read
 
 
 def program():
-    """What the user started, for messages: ppo.py, python -m data, or python -m lab.plan."""
+    """What the user started, for messages: script.py, python -m package, or python -m package.module."""
     folder, name = os.path.split(sys.argv[0])
     package = os.path.basename(folder)
     if name == "__main__.py":

@@ -1,9 +1,11 @@
-"""From the command line to a stage and back: flags, the other processes, signals, and errors in one line."""
+"""From the command line to a script's `train(cfg)` and back: flags, the other processes, signals, and errors
+in one line."""
 import contextlib
 import os
 import signal
 import sys
 import time
+import warnings
 
 import torch
 
@@ -13,7 +15,8 @@ from runtime.flags import parse, program
 
 
 def process_started():
-    """When this process began, imports included: what a person waits for. Now, if Linux does not say."""
+    """The time when this process began, imports included, because a person waits for those too. Linux knows
+    it; elsewhere the time is now."""
     try:
         with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
             ticks = int(stat.read().rsplit(")", 1)[1].split()[19])          # since the machine was started
@@ -25,20 +28,22 @@ def process_started():
 
 STARTED = process_started()
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-at_work = None                          # the Run whose training loop goes on, for a signal to find
+at_work = None                          # the Run that is in its training loop, for on_signal
 
 
 def main(config, train, doc):
-    """Run a script from the command line. config: a dataclass of flags; train(cfg): what it does. What a user
-    can put right is one line and status 1, any other error keeps its traceback."""
+    """Run a script from the command line. config: a dataclass of flags; train(cfg): the script's work; doc:
+    its description. An error that the user can mend ends the program with one line and status 1, any other
+    with its traceback."""
     cfg = parse(config, doc)
+    warnings.showwarning = lambda message, *_: warn(" ".join(str(message).split()))
     for number in SIGNALS:
         signal.signal(number, on_signal)
     try:
-        if hasattr(cfg, "timeout"):                             # a script that can work with others
+        if hasattr(cfg, "timeout"):                             # a script that may run as several processes
             processes.start(pick_device(cfg.device), cfg.timeout)
         if not processes.is_first():
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")            # the first process speaks for all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")            # the first process prints for all
         train(cfg)
         processes.stop()
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
@@ -60,12 +65,13 @@ def main(config, train, doc):
 
 
 def explain(e, cfg):
-    """An error as a line that says what to do, or None for a mistake of ours."""
+    """An error as a line that says what to do, or None for a mistake in the program."""
     if processes.is_lost_connection(e):
         return (f"process {processes.rank()} has lost another one, "
                 f"or waited {cfg.timeout:.0f} s for it (--timeout): {str(e).splitlines()[0]}")
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
-        return "out of memory: a lower --micro_batch, --sample_batch or --batch may fit"
+        return ("out of memory: a lower --micro_batch, --sample_batch or --batch may fit, or under fsdp "
+                "--no-gather_at_once")
     if isinstance(e, BrokenPipeError):
         return "nobody reads the output any more"
     if isinstance(e, OSError):
@@ -74,8 +80,8 @@ def explain(e, cfg):
 
 
 def on_signal(number, frame):
-    """Ctrl-C, a closed terminal, a scheduler's SIGTERM: a run at work finishes its step and saves; the same
-    signal once more, or one at any other time, stops at once."""
+    """Ctrl-C, a closed terminal, or a scheduler's SIGTERM: a run in its training loop finishes the step and
+    saves. The same signal once more, or at any other time, stops the program at once."""
     if at_work is None or at_work.stop_signal == number:
         raise KeyboardInterrupt
     at_work.stop_signal = number
@@ -84,6 +90,6 @@ def on_signal(number, frame):
 
 
 def warn(text):
-    """One line to stderr, from the first process alone."""
+    """Print a warning as one line on stderr, from the first process alone."""
     if processes.is_first():
         print(f"{program()}: warning: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Several processes that work as one: how they meet, what they tell each other, and how they end together.
 
-`torchrun --nproc_per_node=8 ppo.py` starts eight copies of a script, one per device. Without torchrun there
-is one process, and everything here does nothing: a sum over all processes is the number itself.
+`torchrun --nproc_per_node=8 script.py` starts eight copies of a script, one per device. Without torchrun
+there is one process, and nothing here does anything: a sum over all processes is the number itself.
 """
 import os
 import time
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-_store = None                           # a table that all processes can read and write
+_store = None                           # a table that all processes read and write
 
 
 def rank():
@@ -21,7 +21,7 @@ def rank():
 
 
 def world_size():
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -38,7 +38,7 @@ def is_first():
 # ------------------------------------------------------------------------ what they tell each other
 
 def total(x):
-    """The sum over all processes of a number, or of a tensor, which it takes the place of."""
+    """The sum of a number or a tensor over all processes. A tensor is changed in place."""
     if world_size() == 1:
         return x
     out = x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
@@ -52,12 +52,12 @@ def barrier():
 
 
 def gather(x):
-    """What each process has of something (any Python object): a list, one entry per process."""
-    found = [x]
+    """The list of all processes' x, any Python object."""
+    everyone = [x]
     if world_size() > 1:
-        found = [None] * world_size()
-        dist.all_gather_object(found, x)
-    return found
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 # ---------------------------------------------------------------------------- how they meet and end
@@ -83,29 +83,24 @@ def start(device, timeout):
 
 
 def agree_on_a_name(store, number, size, deadline):
-    """A name for this life of the job, the same in all its processes. torchrun keeps one store over its
-    restarts, so a new life must not read what a dead process has written there: it would wait for that
-    process forever.
+    """A new name, the same in all processes, for what they write to the store. torchrun keeps the store when
+    it restarts the processes: what dead ones wrote there must not be read as the living ones' words.
 
-    The first process writes a name and waits until all the others have signed in under it. Then it takes the
-    name back and marks it as open, and only now does anyone use it. A name that a life which ended earlier
-    left behind is never marked as open, and the next life writes over it."""
-    name, joined = uuid.uuid4().hex, set()
-    if number == 0:
-        store.set("life", name)
+    So every process but the first writes a ticket of its own, and the first answers each ticket that it finds
+    with the name. It may answer a dead process's ticket, but a living one only takes the answer to its own;
+    and the first goes on answering until all have come."""
+    ticket = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"ticket/{number}", ticket)
+        name = store.get(f"name for {ticket}").decode()                 # waits for it
+        store.add(f"{name}/came", 1)
+        return name
+    name = ticket
     while time.monotonic() < deadline:
-        if number == 0 and store.add(f"{name}/here", 0) == size - 1:
-            store.set("life", "")
-            store.set(f"{name}/open", "")
+        for other in range(1, size):
+            store.set(f"name for {store.get(f'ticket/{other}').decode()}", name)
+        if store.add(f"{name}/came", 0) == size - 1:
             return name
-        if number > 0:
-            name = store.get("life").decode()
-            if name and name not in joined:
-                joined.add(name)
-                store.add(f"{name}/here", 1)
-            for name in joined:
-                if store.check([f"{name}/open"]):
-                    return name
         time.sleep(0.02)
     raise TimeoutError("too few came")
 
@@ -117,7 +112,7 @@ def stop():
 
 
 def is_lost_connection(error):
-    """Whether an error says that another process has gone, or did not answer in time."""
+    """Whether an error says that another process has ended, or did not answer in time."""
     if not dist.is_initialized():
         return False
     signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
@@ -130,5 +125,5 @@ def is_first_to_fail():
         return True
     try:
         return _store.add("failed", 1) == 1
-    except RuntimeError:                                        # nobody is left to ask
+    except RuntimeError:                                        # the store's process has ended too
         return True

@@ -1,17 +1,17 @@
 """What gives an answer its score: a reward model, a function, or a weighted sum of several.
 
-    out/reward_model                            the folder of a reward model
-    data/world.py:exact                         a Python function (messages, answer) -> number
-    0.3*out/reward_model,data/world.py:exact    their weighted sum
+    folder                                      a reward model
+    file.py:function                            a Python function (messages, answer) -> number
+    0.3*folder,file.py:function                 their weighted sum
 
 A reward is an object with
 
     networks                                    a list of frozen networks, which the caller places
-    folder                                      of a reward model from which a critic can start, or None
+    folder                                      of a network from which a value network can start, or None
     reward(run, prompts, answers, batch)        scores (B,)
 
 for B answers: prompts are message lists, answers texts; batch holds their tokens (B, T), mask (B, T) and
-lengths (B,). A class of your own needs no more than that: variants/cautious.py has one.
+lengths (B,). A class of your own needs no more than that.
 """
 import importlib.util
 import math
@@ -25,8 +25,8 @@ from runtime.models import load_reward_model
 
 
 def find_reward(names, tokenizer):
-    """The reward that --reward names. tokenizer: the policy's. Raises ValueError for what is not there, and
-    for a reward model with another tokenizer."""
+    """The reward that --reward names. tokenizer: that of the model whose answers are scored. Raises
+    ValueError for what is not there, and for a reward model with another tokenizer."""
     terms = []
     for term in names.split(","):
         weight, _, name = term.rpartition("*")
@@ -43,7 +43,7 @@ class ModelReward:
 
     def __init__(self, folder, tokenizer):
         find(folder)
-        tokenizer.check_same(folder)        # the reward model reads the policy's ids, not texts
+        tokenizer.check_same(folder)        # it reads ids, not texts
         self.folder, self.model = folder, load_reward_model(folder).requires_grad_(False)
         self.networks = [self.model]
 

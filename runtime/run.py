@@ -18,10 +18,11 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, flatten, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, fingerprints, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, write_json
 from runtime.flags import program
+from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
-from runtime.sharding import add_up, full_tensor, is_frozen
+from runtime.sharding import add_up, collect, full_tensor, is_frozen
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +52,7 @@ class Run(Compute):
         os.makedirs(cfg.out, exist_ok=True)
         if processes.is_first():
             lock(cfg.out)
-        self.checkpoints = Checkpoints(cfg.out, cfg.timeout)
+        self.checkpoints = Checkpoints(cfg.out)
         if cfg.resume and self.checkpoints.last():
             self.must_be_the_same()
         elif processes.is_first():
@@ -191,7 +192,7 @@ class Run(Compute):
         self.notes |= numbers
 
     def log(self, metrics, show=False):
-        """Finish a step: write its metrics, {name: number}, to the files, and print them at about twenty steps
+        """Finish a step: write its metrics, {name: number}, to the files, and print them at some twenty steps
         of the run and where `show` is true. Saves a checkpoint if one is due, and stops after Ctrl-C."""
         metrics |= self.notes | {"seconds": time.time() - self.step_began}
         metrics = {name: float(value) for name, value in metrics.items()}
@@ -224,11 +225,11 @@ class Run(Compute):
 
     # ----------------------------------------------------------------------------------- what stays
 
-    def write_rollout(self, examples):
-        """Write examples (dicts) of the run's first step, or of its last one so far, into the folder."""
+    def write_examples(self, name, examples):
+        """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""
         if processes.is_first():
-            name = f"rollout_{'last' if self.step else 'first'}.json"
-            write_json(os.path.join(self.cfg.out, name), [{"step": self.step + 1} | e for e in examples])
+            path = os.path.join(self.cfg.out, f"{name}_{'last' if self.step else 'first'}.json")
+            write_json(path, [{"step": self.step + 1} | example for example in examples])
 
     def save_if_due(self):
         """Save every save_seconds, less often where that would take more than a twentieth of the time, or on
@@ -306,10 +307,3 @@ def peak_memory(device):
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def collect(x):
-    """A whole tensor from its shards, after the first process has written the one before: the others wait for
-    one tensor at a time, however large the network."""
-    processes.barrier()
-    return full_tensor(x)

@@ -1,7 +1,6 @@
 """Checkpoints on disk: there whole or not at all, and read without running what is in them."""
-import io
+import math
 import os
-import pickle
 import threading
 
 import pytest
@@ -10,7 +9,8 @@ from test_run import a_run, a_step, steps
 
 import ppo
 from runtime import checkpoints as checkpoints_module
-from runtime.checkpoints import Checkpoints, Metadata
+from runtime.checkpoints import Checkpoints
+from runtime.safetensors import save_tensors
 
 
 def test_a_checkpoint_cut_short_while_it_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -39,53 +39,46 @@ def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
     assert "\n" not in str(e.value)
 
 
-def test_the_newest_checkpoint_that_is_complete_is_the_last(tmp_path):
-    checkpoints = Checkpoints(str(tmp_path))
-    assert checkpoints.last() is None
-    (tmp_path / "resume.safetensors").write_bytes(b"")
-    assert checkpoints.last() == str(tmp_path / "resume.safetensors")
-    for step, complete in ((3, True), (20, True), (100, True), (101, False)):
-        folder = tmp_path / f"resume/{step:08}"
-        folder.mkdir(parents=True)
-        if complete:
-            (folder / ".metadata").write_bytes(b"")
-    assert checkpoints.last() == str(tmp_path / "resume/00000100")
-    checkpoints.remove(but=checkpoints.last())
-    assert os.listdir(tmp_path / "resume") == ["00000100"] and not (tmp_path / "resume.safetensors").exists()
-    checkpoints.remove()
-    assert not (tmp_path / "resume").exists()
+def tensors_of(networks):
+    return checkpoints_module.flatten_all(networks, step=3)
 
 
-class Got:
-    """Pickled as a call of getattr, as Python 3.11.2 does with an enum's member."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __reduce__(self):
-        return getattr, self.arguments
-
-
-def test_shards_of_more_or_fewer_networks_are_refused_in_one_line(tmp_path):
-    import torch.distributed.checkpoint as dcp
+@pytest.mark.parametrize("name, tensors", [
+    ("more networks than the run has", lambda nets: tensors_of(nets | {"third": torch.nn.Linear(2, 1)})),
+    ("fewer", lambda nets: tensors_of({"actor": nets["actor"]})),
+    ("other shapes", lambda nets: tensors_of(nets | {"critic": torch.nn.Linear(3, 1)})),
+    ("another precision", lambda nets: tensors_of(nets | {"critic": torch.nn.Linear(2, 1).bfloat16()})),
+    ("no step", lambda nets: {k: x for k, x in tensors_of(nets).items() if k != "step"}),
+    ("a step that is no number", lambda nets: tensors_of(nets) | {"step": torch.tensor(math.inf)}),
+    ("two steps", lambda nets: tensors_of(nets) | {"step": torch.tensor([3, 4])})], ids=lambda v: v)
+def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_changes_nothing(tmp_path, name, tensors):
     nets = {name: torch.nn.Linear(2, 1) for name in ("actor", "critic")}
-    state = checkpoints_module.flatten_all(nets, step=3)
-    dcp.save(state, checkpoint_id=str(tmp_path / "resume" / "00000003"), no_dist=True)
-    checkpoints = Checkpoints(str(tmp_path))
+    before, checkpoints = {k: x.clone() for k, x in tensors_of(nets).items()}, Checkpoints(str(tmp_path))
+    save_tensors(checkpoints.path, {k: x + 1 for k, x in tensors(nets).items()})
+    with pytest.raises(ValueError, match=r"does not fit this run \(another network\): add --no-resume$"):
+        checkpoints.load(nets)
+    assert all(torch.equal(x, before[k]) for k, x in tensors_of(nets).items())
+    save_tensors(checkpoints.path, tensors_of(nets))
     assert checkpoints.load(nets) == 3
-    for others in ({"actor": nets["actor"]}, nets | {"third": torch.nn.Linear(2, 1)}):
-        with pytest.raises(ValueError, match=r"does not fit this run \(another network\): add --no-resume$"):
-            checkpoints.load(others)
 
 
-def test_a_table_of_contents_reads_an_enum_however_python_pickles_it_and_no_other_attribute():
-    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as Encoding
-    from torch.distributed.checkpoint.metadata import StorageMeta
-    for pickled in (Got(Encoding, "TORCH_CHANNELS_LAST"), Encoding.TORCH_CHANNELS_LAST):
-        assert Metadata(io.BytesIO(pickle.dumps(pickled))).load() is Encoding.TORCH_CHANNELS_LAST
-    for thing, error in ((Got(StorageMeta, "__init__"), KeyError), (os.system, pickle.UnpicklingError)):
-        with pytest.raises(error):
-            Metadata(io.BytesIO(pickle.dumps(thing))).load()
+def test_shards_are_gathered_in_the_same_order_by_all_and_written_by_the_first(tmp_path, monkeypatch):
+    parts = {"model": torch.nn.Linear(2, 3), "controller": ppo.AdaptiveKL(0.1, 3.0, 1000)}
+    background = Checkpoints(str(tmp_path))
+    background.save(parts, 7)
+    background.wait()
+    whole = (tmp_path / "resume.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoints_module, "is_sharded", lambda x: True)
+    gathered = {True: [], False: []}
+    for first in (True, False):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        monkeypatch.setattr(checkpoints_module, "is_first", lambda: first)
+        monkeypatch.setattr(checkpoints_module, "collect", lambda x: gathered[first].append(x) or x)
+        Checkpoints(str(folder)).save(parts, 7)
+        assert [path.read_bytes() for path in folder.iterdir()] == [whole] * first
+    assert len(gathered[True]) == len(tensors_of(parts))
+    assert all(torch.equal(a, b) for a, b in zip(gathered[True], gathered[False], strict=True))
 
 
 def test_numbers_that_have_run_off_are_not_saved(tmp_path):

@@ -15,17 +15,16 @@ import ppo
 import reward_model
 import sft
 from runtime.flags import Training
-from variants import cautious_ppo, grpo, online_dpo
-from variants import ppo_ptx as ptx
+from variants import cautious, grpo, online_dpo, ppo_ptx
 
 CASES = {stage: [test.SHARED, *test.CASES] for stage, test in (
     (sft, test_sft), (reward_model, test_reward_model), (dpo, test_dpo), (online_dpo, test_dpo))}
 for stage, settings in test_ppo.CASES:
     CASES.setdefault(stage, [test_ppo.SHARED]).append(settings)
 # Variants, and the stages whose other flags they share.
-VARIANTS = {online_dpo: dpo.Config, grpo: ppo.OnPolicy, ptx: ppo.Config, cautious_ppo: ppo.Config}
+VARIANTS = {online_dpo: dpo.Config, grpo: ppo.OnPolicy, ppo_ptx: ppo.Config, cautious: ppo.Config}
 # Flags that name files or the shape of a new network: the chain and the readers' tests have them.
-FILES = {"data", "held_out", "init", "reward", "ptx_data", "tokenizer",
+FILES = {"data", "held_out", "init", "reward", "ptx_data", "preferences", "tokenizer",
          "n_layer", "n_head", "n_embd", "block_size"}
 KINDS = {"advantage": [plainly.GROUPS], "pessimism": [plainly.PESSIMISM], "decay": [plainly.DECAYS],
          "loss": [plainly.DPO_LOSSES, test_known_answers.DPO_MARGINS]}

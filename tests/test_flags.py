@@ -49,14 +49,14 @@ def test_a_switch_is_turned_off_by_no():
 
 
 @pytest.mark.parametrize("argv,said", [
-    (["--n", "0"], "--n: must be from 1 to 9, not 0"), (["--n", "10"], "--n: must be from 1 to 9, not 10"),
-    (["--rate", "-0.1"], "--rate: must be at least 0 and finite, not -0.1"),
-    (["--rate", "nan"], "--rate: must be at least 0 and finite, not nan"),
-    (["--top", "2.5"], "--top: must be at most 2 and finite, not 2.5"),
+    (["--n", "0"], "--n: must be in [1, 9], not 0"), (["--n", "10"], "--n: must be in [1, 9], not 10"),
+    (["--rate", "-0.1"], "--rate: must be in [0, inf), not -0.1"),
+    (["--rate", "nan"], "--rate: must be in [0, inf), not nan"),
+    (["--top", "2.5"], "--top: must be in (-inf, 2], not 2.5"),
     (["--n", "1.5"], "--n: invalid int value: '1.5'"), (["--rate", "much"], "--rate: invalid float value"),
     (["--shape", "oval"], "'round', 'square'|round, square"), (["--unknown", "1"], "--unknown"),
     (["--na", "x"], "--na"), (["--n"], "--n: expected one argument"),
-    (["--seed", "-1"], "--seed: must be from 0")])
+    (["--seed", "-1"], "--seed: must be in [0, ")])
 def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, said):
     with pytest.raises(SystemExit) as e:
         parsed(*argv)
@@ -112,3 +112,18 @@ def test_help_shows_every_flag_with_its_default(capsys):
     assert e.value.code == 0 and "100 % of it (default: 3)" in text
     assert "round|square" in text and "a text (default: none)" in text
     assert all(f"--{f.name}" in text for f in dataclasses.fields(Config) if f.name != "words")
+
+
+def test_help_shows_a_script_s_own_flags_before_those_that_it_inherits(capsys):
+    @dataclasses.dataclass
+    class Own(Config):
+        out: str = flag("out/own", "its folder")
+        last: int = flag(1, "one more")
+    with pytest.raises(SystemExit):
+        flags.parse(Own, "A test.", ["--help"])
+    text = capsys.readouterr().out
+    own, shared = text.split("flags of this script:")[1].split("flags that other scripts have too:")
+    assert text.startswith("usage: ") and text.splitlines()[0].endswith("[words ...] [flags]")
+    assert all(f"--{name} " in own for name in ("n", "rate", "shape", "last")) and "  words" in own
+    assert all(f"--{f.name}" in shared and f"--{f.name}" not in own for f in dataclasses.fields(Training))
+    assert "out/own" in shared

@@ -10,6 +10,7 @@ from data import records
 from data.tokenizer import Tokenizer
 from feedback import judge
 from model import GPT
+from runtime.compute import Compute
 
 PAIRS = [{"prompt": f"What is {i} plus {i}?", "chosen": f"It's {2 * i}.", "rejected": f"It's {2 * i + 1}."}
          for i in range(1, 6)]
@@ -18,15 +19,16 @@ PAIRS = [{"prompt": f"What is {i} plus {i}?", "chosen": f"It's {2 * i}.", "rejec
 class Biased:
     """In a model's place: finds A likelier than B by a bias, and by a preference for the answer that is the
     chosen one of PAIRS (or the rejected one, where the preference is negative)."""
-    head_kind, config = "lm", SimpleNamespace(block_size=1000)
+    head_kind = "lm"
 
-    def __init__(self, tokenizer, bias, preference):
+    def __init__(self, tokenizer, bias, preference, block_size=1000):
         self.tokenizer, self.bias, self.preference = tokenizer, bias, preference
+        self.config = SimpleNamespace(block_size=block_size)
 
     def requires_grad_(self, wanted):
         return self
 
-    def logprobs(self, tokens, mask):
+    def logprobs(self, tokens, mask, temperature=1.0):
         found = torch.zeros(tokens.shape)
         for b, row in enumerate(tokens.tolist()):
             text = self.tokenizer.decode(row)
@@ -46,11 +48,12 @@ def judged(tiny_inputs, tmp_path, monkeypatch, capsys):
     (tmp_path / "principles.txt").write_text("The true answer is better.")
     monkeypatch.setattr(judge.Compute, "place", lambda self, *models: None)
 
-    def run(bias, preference):
+    def run(bias, preference, **settings):
         model = Biased(Tokenizer.load("out/sft"), bias, preference)
         monkeypatch.setattr(judge, "load", lambda *_: model)
-        judge.judge(judge.Config(out=str(tmp_path / "out"), data=str(tmp_path / "pairs.jsonl"), device="cpu",
-                                 constitution=str(tmp_path / "principles.txt")))
+        settings = {"data": str(tmp_path / "pairs.jsonl")} | settings
+        judge.label(judge.Config(out=str(tmp_path / "out"), device="cpu",
+                                 constitution=str(tmp_path / "principles.txt"), **settings))
         lines = (tmp_path / "out/labels.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], capsys.readouterr().out
     return run
@@ -76,66 +79,50 @@ def test_a_judge_of_bad_taste_is_written_down_as_it_is(judged):
 
 def test_labels_are_read_as_soft_ones(judged, tmp_path):
     judged(0.0, 1.0)
-    read = records.read_preferences(tmp_path / "out/labels.jsonl")
+    read = records.read("preferences", tmp_path / "out/labels.jsonl")
     assert [p.probability for p in read] == [round(1 / (1 + math.exp(-1)), 4)] * len(PAIRS)
     assert read[0].prompt == [{"role": "user", "content": PAIRS[0]["prompt"]}]
 
 
+def test_rankings_are_judged_pair_by_pair(judged, tmp_path):
+    records.write(tmp_path / "ranked.jsonl", [{"prompt": "Why?", "responses": ["a", "b", "c"],
+                                               "ranks": [2, 1, 2]}])
+    found, said = judged(0.0, 1.0, data=str(tmp_path / "ranked.jsonl"))
+    assert sorted(sorted([r["chosen"], r["rejected"]]) for r in found) == [["a", "b"], ["b", "c"]]
+    assert "2 pairs" in said
+
+
 def test_log_odds_are_those_of_the_next_token(tiny_inputs, monkeypatch):
     monkeypatch.chdir(tiny_inputs)
-    model, run = GPT.load("out/sft").double(), judge.Compute(judge.Config(device="cpu", micro_batch=3))
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    model, run = GPT.load("out/sft").double(), Compute(judge.Config(device="cpu", micro_batch=3))
+    questions = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     tokenizer = Tokenizer.load("out/sft")
-    found = judge.log_odds(run, model, tokenizer, prompts)
+    found = judge.Judge(run, model, tokenizer).log_odds(questions)
     (a,), (b,) = (tokenizer.encode(letter) for letter in "AB")
-    for ids, odds in zip(prompts, found.tolist()):
+    for ids, odds in zip(questions, found.tolist()):
         p = model(torch.tensor([ids]))[0, -1].softmax(-1)
         assert odds == pytest.approx((p[a] / p[b]).log().item(), abs=1e-9)
 
 
-def test_rankings_are_judged_pair_by_pair_and_prompts_by_two_samples(tiny_inputs, monkeypatch, tmp_path):
+def test_a_question_that_is_longer_than_the_judge_reads_is_refused(tiny_inputs, monkeypatch):
     monkeypatch.chdir(tiny_inputs)
-    ranked = {"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}
-    records.write(tmp_path / "ranked.jsonl", [ranked])
-    tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
-    cfg = judge.Config(device="cpu", data=str(tmp_path / "ranked.jsonl"))
-    assert [p.responses for p in judge.read_pairs(cfg, None, model, tokenizer)] == [["b", "a"], ["b", "c"]]
-    cfg = judge.Config(device="cpu", data="out/world/prompts.jsonl", max_new_tokens=8)
-    pairs = judge.read_pairs(cfg, judge.Compute(cfg), model, tokenizer)
-    assert len(pairs) > 10 and all(p.responses[0] != p.responses[1] for p in pairs)
-    assert pairs == judge.read_pairs(cfg, judge.Compute(cfg), model, tokenizer)
-
-
-def test_a_file_that_is_neither_is_refused_with_its_shapes(tmp_path):
-    records.write(tmp_path / "other.jsonl", [{"text": "Hello"}])
-    with pytest.raises(records.RecordError, match="prompts have prompt, instruction"):
-        judge.read_pairs(judge.Config(device="cpu", data=str(tmp_path / "other.jsonl")), None, None, None)
-
-
-@pytest.mark.parametrize("bias", [0.0, 4.0])
-def test_preferred_is_the_probability_that_the_first_is_better_whatever_the_place(judged, bias):
     tokenizer = Tokenizer.load("out/sft")
-    pairs = [records.Preference([{"role": "user", "content": p["prompt"]}], answers, [1, 2])
-             for p in PAIRS for answers in ([p["chosen"], p["rejected"]], [p["rejected"], p["chosen"]])]
-    model, run = Biased(tokenizer, bias, 0.5), judge.Compute(judge.Config(device="cpu"))
-    likes = 1 / (1 + math.exp(-0.5))
-    assert judge.preferred(run, model, tokenizer, pairs) == pytest.approx([likes, 1 - likes] * len(PAIRS))
-    assert judge.preferred(run, model, tokenizer, []) == []
-    model.config, model.folder = SimpleNamespace(block_size=50), "small"
-    with pytest.raises(ValueError, match="small reads 50 tokens, and a question about two answers takes"):
-        judge.preferred(run, model, tokenizer, pairs)
+    pair = ([{"role": "user", "content": PAIRS[0]["prompt"]}], PAIRS[0]["chosen"], PAIRS[0]["rejected"])
+    needed = 1 + len(judge.Judge(None, None, tokenizer).question(*pair))
+    for limit in (needed, needed - 1):
+        run, model = Compute(judge.Config(device="cpu")), Biased(tokenizer, 0.0, 0.5, limit)
+        if limit == needed:
+            first, second = judge.Judge(run, model, tokenizer).compare([pair])
+            assert (first - second).item() == 1.0
+        else:
+            with pytest.raises(ValueError, match=f"takes {needed} tokens: the judge reads {limit}"):
+                judge.Judge(run, model, tokenizer).compare([pair])
 
 
-def test_beside_a_judge_a_reward_model_scores_whole_answers(tiny_inputs, monkeypatch):
-    monkeypatch.chdir(tiny_inputs)
-    tokenizer, model = Tokenizer.load("out/reward_model"), GPT.load("out/reward_model")
-    pairs = [records.Preference([{"role": "user", "content": p["prompt"]}], [p["chosen"], p["rejected"]],
-                                [1, 2]) for p in PAIRS]
-    found = judge.rewarded(judge.Compute(judge.Config(device="cpu")), "out/reward_model", pairs)
-    for p, right in zip(pairs, found.tolist()):
-        r = []
-        for text in p.responses:
-            ids, _ = tokenizer.chat([*p.prompt, {"role": "assistant", "content": text}])
-            end = len(ids) - ids[::-1].index(tokenizer.end)
-            r.append(model.score(torch.tensor([ids[:end]]), torch.tensor([end])).item())
-        assert right == (r[0] > r[1])
+def test_pairs_that_are_too_long_are_left_out_up_to_max_dropped(judged, tmp_path, monkeypatch):
+    long = {"prompt": "Why?", "chosen": "because " * 400, "rejected": "no"}
+    records.write(tmp_path / "pairs.jsonl", [*PAIRS, long])
+    with pytest.raises(ValueError, match="1 of 6 pairs are longer"):
+        judged(0.0, 0.5)
+    found, said = judged(0.0, 0.5, max_dropped=0.5)
+    assert len(found) == 5 and "1 of 6 pairs are longer" in said

@@ -42,7 +42,7 @@ def start(tmp_path):
     def begin(name="ann", items=None, gold=(), seed=0):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
         cfg = label.Config(name=name, out=str(tmp_path / "ann.jsonl"), seed=seed)
-        return choices.Choices(cfg, records.read_tasks(tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
+        return choices.Choices(cfg, records.read("tasks", tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
     return begin
 
 
@@ -71,7 +71,7 @@ def test_choices_are_a_preference_file_that_every_stage_reads(start, tmp_path, c
     labels.talk({"item": state["item"], "ranks": [1 if a == "b" else 2 for a in k]})        # a and c tie
     state = finish(labels)
     assert state["item"] is None and state["done"] == state["total"] == 20 and "20 are ranked" in state["end"]
-    read = records.read_preferences(tmp_path / "ann.jsonl")
+    read = records.read("preferences", tmp_path / "ann.jsonl")
     assert [p.ranks for p in read] == [[1, 1, 1], [2, 1, 2]] + [[2, 3, 1]] * 18
     assert [(p.prompt, p.responses) for p in read] == [(t["prompt"], t["responses"]) for t in tasks(20)]
     assert [p.cannot_judge for p in read] == [True] + [False] * 19
@@ -141,17 +141,21 @@ def test_a_run_goes_on_after_a_half_written_line(start, tmp_path, capsys):
     whole = (tmp_path / "ann.jsonl").read_bytes()
     (tmp_path / "ann.jsonl").write_bytes(whole[:-20])
     labels = start()
-    assert labels.talk({})["done"] == 1 and "is left out" in capsys.readouterr().out
+    assert labels.talk({})["done"] == 1 and "is dropped" in capsys.readouterr().err
     finish(labels)
     assert len(lines(tmp_path)) == 6 and len({r["prompt"][0]["content"] for r in lines(tmp_path)}) == 6
     assert start().talk({})["item"] is None and state["done"] == 2
+
+
+def no_space(file):
+    raise OSError(28, "No space left")
 
 
 def test_a_choice_that_is_not_on_the_disk_is_not_made(start, tmp_path, monkeypatch):
     labels = start()
     state = labels.talk({})
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.files.os.fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr("feedback.journal.os.fsync", no_space)
         with pytest.raises(OSError):
             rank(labels, state)
     assert labels.talk({}) == state and lines(tmp_path) == []
@@ -268,7 +272,7 @@ def test_sampled_tasks_are_different_answers_to_training_prompts(tiny_inputs, mo
                 label.sample_tasks(replace(cfg, **changed))
     finally:
         torch.set_default_dtype(torch.float32)
-    prompts = records.read_prompts("out/world/prompts.jsonl")
+    prompts = records.read("prompts", "out/world/prompts.jsonl")
     assert 1 < len(found) <= 8 and all(t["prompt"] in prompts for t in found)
     assert len({json.dumps(t["prompt"]) for t in found}) == len(found)
     for t in found:

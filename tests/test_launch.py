@@ -1,10 +1,11 @@
 """From the command line to a stage and back: errors in one line."""
 import sys
+import warnings
 
 import pytest
 import torch
 
-from runtime import launch
+from runtime import launch, processes
 from runtime.flags import Training
 
 
@@ -45,3 +46,14 @@ def test_an_error_that_a_user_can_put_right_is_one_line_and_status_1(monkeypatch
     monkeypatch.setattr(sys, "argv", ["stage.py", "--debug"])
     with pytest.raises(ValueError, match="no such thing"):
         launch.main(Training, train, "A test.")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_warnings_are_one_line_each_from_the_first_process_alone(monkeypatch, capsys, first):
+    def train(cfg):
+        monkeypatch.setattr(processes, "is_first", lambda: first)
+        warnings.warn("a text\n  of two lines")
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
+    launch.main(Training, train, "A test.")
+    assert capsys.readouterr().err == "script.py: warning: a text of two lines\n" * first

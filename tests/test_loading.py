@@ -1,7 +1,11 @@
 """The world's files, and what is held out."""
 import json
+import subprocess
+import sys
+import warnings
 
 import pytest
+from helpers.start import ROOT
 
 from data import loading, records, world
 
@@ -41,11 +45,11 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(made, sma
 def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
     asked = {"": set(), "_heldout": set()}
     for part in asked:
-        for conversation in records.read_demonstrations(made / f"demonstrations{part}.jsonl"):
+        for conversation in records.read("demonstrations", made / f"demonstrations{part}.jsonl"):
             asked[part].add(json.dumps(conversation[:-1]))
-        for preference in records.read_preferences(made / f"preferences{part}.jsonl"):
+        for preference in records.read("preferences", made / f"preferences{part}.jsonl"):
             asked[part].add(json.dumps(preference.prompt))
-        for prompt in records.read_prompts(made / f"prompts{part}.jsonl"):
+        for prompt in records.read("prompts", made / f"prompts{part}.jsonl"):
             asked[part].add(json.dumps(prompt))
     assert asked[""] and asked["_heldout"]
     assert not asked[""] & asked["_heldout"]
@@ -60,19 +64,19 @@ def test_no_held_out_prompt_is_an_earlier_turn_of_training():
 
 
 def test_preferences_hold_four_answers_to_prompts_of_the_world(made):
-    for preference in records.read_preferences(made / "preferences.jsonl"):
+    for preference in records.read("preferences", made / "preferences.jsonl"):
         assert len(preference.responses) == 4
         assert 0 <= world.judge(preference.prompt, preference.responses[0]) <= 1
 
 
 def test_held_out_preferences_are_one_persons(made):
-    for preference in records.read_preferences(made / "preferences_heldout.jsonl"):
+    for preference in records.read("preferences", made / "preferences_heldout.jsonl"):
         assert sorted(preference.ranks) == [1, 2, 3, 4]                 # one person never ties
 
 
 def test_the_worlds_tokenizer_reads_what_the_world_says(made):
     tok = loading.load_tokenizer(str(made), loading.WORLD)
-    for conversation in records.read_demonstrations(made / "demonstrations_heldout.jsonl"):
+    for conversation in records.read("demonstrations", made / "demonstrations_heldout.jsonl"):
         for message in conversation:
             assert tok.decode(tok.encode(message["content"])) == message["content"]
             assert len(tok.encode(message["content"])) < len(message["content"])
@@ -130,12 +134,30 @@ ENGLISH = ["Explain briefly why the Mediterranean climate favours olives.",
     (loading.WORLD, [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", [i.prompt for i in world.items()[:50]], False),
     ("mine.jsonl", ["What is the capital of Kenya?"], False), ("mine.jsonl", ENGLISH, True)])
-def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, capsys, data, texts, warned):
+def test_text_that_a_model_of_the_world_cannot_read_is_warned_about(made, data, texts, warned):
     tok = loading.load_tokenizer(str(made), loading.WORLD)
     prompts = [[{"role": "user", "content": text}] for text in texts if isinstance(text, str)]
-    loading.warn_if_foreign(tok, prompts, data, "out/sft")
-    error = capsys.readouterr().err
-    assert error.count("\n") == (1 if warned else 0)
+    with warnings.catch_warnings(record=True) as caught:
+        loading.warn_if_foreign(tok, prompts, data, "out/sft")
+    assert len(caught) == (1 if warned else 0)
     if warned:
-        assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in error
-        assert "--init" in error
+        text = str(caught[0].message)
+        assert "out/sft knows 1024 tokens, which were made for other text than mine.jsonl" in text
+        assert "--init" in text and "\n" not in text
+
+
+def test_reading_data_loads_no_torch_and_of_runtime_only_files_and_flags():
+    code = ("import sys, data.__main__, data.batches, data.loading, data.records, data.tokenizer\n"
+            "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'runtime')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['runtime', 'runtime.files', 'runtime.flags']\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags, status, said", [
+    ("--out {}/file/x", 1, "Not a directory"), ("--seed x", 2, "--seed"), ("--show 99", 2, "not 99")])
+def test_an_error_of_the_data_command_is_one_line(tmp_path, flags, status, said):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "data", *flags.format(tmp_path).split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("python -m data: ") and said in done.stderr

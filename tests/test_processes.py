@@ -3,15 +3,21 @@ import json
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from helpers.start import FLAGS, KINDS, assert_close, command, in_float64, misbehave, own_lines, torchrun
+
+from runtime import processes
 
 
 @pytest.mark.parametrize("where, rank, kind", [("update", 1, "fsdp"), *(
     pytest.param(where, rank, kind, marks=pytest.mark.slow)
-    for where in ("rollout", "update", "save") for rank in (0, 1) for kind in KINDS
-    if (where, rank, kind) != ("update", 1, "fsdp") and (where, rank) != ("save", 1))])
+    for where in ("rollout", "update", "gather", "save") for rank in (0, 1) for kind in KINDS
+    if (where, rank, kind) != ("update", 1, "fsdp") and (where, rank) != ("save", 1)
+    and (where, kind) != ("gather", "ddp"))])
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(alone, where, rank, kind):
     """kill -9, and torchrun starts all anew:
     they go on, and end in the weights of a run that was left alone."""
@@ -23,6 +29,29 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
     assert_close(alone / out, alone / "out/alone/ppo")
     steps = [json.loads(line)["step"] for line in (alone / out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+def test_lives_of_a_job_never_take_a_name_of_dead_processes():
+    """Whoever has come and died before, and whoever comes last."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+
+    def come(number, after, wait):
+        time.sleep(after)
+        try:
+            return processes.agree_on_a_name(store, number, 3, time.monotonic() + wait)
+        except TimeoutError:
+            return "too few came"
+    with ThreadPoolExecutor(6) as pool:
+        dead = [pool.submit(come, number, 0, 0.2) for number in (0, 2)]     # number 1 is killed at its start
+        store.set("ticket/1", "of a process that was killed then")
+        assert dead[0].result() == "too few came"
+        names = {dead[1].result()}
+        for last in (0, 1, 2):
+            life = [pool.submit(come, number, 0.3 * (number == last), 20) for number in range(3)]
+            [name] = {each.result() for each in life}
+            assert name not in names
+            names.add(name)
 
 
 @pytest.mark.slow
@@ -95,6 +124,6 @@ def test_a_run_saved_by_some_processes_goes_on_with_others(alone, many, few):
     out = f"out/{many}_to_{few}"
     flags = f"{FLAGS['ppo']} --parallel fsdp --save_seconds 0 --out {out}"
     assert misbehave("update", "raise", 0, flags, alone, processes=many).returncode == 1
-    assert (alone / out / ("resume" if many > 1 else "resume.safetensors")).exists()
+    assert (alone / out / "resume.safetensors").exists()
     assert "going on after step" in in_float64([f"ppo.py {flags}"], alone, few)
     assert_close(alone / out, alone / "out/alone/ppo")

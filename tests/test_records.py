@@ -3,15 +3,17 @@ and field."""
 import gzip
 import json
 import sys
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from data import records
 from data.records import Preference, RecordError, write
-from data.records import read_demonstrations as demonstrations
-from data.records import read_preferences as preferences
-from data.records import read_prompts as prompts
+
+demonstrations, preferences, prompts = (partial(records.read, kind)
+                                        for kind in ("demonstrations", "preferences", "prompts"))
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 NO = {"role": "assistant", "content": "No."}
@@ -41,6 +43,8 @@ def folder(tmp_path_factory):
                         {"from": "gpt", "value": "Hello."}]}, [SYSTEM, USER, BOT]),         # ShareGPT
     ({"prompt": "Hi", "completion": "Hello."}, [USER, BOT]),                                # TRL
     ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER, BOT]),
+    ({"prompt": "Hi", "completion": [USER, BOT]}, [USER, BOT]),                 # it begins with the prompt
+    ({"prompt": "Hi", "response": [BOT]}, [USER, BOT]),
     ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, BOT]),
     ({"chosen": [USER, BOT], "messages": [USER, BOT]}, [USER, BOT]),            # two readings that agree
     ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},                              # Anthropic HH
@@ -108,12 +112,12 @@ def test_prompts_are_read_from_records_with_more(tmp_path, record, expected):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.gz"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["no BOM", "BOM"])
 def test_every_kind_of_file_is_read(tmp_path, name, bom):
-    records = [{"prompt": "naïve 猫"}, {"prompt": "two\u2028lines\nof text"}]
-    text = json.dumps(records, ensure_ascii=False) if ".jsonl" not in name else "\r\n\n".join(
-        json.dumps(r, ensure_ascii=False) for r in records)
+    good = [{"prompt": "naïve 猫"}, {"prompt": "two\u2028lines\nof text"}]
+    text = json.dumps(good, ensure_ascii=False) if ".jsonl" not in name else "\r\n\n".join(
+        json.dumps(r, ensure_ascii=False) for r in good)
     content = bom + text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert [m[0]["content"] for m in prompts(tmp_path / name)] == [r["prompt"] for r in records]
+    assert [m[0]["content"] for m in prompts(tmp_path / name)] == [r["prompt"] for r in good]
 
 
 def test_parquet_is_read_where_pyarrow_is_installed_and_refused_in_one_line_elsewhere(tmp_path, monkeypatch):
@@ -124,7 +128,7 @@ def test_parquet_is_read_where_pyarrow_is_installed_and_refused_in_one_line_else
         prompts(path)
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
-    with pytest.raises(RecordError, match="a.parquet: not a readable Parquet file") as e:
+    with pytest.raises(RecordError, match="a.parquet: cannot be read: ") as e:
         prompts(path)
     assert "\n" not in str(e.value)
     rows = [{"messages": [USER, BOT], "prompt": None}, {"messages": None, "prompt": "naïve 猫"}]
@@ -166,7 +170,7 @@ RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
     (prompts, {"messages": [BOT]}, ['"messages"', "last message", "assistant"]),
     (prompts, {"chosen": [BOT]}, ['"chosen"', "last message"]),
     (prompts, {"chosen": "Assistant: hi"}, ['"chosen"', "last message"]),
-    (demonstrations, {"prompt": "Hi", "completion": [USER, BOT]},
+    (demonstrations, {"prompt": "Ho", "completion": [USER, BOT]},
      ['"completion"', "the assistant must speak"]),
     (preferences, {"prompt": [USER], "chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, NO]},
      ['"chosen"', "the assistant must speak"]),
@@ -187,7 +191,8 @@ RANKED = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
      ['"prompt" and "chosen"', "does not hold the prompt"]),
     (demonstrations, {"prompt": "Hi"}, ['"response" is missing']),
     (demonstrations, {"prompt": "Hi", "response": ""}, ['"response" is empty']),
-    (demonstrations, {"prompt": "Hi", "response": ["x"]}, ['"response"', "a list"]),
+    (demonstrations, {"prompt": "Hi", "response": ["x"]}, ['"response[0]"', "found text"]),
+    (demonstrations, {"prompt": "Hi", "response": {}}, ['"response"', "expected text, found an object"]),
     (demonstrations, {"instruction": "Hi"}, ['"output" is missing']),
     (demonstrations, {"messages": {}}, ['"messages"', "an object"]),
     (demonstrations, {"messages": []}, ['"messages"', "found none"]),
@@ -390,9 +395,9 @@ def test_a_tie_is_read_as_one(folder):
 
 # ------------------------------------------------------------------------------- bad rows of real files
 
-def lines(folder, *records):
+def lines(folder, *rows):
     path = folder / "rows.jsonl"
-    path.write_text("".join(r + "\n" if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    path.write_text("".join(r + "\n" if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
     return path
 
 

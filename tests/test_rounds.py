@@ -50,7 +50,7 @@ def test_each_round_labels_the_last_policy_and_learns_from_all_labels(commands, 
                      ("ppo.py", "out/sft"),
                      ("feedback.collect", "out/sft"), ("reward_model.py", "out/sft"), ("ppo.py", "out/sft"),
                      ("feedback.collect", f"{out}/ppo_2")]
-    asked = [p.prompt[0]["content"] for p in records.read_preferences(f"{out}/labels_ppo_2.jsonl")]
+    asked = [p.prompt[0]["content"] for p in records.read("preferences", f"{out}/labels_ppo_2.jsonl")]
     assert asked == ["sft 0", "sft 1", "ppo_1 0", "ppo_1 1"]
     once = [flags for name, flags in done if flags["out"].endswith("labels_once")]
     assert [flags["prompts"] for flags in once] == ["60"]               # as many labels in all
@@ -94,7 +94,7 @@ def test_the_best_answers_go_back_into_sft(commands):
     assert [(name, flags.get("init")) for name, flags in done if name == "sft.py"] == [
         ("sft.py", "out/sft"), ("sft.py", f"{out}/best_1")]
     data = [flags["data"] for name, flags in done if name == "sft.py"]
-    best = [m[-1]["content"] for m in records.read_demonstrations(data[0])]
+    best = [m[-1]["content"] for m in records.read("demonstrations", data[0])]
     assert best == ["It's 4.", "It's 4."]                               # of two that are best, the first
 
 

@@ -66,10 +66,11 @@ def test_samples_are_shown_whatever_the_step_and_however_few_conversations_are_h
              for i in range(4)]
     for first, numbers in ((0, [0, 1, 2]), (97, [1, 2, 3]), (3, [3, 0, 1])):
         capsys.readouterr()
-        sft.show_samples(model, tokenizer, run, asked, first)
+        run.step = first
+        sft.show_samples(model, tokenizer, run, asked)
         lines = capsys.readouterr().out.splitlines()
         assert [line.split("'")[1] for line in lines] == [f"What is {i} plus {i}?" for i in numbers]
-    sft.show_samples(model, tokenizer, run, asked[:1], 5)
+    sft.show_samples(model, tokenizer, run, asked[:1])
     assert capsys.readouterr().out.count(" -> ") == 3
 
 

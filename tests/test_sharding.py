@@ -36,11 +36,10 @@ def together(alone, request):
         commands += [f"{stage}.py {flags} --parallel {kind} --out out/{n}_{kind}/{stage}"
                      for stage, flags in FLAGS.items()]
         commands.append(f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}")
-    commands.append("nothing fits")
-    thrifty = f"--parallel fsdp {THRIFTY} --out out/{n}_thrifty"
+    thrifty = f"--parallel fsdp --no-gather_at_once {THRIFTY} --out out/{n}_thrifty"
     commands += [f"{stage}.py {flags} {thrifty}/{stage}" for stage, flags in FLAGS.items()]
-    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --micro_batch 5 --sample_batch 7 "
-                    f"--out out/{n}_thrifty")
+    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --no-gather_at_once --micro_batch 5 "
+                    f"--sample_batch 7 --out out/{n}_thrifty")
     return alone, n, in_float64(commands, alone, n)
 
 
@@ -164,21 +163,19 @@ def test_under_fsdp_a_network_computes_in_bfloat16_as_it_does_alone(tmp_path):
     assert torch.equal(found, alone.bfloat16()(tokens))
 
 
-def test_whether_all_fits_counts_what_sampling_needs(monkeypatch):
-    asked, config = [], GPTConfig(100, 32, 2, 4, 16, n_kv_head=2)
-    monkeypatch.setattr(sharding, "fits", lambda size, device: asked.append(size) or True)
-    model = GPT(config)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_blocks_stay_gathered_while_sampling_only_if_they_may(at_once):
+    """And then no process waits for the others' rows."""
+    model, steps = GPT(GPTConfig(100, 32, 2, 4, 16)), []
     for block in model.blocks:
-        block.set_reshard_after_forward = block.reshard = lambda *_: None
-    sharding.sample_from_shards(model, 2, gather_at_once=True)
-    sizes = {}
-    for rows, new in ((1, 1), (5, 1), (1, 9)):
-        model.generate(torch.ones(rows, 3, dtype=torch.long), torch.full((rows,), 3), new)
-        sizes[rows, new] = asked.pop()
-    cached = 2 * 2 * 2 * 4                                      # keys and values, layers, heads, channels
-    assert sizes[1, 9] - sizes[1, 1] == 2 * 8 * cached
-    assert sizes[5, 1] - sizes[1, 1] == 4 * (2 * 4 * cached + 4 * sharding.LOGITS * 100)
-    assert sizes[1, 1] > 2 * sum(p.numel() for p in model.parameters())
+        block.set_reshard_after_forward = lambda value: steps.append(value)
+        block.reshard = lambda: steps.append("reshard")
+        block.register_forward_hook(lambda *_: steps.append("forward"))
+    rows_left = model.rows_left
+    sharding.gather_to_sample(model, at_once)
+    model.generate(torch.ones(1, 3, dtype=torch.long), torch.tensor([3]), 2)
+    assert steps == 2 * [not at_once] + 4 * ["forward"] + 2 * [True, "reshard"]
+    assert (model.rows_left == rows_left) == at_once
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Text to tokens and back: nothing is lost, nothing in a text controls, and only the assistant's words are
 learnt."""
+import copy
 import itertools
 import json
 import os
@@ -12,7 +13,17 @@ from helpers.start import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import DIGITS_PATTERN, GPT2_PATTERN, IM_END, ROLES, Tokenizer, learn, merges
+from data.tokenizer import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    IM_END,
+    PATTERN,
+    ROLES,
+    Tokenizer,
+    learn,
+    merges,
+    new_document,
+)
 
 TEXTS = ["The cat sat on the mat, and the cat was happy.", "What is 12 plus 30? It is 42!", "naïve café — 猫"]
 TOK = learn(TEXTS * 5, vocab_size=300)
@@ -89,7 +100,7 @@ def test_control_tokens_lie_behind_the_vocabulary():
 
 def test_learning_twice_gives_the_same_tokenizer():
     again = learn(iter(TEXTS * 5), vocab_size=300)
-    assert (again.ranks, again.special, again.pattern) == (TOK.ranks, TOK.special, TOK.pattern)
+    assert again.document == TOK.document
 
 
 def test_learning_does_not_depend_on_the_order_of_the_texts():
@@ -117,7 +128,7 @@ def test_known_words_become_one_token():
 def test_saved_and_loaded_is_identical(tmp_path):
     TOK.save(tmp_path / "a")
     loaded = Tokenizer.load(tmp_path / "a")
-    assert (loaded.ranks, loaded.special, loaded.pattern) == (TOK.ranks, TOK.special, TOK.pattern)
+    assert loaded.document == TOK.document
     assert loaded.encode("The cat — 猫 42") == TOK.encode("The cat — 猫 42")
     loaded.save(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -126,13 +137,13 @@ def test_saved_and_loaded_is_identical(tmp_path):
 
 def changed(**changes):
     """TOK's tokenizer.json with something else in it; a name of two parts leads into "model"."""
-    about = TOK.to_json()
+    about = copy.deepcopy(TOK.document)
     for name, value in changes.items():
         (about["model"] if name in about["model"] else about)[name] = value
     return json.dumps(about)
 
 
-SPLIT, BYTES = TOK.to_json()["pre_tokenizer"]["pretokenizers"]
+SPLIT, BYTES = TOK.document["pre_tokenizer"]["pretokenizers"]
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -140,9 +151,9 @@ SPLIT, BYTES = TOK.to_json()["pre_tokenizer"]["pretokenizers"]
     ("[1]", "not a readable tokenizer"),
     ("{}", "not a readable tokenizer: 'model' is missing"), (changed(vocab={}), "not a readable tokenizer"),
     (changed(merges=[["q", "zz"]]), "not a readable tokenizer"),
-    (changed(merges=TOK.to_json()["model"]["merges"][::-1]), "not in the order of their ids"),
-    (changed(vocab={**TOK.to_json()["model"]["vocab"], "猫": 3}), "not a readable tokenizer"),
-    (changed(vocab={**TOK.to_json()["model"]["vocab"], "zzz": 3}), "ids"),
+    (changed(merges=TOK.document["model"]["merges"][::-1]), "not in the order of their ids"),
+    (changed(vocab={**TOK.document["model"]["vocab"], "猫": 3}), "not a readable tokenizer"),
+    (changed(vocab={**TOK.document["model"]["vocab"], "zzz": 3}), "ids"),
     (changed(byte_fallback=True), "SentencePiece are not supported"),
     (changed(type="WordPiece"), "kind WordPiece are not supported"),
     (changed(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
@@ -162,12 +173,12 @@ def test_a_bad_tokenizer_is_a_one_line_error_naming_the_folder(tmp_path, content
     assert expected in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
-LLAMA3_SPECIAL = {"<|begin_of_text|>": 297, "<|end_of_text|>": 298, "<|start_header_id|>": 299,
-                  "<|end_header_id|>": 300, "<|eot_id|>": 301}
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",           # 297 to 299
+                  "<|end_header_id|>", "<|eot_id|>"]
 
 
 def test_the_chat_format_is_that_of_the_models_own_control_tokens():
-    tok = Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), TOK.pattern, system="Be kind.")
+    tok = Tokenizer(new_document(TOK.ranks, LLAMA3_SPECIAL, PATTERN), system="Be kind.")
     n, text = tok.encode("\n\n"), tok.encode
     ids, learnt = tok.chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
     assert ids == [297, 299, *text("system"), 300, *n, *text("Be kind."), 301,
@@ -177,8 +188,22 @@ def test_the_chat_format_is_that_of_the_models_own_control_tokens():
     assert tok.vocab_size == 302                                # nothing added: it has all that it needs
 
 
+def test_models_with_other_vocabularies_or_control_tokens_are_told_apart(tmp_path):
+    TOK.save(tmp_path / "same")
+    Tokenizer(new_document(TOK.ranks, LLAMA3_SPECIAL, PATTERN)).save(tmp_path / "control")
+    learn(TEXTS, vocab_size=290).save(tmp_path / "words")
+    mine = Tokenizer.load(tmp_path / "same")
+    mine.check_same(tmp_path / "same")
+    for name, differ in (("control", "control tokens differ"), ("words", "vocabularies differ")):
+        said = f"{name} was trained with another tokenizer than .*same: their {differ}$"
+        with pytest.raises(ValueError, match=said):
+            mine.check_same(tmp_path / name)
+    with pytest.raises(ValueError, match="same was trained with another tokenizer than a new tokenizer"):
+        learn(TEXTS, vocab_size=290).check_same(tmp_path / "same")
+
+
 def test_a_system_message_of_the_conversation_itself_comes_first(tmp_path):
-    tok = Tokenizer(TOK.ranks, dict(TOK.special), TOK.pattern, system="Be kind.")
+    tok = Tokenizer(new_document(TOK.ranks, TOK.special, PATTERN), system="Be kind.")
     own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert tok.prompt(own) == TOK.prompt(own)
     assert tok.prompt(own[1:]) == TOK.prompt([{"role": "system", "content": "Be kind."}, *own[1:]])
@@ -189,23 +214,23 @@ def test_a_system_message_of_the_conversation_itself_comes_first(tmp_path):
 
 def test_bytes_that_a_vocabulary_lacks_are_dropped_and_digits_can_stand_alone():
     ranks = {token: i for token, i in TOK.ranks.items() if token != b"\x07"}
-    tok = Tokenizer(ranks, dict(TOK.special), DIGITS_PATTERN)
+    tok = Tokenizer(new_document(ranks, TOK.special, DIGITS_PATTERN))
     assert tok.decode(tok.encode("a\x07b 12  3")) == "ab 12  3"
     assert tok.encode("12") == [ranks[b"1"], ranks[b"2"]]
 
 
 def test_a_tokenizer_json_says_how_text_is_cut_and_composed():
-    about = TOK.to_json()
-    assert Tokenizer.from_json(about).encode("x\u0301") == TOK.encode("x\u0301")
-    composed = Tokenizer.from_json(about | {"normalizer": {"type": "NFC"}})
+    about = copy.deepcopy(TOK.document)
+    assert Tokenizer(about).encode("x\u0301") == TOK.encode("x\u0301")
+    composed = Tokenizer(about | {"normalizer": {"type": "NFC"}})
     assert composed.encode("e\u0301") == TOK.encode("\u00e9") != TOK.encode("e\u0301")
     bytes_alone, digits = {**BYTES, "use_regex": True}, {"type": "Digits", "individual_digits": True}
     steps = {"type": "Sequence", "pretokenizers": [digits, bytes_alone]}
-    assert Tokenizer.from_json(about | {"pre_tokenizer": steps}).pattern == DIGITS_PATTERN
-    assert Tokenizer.from_json(about | {"pre_tokenizer": bytes_alone}).pattern == GPT2_PATTERN
+    assert Tokenizer(about | {"pre_tokenizer": steps}).encoding._pat_str == DIGITS_PATTERN
+    assert Tokenizer(about | {"pre_tokenizer": bytes_alone}).encoding._pat_str == GPT2_PATTERN
     model = about["model"]
     old = model | {"merges": [" ".join(pair) for pair in model["merges"]]}          # as texts
-    assert Tokenizer.from_json(about | {"model": old}).ranks == TOK.ranks
+    assert Tokenizer(about | {"model": old}).ranks == TOK.ranks
 
 
 def test_the_merges_of_a_token_are_the_pair_that_an_encoder_finds():
@@ -227,9 +252,9 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 
 def tokenizers():
     yield TOK
-    yield Tokenizer(TOK.ranks, dict(LLAMA3_SPECIAL), LLAMA3_PATTERN, system='Say "é".\n{{ x }}')
-    yield Tokenizer(TOK.ranks, dict(TOK.special), LLAMA3_PATTERN.replace("{1,3}", ""))              # Qwen's
-    yield Tokenizer(TOK.ranks, dict(TOK.special), GPT2_PATTERN)
+    yield Tokenizer(new_document(TOK.ranks, LLAMA3_SPECIAL, LLAMA3_PATTERN), system='Say "é".\n{{ x }}')
+    yield Tokenizer(new_document(TOK.ranks, TOK.special, LLAMA3_PATTERN.replace("{1,3}", "")))    # Qwen's
+    yield Tokenizer(new_document(TOK.ranks, TOK.special, GPT2_PATTERN))
     if os.path.exists(GPT2):
         yield Tokenizer.gpt2()
     if os.environ.get("MODEL"):                                 # a folder with a model of yours

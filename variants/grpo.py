@@ -107,7 +107,7 @@ def train(cfg, reward=None):
             advantages = rloo(returns, cfg.group)
         else:
             advantages = grpo(returns, cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
-        batch["advantages"] = advantages[:, None] * mask
+        batch |= {"scores": scores, "rewards": rewards, "advantages": advantages[:, None] * mask}
 
         # 4. Update
         factor, history, updates = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay), [], 0
@@ -140,7 +140,7 @@ def train(cfg, reward=None):
             controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
-        run.write_rollout(rollout_examples(tokenizer, asked, batch | {"rewards": rewards, "scores": scores}))
+        run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
         run.log(metrics)
     run.finish(policy, tokenizer)
 

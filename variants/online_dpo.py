@@ -9,13 +9,11 @@ those of the preference data, each with as many answers as a record has; the los
 import math
 from dataclasses import dataclass
 
-from feedback.answers import as_answers
-
 import dpo
 from data.answers import answer_metrics
 from data.batches import Comparison, batches
 from data.tokenizer import Tokenizer
-from feedback.collect import labeller
+from feedback.collect import as_answers, labeller
 from runtime.compute import Meter
 from runtime.flags import flag
 from runtime.launch import main
@@ -38,7 +36,7 @@ def fresh_comparisons(run, policy, tokenizer, rank, old):
     starts = [c.sequences[0][:c.start] for c in old for _ in range(k)]
     room = min(run.cfg.max_new_tokens, policy.config.block_size - max(map(len, starts)))
     batch = run.sample(policy, starts, run.seeds(len(starts)), room, stop_token=tokenizer.end)
-    answers = as_answers(batch, tokenizer, k)
+    answers = as_answers(tokenizer, batch, k)
     fresh = [Comparison([c.sequences[0][:c.start] + a.ids for a in some], c.start, ranks)
              for c, some, ranks in zip(old, answers, rank(prompts, answers, run.rng))]
     texts = [a.text for some in answers for a in some]

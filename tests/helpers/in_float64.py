@@ -1,9 +1,7 @@
 """Run scripts of this project one after another in this process (or under torchrun in these), with all
 numbers in float64:
 
-    in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ... "nothing fits" "sft.py --out out/c" ...
-
-"nothing fits" makes the scripts after it sample as from networks that no device holds whole.
+    in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ...
 """
 import os
 import runpy
@@ -13,15 +11,12 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-from runtime import processes, sharding  # noqa: E402
+from runtime import processes  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
 processes.start("cpu", 60)
 stop, processes.stop = processes.stop, lambda: None     # they stay together from script to script
 for command in sys.argv[1:]:
-    if command == "nothing fits":
-        sharding.fits = lambda size, device: False
-        continue
     sys.argv = command.split()
     runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
 stop()

@@ -1,7 +1,7 @@
 """Run a script of this project, in float64 unless it is told a precision, and let one of its processes fail
 at the third step, in the first life of the job:
 
-    misbehave.py rollout|update|save kill|hang|raise RANK script.py flags ...
+    misbehave.py rollout|update|gather|save kill|hang|raise RANK script.py flags ...
 """
 import os
 import runpy
@@ -14,7 +14,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 import model  # noqa: E402
-from runtime import launch, run  # noqa: E402
+from runtime import checkpoints, launch, run  # noqa: E402
 
 where, how, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = sys.argv[4:]
@@ -46,6 +46,8 @@ if where == "rollout":
     model.GPT.generate = fail_before(model.GPT.generate)
 elif where == "update":
     run.Run.optimizer_step = fail_before(run.Run.optimizer_step)
-else:                                               # with half of the checkpoint's file written
-    os.fsync = fail_before(os.fsync)
+elif where == "gather":                             # with a part of the checkpoint's file written
+    checkpoints.collect = fail_before(checkpoints.collect)
+else:                                               # with all of it written, and not in its place yet
+    os.replace = fail_before(os.replace)
 runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
