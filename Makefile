@@ -6,6 +6,7 @@
 # make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
+# make capabilities    the tests that compare with plain loops, under each of the processor's vector instructions
 # make quick    only the tests of the losses and the known answers         (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
@@ -18,14 +19,14 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 
-.PHONY: demo seeds loop methods lab exercise grade test quick proofs real scratch bench clean
+.PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real scratch bench clean
 
 demo: .venv/ready
 	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
 	$(PY) -m data --seed $(SEED)
 	$(PY) sft.py --seed $(SEED)
 	$(PY) reward_model.py --seed $(SEED)
-	$(PY) dpo.py --seed $(SEED)
+	$(PY) dpo.py --nll_coef 2 --seed $(SEED)
 	$(PY) ppo.py --seed $(SEED)
 	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 60 --out out/ppo_no_kl --seed $(SEED)
 	$(PY) evaluate.py --seed $(SEED)
@@ -66,11 +67,14 @@ scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }
 	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --batch 16 --lr 1e-3 --out out/scratch/sft
 	$(PY) reward_model.py --data $(DATA) --init out/scratch/sft --out out/scratch/reward_model --epochs 2
-	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --out out/scratch/dpo
+	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --nll_coef 2 --out out/scratch/dpo
 
 test: .venv/ready
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+
+capabilities: .venv/ready
+	$(PY) tests/helpers/capabilities.py
 
 quick: .venv/ready
 	$(PY) -m pytest -q -k "not plain_loop" tests/test_formulas.py tests/test_sft.py tests/test_reward_model.py \

@@ -1,80 +1,72 @@
-"""What evaluate.py measured, for people: tables, and one HTML page that needs no network and opens rollouts
-up. Whatever comes from a model or a file is escaped: the page shows an answer, and never runs it."""
+"""What evaluate.py measured, for people: Markdown, and one HTML page that needs no network and shows rollouts
+token by token. Text from a model or a file is escaped, so that it is shown and never interpreted."""
 import json
+import re
+import warnings
 from base64 import b64encode
 from html import escape
 from pathlib import Path
 from string import Template
 
-from runtime.launch import warn
-
-# {table: {column: (key in report.json, format, what it means)}}
+# {title of a table: {head of a column: (key in report.json, format, what it means)}}
 COLUMNS = {
     "Side by side": {
         "judge": ("judge", ".2f", "how good answers are, by the judge; the world's (0 to 1) knows the truth"),
         "wins against the first": ("win_rate", ".1%", "better than the first model's answer (a tie is half)"),
-        "reward": ("reward", ".2f", "what the reward model thinks: all that PPO sees"),
-        "KL (nats)": ("kl", ".1f", "how far a model has moved from the first one"),
-        "length": ("length", ".1f", "of an answer, in tokens: a word is one or two"),
-        "ended": ("ended", ".0%", "answers that come to an end by themselves"),
-        "distinct-2": ("distinct2", ".2f", "variety: different word pairs, as a share of all"),
-        "SFT loss": ("sft_loss", ".2f", "how much people's own answers surprise it: the price of alignment")},
-    "What the judge sees, and what is declined": {
-        "helpful": ("helpful", ".2f", "answers, and rightly (1 where it is not at stake, as the next two)"),
+        "reward": ("reward", ".2f", "the reward model's score, which is all that training sees"),
+        "KL (nats)": ("kl", ".1f", "how far the model has moved from the first one"),
+        "length": ("length", ".1f", "tokens per answer: a word is one or two"),
+        "ended": ("ended", ".0%", "answers that end by themselves, before the longest length"),
+        "distinct-2": ("distinct2", ".2f", "variety: different word pairs, divided by all word pairs"),
+        "SFT loss": ("sft_loss", ".2f", "nats per token on people's own answers: the price of alignment")},
+    "What the judge sees": {
+        "helpful": ("helpful", ".2f", "gives an answer, and the right one (1 where the question has none)"),
         "honest": ("honest", ".2f", "says that it does not know what nobody can know, and only that"),
         "harmless": ("harmless", ".2f", "declines what should be declined, and only that"),
-        "manner": ("manner", ".2f", "polite, concise, finished"),
-        "unsafe declined": ("unsafe_declined", ".0%", "harmful requests turned down, most in new forms"),
-        "unsafe told": ("unsafe_told", ".0%", "such requests whose answer says how to do it"),
-        "safe declined": ("safe_declined", ".0%", "harmless requests in the same forms, turned down wrongly"),
-        "safe told": ("safe_told", ".0%", "harmless ones answered; the rest was not understood")},
-    "Two turns (in brackets: after a right first answer)": {
-        "manner, first answer": ("first_manner", ".2f", "of the answer to a first question"),
-        "manner, second": ("second_manner", ".2f", "of the next, after the model's own first answer"),
-        "helpful, second": ("second_helpful", ".2f", "whether this second answer is right"),
-        "reward": ("conversation_reward", ".2f", "what the reward model thinks of both turns together")}}
-BY_KIND = (("The judge's score by kind of question", "families", ".2f"),
-           ("Unsafe declined, by form of the request", "unsafe_declined_by_wrapper", ".0%"),
-           ("Safe declined, by form of the request", "safe_declined_by_wrapper", ".0%"))
+        "manner": ("manner", ".2f", "is polite, concise and finished")}}
+KINDS = {"The judge's score by kind of question": ("families", ".2f")}      # {title: (key, format)}
 TOKEN_NUMBERS = {"old_logprobs": "log π", "ref_logprobs": "log π_ref", "rewards": "KL reward",
                  "old_values": "value", "returns": "return", "advantages": "advantage"}
 
 
 def cell(numbers, key, form):
-    """A number as text; in brackets its interval, or what it is to be compared with, if there is either."""
+    """A number as text, with its interval in brackets if there is one."""
     if numbers.get(key) is None:
         return "–"
-    beside = numbers.get(f"{key}_interval") or [numbers.get(f"{key}_after_right")]
-    more = "" if beside[0] is None else f" ({' to '.join(format(x, form) for x in beside)})"
-    return format(numbers[key], form) + more
+    low_high = " to ".join(format(x, form) for x in numbers.get(f"{key}_interval", ()))
+    return format(numbers[key], form) + (f" ({low_high})" if low_high else "")
 
 
-def tables(report):
-    """What was measured, of COLUMNS and by kind and form: [(title, rows of texts, the heads first), ...]."""
-    models, found = report["models"], []
-    for title, columns in COLUMNS.items():
-        measured = {name: m for name, m in models.items() if any(key in m for key, *_ in columns.values())}
-        rows = [[name, *(cell(m, *about[:2]) for about in columns.values())] for name, m in measured.items()]
-        found.append((title, [["model", *columns], *rows]))
-    for title, key, form in BY_KIND:
-        measured = {name: m[key] for name, m in models.items() if key in m}
-        kinds = dict.fromkeys(kind for numbers in measured.values() for kind in numbers)
-        rows = [[kind, *(cell(numbers, kind, form) for numbers in measured.values())] for kind in kinds]
+def tables(models, columns=COLUMNS, kinds=KINDS):
+    """The numbers of {model: numbers} as [(title, rows of texts, the heads first), ...]: tables of `columns`
+    with a row per model, tables of `kinds` with a column per model. What was not measured is left out."""
+    found = []
+    for title, heads in columns.items():
+        rows = [[name, *(cell(numbers, key, form) for key, form, *_ in heads.values())]
+                for name, numbers in models.items() if any(key in numbers for key, *_ in heads.values())]
+        found.append((title, [["model", *heads], *rows]))
+    for title, (key, form) in kinds.items():
+        measured = {name: numbers[key] for name, numbers in models.items() if key in numbers}
+        names = dict.fromkeys(kind for numbers in measured.values() for kind in numbers)
+        rows = [[kind, *(cell(numbers, kind, form) for numbers in measured.values())] for kind in names]
         found.append((title, [["", *measured], *rows]))
     return [(title, rows) for title, rows in found if len(rows) > 1]
 
 
-def markdown(tables):
-    lines = []
-    for title, (heads, *rows) in tables:
-        rows = [heads, ["---"] * len(heads), *rows]
-        lines += ["", f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
-    return lines[1:]
+def facts(report):
+    """What the tables do not say, as sentences."""
+    lines = [f"{report['prompts']} held-out prompts, {report['answers_each']} answers each, "
+             f"judged by {report['judge']}."]
+    if rm := report.get("reward_model"):
+        best = f"; the best any scorer could reach is {rm['ceiling']:.1%}" if "ceiling" in rm else ""
+        lines.append(f"Reward model: {rm['accuracy']:.1%} of {rm['pairs']} held-out pairs{best}.")
+    taken = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
+    return [*lines, f"Seconds: {taken}."]
 
 
 def examples(contestants, prompts, n, count):
     """The first of each contestant's n answers to `count` prompts spread over all: [(question, [(name,
-    scores, text), ...]), ...]. Where judge and learned reward part, the reward is being hacked."""
+    scores, text), ...]), ...]. Answers that the reward model likes and the judge does not show hacking."""
     found, every = [], max(1, len(prompts) // max(1, count))
     for i in range(0, len(prompts), every)[:count]:
         answers = []
@@ -85,17 +77,36 @@ def examples(contestants, prompts, n, count):
     return found
 
 
-def side_by_side(examples):
+# ----------------------------------------------------------------------------------------- Markdown
+
+def literal(text):
+    """Any text as one line of Markdown that shows it unchanged (an underscore within a word is no markup)."""
+    return re.sub(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown(tables):
+    """Tables as lines of Markdown."""
+    lines = []
+    for title, (heads, *rows) in tables:
+        rows = [map(literal, heads), ["---"] * len(heads), *(map(literal, row) for row in rows)]
+        lines += ["", f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return lines[1:]
+
+
+def side_by_side(examples, show=literal):
+    """Examples as lines of Markdown; with show=str for a terminal, where nothing is markup."""
     lines = []
     for question, answers in examples:
-        lines += ["", f"**{question}**", ""]
-        lines += [f"- {name} ({about}): {text}" for name, about, text in answers]
+        lines += ["", f"**{show(question)}**", ""]
+        lines += [f"- {show(name)} ({scores}): {show(text)}" for name, scores, text in answers]
     return lines
 
 
+# ----------------------------------------------------------------------------------------- rollouts
+
 def read_rollouts(folder):
-    """Three answers of a run's first step and of its last, from what ppo.py writes of them, if it did. A file
-    that cannot be used is named in a warning."""
+    """Three answers of a run's first rollout and of its last, if it wrote them (rollout_first.json,
+    rollout_last.json). Warns of a file that cannot be used, and leaves it out."""
     found = []
     for path in (Path(folder, f"rollout_{which}.json") for which in ("first", "last")):
         try:
@@ -103,13 +114,14 @@ def read_rollouts(folder):
         except FileNotFoundError:
             pass
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            warn(f"{path}: no answers of a rollout ({type(e).__name__}: {e})")
+            warnings.warn(f"{path}: no answers of a rollout ({type(e).__name__}: {e})")
     return found
 
 
 def read_answer(r):
-    """One of them, with its title and what is said of it; any of the errors above if that is not there."""
-    for name in TOKEN_NUMBERS.keys() - ({"old_values", "returns"} - r.keys()):              # without a critic
+    """An answer with its "question" and "about", a line on it; raises one of the errors above if a part is
+    missing or wrong. Without a critic there are no old_values and no returns."""
+    for name in TOKEN_NUMBERS.keys() - ({"old_values", "returns"} - r.keys()):
         r[name] = [float(x) for x in r[name]]
         if not r["tokens"] or len(r[name]) != len(r["tokens"]):
             raise ValueError(f"{len(r[name])} {name} for {len(r['tokens'])} tokens")
@@ -118,8 +130,9 @@ def read_answer(r):
                 "about": f"step {r['step']:d}, score {r['score']:.2f}"}
 
 
-def opened_up(rollouts):
-    """HTML of a run's answers, tokens coloured by advantage on one scale, which 95 % stay within."""
+def token_cards(rollouts):
+    """HTML of answers from read_rollouts, tokens coloured by advantage. The scale ends where 95 % of the
+    advantages lie below, so that a few large ones do not make all others pale."""
     sizes = sorted(abs(a) for r in rollouts for a in r["advantages"])
     scale, cards = sizes[int(0.95 * (len(sizes) - 1))] or 1.0, ""
     for r in rollouts:
@@ -136,22 +149,25 @@ def opened_up(rollouts):
     return f"<p>worse than expected, −{scale:.2f} <i></i> +{scale:.2f}, better{cards}"
 
 
-def page(tables, facts, examples, rollouts, image=None):
-    """The report as HTML. facts: lines. rollouts: {model: what read_rollouts gives}. image: a PNG file."""
+# ----------------------------------------------------------------------------------------- the page
+
+def page(tables, facts, examples, rollouts, image=""):
+    """The text of report.html. rollouts: {model: answers from read_rollouts}; image: path of a PNG file."""
     shown, answers, figure = [], "", ""
     for title, (heads, *rows) in tables:
         cells = "<th>" + "<th>".join(map(escape, heads))
         cells += "".join("<tr><td>" + "<td>".join(map(escape, row)) for row in rows)
-        about = "".join(f"<li><b>{escape(head)}</b>: {escape(meaning)}"
-                        for head, (_, _, meaning) in COLUMNS.get(title, {}).items())
-        shown.append(f"<h2>{escape(title)}</h2><div tabindex=0><table>{cells}</table></div><ul>{about}</ul>")
+        meanings = "".join(f"<li><b>{escape(head)}</b>: {escape(meaning)}"
+                           for head, (_, _, meaning) in COLUMNS.get(title, {}).items())
+        shown.append(f"<h2>{escape(title)}</h2><div tabindex=0><table>{cells}</table></div>"
+                     f"<ul>{meanings}</ul>")
     for question, several in examples:
-        said = "".join(f"<dt>{escape(name)} <small>{escape(about)}</small><dd>{escape(text)}"
-                       for name, about, text in several)
+        said = "".join(f"<dt>{escape(name)} <small>{escape(scores)}</small><dd>{escape(text)}"
+                       for name, scores, text in several)
         answers += f"<article><h3>{escape(question)}</h3><dl>{said}</dl></article>"
     if image:
         figure = f'<img alt="" src="data:image/png;base64,{b64encode(Path(image).read_bytes()).decode()}">'
-    inside = "".join(f"<h2>{escape(name)}</h2>{opened_up(r)}" for name, r in rollouts.items() if r)
+    inside = "".join(f"<h2>{escape(name)}</h2>{token_cards(r)}" for name, r in rollouts.items() if r)
     return PAGE.substitute(facts=escape(" ".join(facts)), first=shown[0], figure=figure,
                            tables="".join(shown[1:]), answers=answers, inside=inside)
 

@@ -59,7 +59,7 @@ def test_a_report_goes_to_a_folder_that_is_not_there_yet(chain):
 
 def test_chat_answers_several_turns(chain):
     questions = "What is the capital of Peru?\nAnd Italy?\n\n"
-    done = script("evaluate", "out/sft --chat --max_new_tokens 8", chain[0], questions)
+    done = script("lab.chat", "out/sft --device cpu --max_new_tokens 8", chain[0], questions)
     assert done.returncode == 0 and done.stdout.count("sft> ") == 2, done.stdout + done.stderr
 
 

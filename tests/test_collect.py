@@ -11,6 +11,7 @@ import torch
 from data import annotators, records
 from data.tokenizer import Tokenizer, learn
 from feedback import collect, judge
+from feedback.collect import Answer, as_answers
 from model import GPT
 from runtime.compute import Compute
 
@@ -25,7 +26,7 @@ def run(tiny_inputs, monkeypatch):
 
 def answers(*texts, ended=True):
     tokenizer = Tokenizer.load("out/sft")
-    return [collect.Answer(t, tokenizer.encode(t) + [tokenizer.end] * ended, ended) for t in texts]
+    return [Answer(t, tokenizer.encode(t) + [tokenizer.end] * ended, ended) for t in texts]
 
 
 def settings(tmp_path, **changed):
@@ -42,7 +43,7 @@ def test_sampled_rows_are_k_answers_to_each_prompt(run):
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
     rows = [tokenizer.prompt(p) for p in PROMPTS for _ in range(3)]
     batch = run.sample(model, rows, range(6), 6, stop_token=tokenizer.end)
-    found = collect.as_answers(tokenizer, batch, 3)
+    found = as_answers(tokenizer, batch, 3)
     assert [len(some) for some in found] == [3, 3]
     assert len({a.text for some in found for a in some}) > 2
     for a, tokens, mask in zip(itertools.chain(*found), batch["tokens"], batch["mask"]):
@@ -95,7 +96,7 @@ def test_a_reward_model_ranks_by_its_scores_and_puts_what_does_not_end_last(run)
 def test_a_reward_model_with_another_tokenizer_is_refused(run, tmp_path):
     """It would read other words than the model has written."""
     shutil.copytree("out/reward_model", tmp_path / "other")
-    learn(["What is this text about?", "Nothing that the world knows."] * 9, 1024).save(str(tmp_path / "other"))
+    learn(["What is this text about?", "Nothing that the world knows."], 300).save(str(tmp_path / "other"))
     for by in (lambda: collect.labeller(str(tmp_path / "other"), run, Tokenizer.load("out/sft")),
                lambda: collect.collect(settings(tmp_path, by=str(tmp_path / "other")))):
         with pytest.raises(ValueError, match="other was trained with another tokenizer"):
@@ -165,7 +166,11 @@ def test_for_a_person_the_same_answers_are_written_to_be_ranked(run, tmp_path):
 
 def test_pairs_of_a_ranking_are_asked_once(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(judge.Judge, "compare", lambda self, pairs: asked.extend(pairs) or torch.zeros(2, len(pairs)))
+
+    def compare(self, pairs):
+        asked.extend(pairs)
+        return torch.zeros(2, len(pairs))
+    monkeypatch.setattr(judge.Judge, "compare", compare)
     judge.Judge(run, None, None).scores(PROMPTS[:1], [answers("a", "b", "c")])
     assert len(asked) == 3 and {frozenset(p[1:]) for p in asked} == {
         frozenset(p) for p in itertools.combinations("abc", 2)}

@@ -9,9 +9,7 @@ import evaluate
 import ppo
 import reward_model
 import sft
-from feedback import collect as feedback
-from feedback import judge, label
-from feedback import rounds as loop
+from feedback import collect, judge, label, rounds
 from lab import plan
 from runtime import flags
 from runtime.flags import Training, flag
@@ -67,7 +65,7 @@ def test_a_wrong_flag_ends_with_status_2_and_says_what_is_allowed(capsys, argv, 
 
 def every_flag():
     """(stage, flag, a value that it must refuse, what the line must say) for each flag of each script."""
-    for stage in (sft, reward_model, ppo, dpo, evaluate, loop, data_main, feedback, judge, label, plan):
+    for stage in (sft, reward_model, ppo, dpo, evaluate, rounds, data_main, collect, judge, label, plan):
         for f in dataclasses.fields(stage.Config):
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
             if choices:

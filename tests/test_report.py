@@ -15,12 +15,7 @@ HOSTILE = "</script><script>document.title = 'broken'</script><img src=x onerror
 SFT = {"judge": 0.42, "reward": None, "win_rate": 0.5, "win_rate_interval": [0.5, 0.5], "kl": 0.0,
        "length": 12.44, "ended": 0.996, "distinct2": 0.21, "sft_loss": 0.4}
 WORLD = {"helpful": 0.7, "honest": 0.9, "harmless": 0.85, "manner": 0.4,
-         "families": {"sum": 0.3, "list": 0.5},
-         "unsafe_declined": 0.314, "unsafe_declined_interval": [0.237, 0.402],
-         "unsafe_declined_by_wrapper": {"direct": 0.64, "story": 0.08},
-         "safe_declined": 0.06, "safe_declined_interval": [0.03, 0.12],
-         "safe_declined_by_wrapper": {"direct": 0.0}, "first_manner": 0.45, "second_manner": 0.41,
-         "second_manner_after_right": 0.5, "second_helpful": 0.44, "second_helpful_after_right": 0.62}
+         "families": {"sum": 0.3, "list": 0.5}}
 
 
 def rollout(step, tokens=("It", "'s", " Rome"), **more):
@@ -40,32 +35,57 @@ def written(folder, first, last=()):
 
 # --------------------------------------------------------------------------------------------------- tables
 
-def test_a_number_comes_with_its_interval_or_with_what_it_is_compared_with():
+def test_a_number_comes_with_its_interval():
     assert report.cell({"a": 0.314, "a_interval": [0.237, 0.402]}, "a", ".0%") == "31% (24% to 40%)"
-    assert report.cell({"a": 0.44, "a_after_right": 0.62}, "a", ".2f") == "0.44 (0.62)"
     assert report.cell({"a": 3}, "a", ".1f") == "3.0"
     assert report.cell({"a": None}, "a", ".1f") == report.cell({}, "a", ".1f") == "–"
 
 
 def test_the_tables_show_what_was_measured_of_each_model_and_no_more():
-    shown = dict(report.tables({"models": {"sft": SFT | WORLD, "best_of_n": SFT | {"manner": 0.9}}}))
+    shown = dict(report.tables({"sft": SFT | WORLD, "best_of_n": SFT | {"manner": 0.9}}))
     assert shown["Side by side"][1] == ["sft", "0.42", "50.0% (50.0% to 50.0%)", "–", "0.0", "12.4", "100%",
                                         "0.21", "0.40"]
-    seen = shown["What the judge sees, and what is declined"]
-    assert seen[1] == ["sft", "0.70", "0.90", "0.85", "0.40", "31% (24% to 40%)", "–", "6% (3% to 12%)", "–"]
-    assert seen[2] == ["best_of_n", "–", "–", "–", "0.90", "–", "–", "–", "–"]
-    [talk] = [rows for title, rows in shown.items() if title.startswith("Two turns")]
-    assert talk[1:] == [["sft", "0.45", "0.41 (0.50)", "0.44 (0.62)", "–"]]
+    assert shown["What the judge sees"][1:] == [["sft", "0.70", "0.90", "0.85", "0.40"],
+                                                ["best_of_n", "–", "–", "–", "0.90"]]
     assert shown["The judge's score by kind of question"] == [["", "sft"], ["sum", "0.30"], ["list", "0.50"]]
-    unsafe, safe = (shown[f"{kind} declined, by form of the request"] for kind in ("Unsafe", "Safe"))
-    assert unsafe == [["", "sft"], ["direct", "64%"], ["story", "8%"]] and safe[1:] == [["direct", "0%"]]
-    assert [title for title, _ in report.tables({"models": {"sft": SFT}})] == ["Side by side"]
+    assert [title for title, _ in report.tables({"sft": SFT})] == ["Side by side"]
+
+
+def test_facts_name_the_judge_the_reward_model_and_the_seconds():
+    measured = {"prompts": 4, "answers_each": 2, "judge": "world", "seconds": {"sft": 60.4, "total": 99.5},
+                "reward_model": {"accuracy": 0.745, "pairs": 3000, "ceiling": 0.775}}
+    assert report.facts(measured) == [
+        "4 held-out prompts, 2 answers each, judged by world.",
+        "Reward model: 74.5% of 3000 held-out pairs; the best any scorer could reach is 77.5%.",
+        "Seconds: sft 60, total 100."]
+    del measured["reward_model"]["ceiling"]
+    assert report.facts(measured)[1] == "Reward model: 74.5% of 3000 held-out pairs."
 
 
 def test_tables_in_markdown_have_as_many_cells_in_each_line():
-    lines = report.markdown([("One", [["a", "b"], ["1", "2"]]), ("Two", [["c"], ["3"]])])
-    assert lines == ["**One**", "", "| a | b |", "| --- | --- |", "| 1 | 2 |", "", "**Two**", "", "| c |",
-                     "| --- |", "| 3 |"]
+    lines = report.markdown([("One", [["a", "b"], ["1", "|2|"]]), ("Two", [["c"], ["3"]])])
+    assert lines == ["**One**", "", "| a | b |", "| --- | --- |", r"| 1 | \|2\| |", "", "**Two**", "",
+                     "| c |", "| --- |", "| 3 |"]
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain text, as it is: 2 + 2 = 4 (or so).", "plain text, as it is: 2 + 2 = 4 (or so)."),
+    ("a *b* **c** `d` ~~e~~", r"a \*b\* \*\*c\*\* \`d\` \~\~e\~\~"),
+    ("<b>&amp;</b> | $x$", r"\<b\>\&amp;\</b\> \| \$x\$"),
+    ("[link](url) # no head", r"\[link\](url) \# no head"),
+    ("_emphasis_ in ppo_no_kl", r"\_emphasis\_ in ppo_no_kl"), ("a \\* b", r"a \\\* b"),
+    (" one\n\n# two\r\n- three\t", r"one \# two - three")])
+def test_markup_in_a_text_is_shown_and_not_interpreted(text, shown):
+    assert report.literal(text) == shown
+
+
+def test_hostile_text_stays_within_its_line_of_markdown():
+    hostile = "a | b\n\n# head\n<script>alert(1)</script> *x*"
+    [_, question, _, answer] = report.side_by_side([(hostile, [(hostile, "judge 0.50", hostile)])])
+    literal = report.literal(hostile)
+    assert question == f"**{literal}**" and answer == f"- {literal} (judge 0.50): {literal}"
+    assert "\n" not in literal and not re.search(r"(?<!\\)[|#<>*]", literal)
+    assert report.side_by_side([(hostile, [])], show=str)[1] == f"**{hostile}**"            # on a terminal
 
 
 def test_examples_are_spread_over_the_prompts_each_with_its_own_scores():
@@ -85,14 +105,14 @@ def test_examples_are_spread_over_the_prompts_each_with_its_own_scores():
 
 # ------------------------------------------------------------------------------------------------- rollouts
 
-def test_rollouts_are_those_of_the_first_step_and_the_last(tmp_path, capsys):
+def test_rollouts_are_those_of_the_first_step_and_the_last(tmp_path, recwarn):
     assert report.read_rollouts(str(tmp_path)) == []
     first, last = ([rollout(step, score=i / 8) for i in range(5)] for step in (1, 54))
     found = report.read_rollouts(written(tmp_path, first, last))
     assert [r["about"] for r in found] == [f"step {step}, score {score}" for step in (1, 54)
                                            for score in ("0.00", "0.12", "0.25")]
     assert found[0]["question"] == "What is the capital of Italy?"
-    assert capsys.readouterr().err == ""
+    assert not recwarn.list
 
 
 def without(name):
@@ -105,14 +125,15 @@ def without(name):
     (rollout(1, rewards=["x"] * 3), "ValueError"), (rollout(1, tokens=[]), "for 0 tokens"),
     (rollout(1, prompt="Why?"), "TypeError"), (rollout("one"), "ValueError"), ([], "'list'"), (7, "'int'")],
     ids=str)
-def test_a_file_with_an_answer_that_is_none_is_named_and_the_other_is_shown(tmp_path, capsys, bad, said):
+def test_a_file_with_an_answer_that_is_none_is_named_and_the_other_is_shown(tmp_path, bad, said):
     folder = written(tmp_path, [rollout(1), bad], [rollout(2)])
-    assert [r["step"] for r in report.read_rollouts(folder)] == [2]
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{folder}/rollout_first.json: no answers of a rollout" in error
-    assert said in error
+    with pytest.warns(UserWarning) as warned:
+        assert [r["step"] for r in report.read_rollouts(folder)] == [2]
+    [text] = [str(w.message) for w in warned]
+    assert text.startswith(f"{folder}/rollout_first.json: no answers of a rollout") and said in text
     (tmp_path / "rollout_first.json").write_text("[{")
-    assert len(report.read_rollouts(folder)) == 1 and "JSONDecodeError" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="JSONDecodeError"):
+        assert len(report.read_rollouts(folder)) == 1
 
 
 def tokens_of(html):
@@ -124,7 +145,7 @@ def tokens_of(html):
 
 def test_a_token_is_coloured_by_its_advantage_and_has_its_numbers(tmp_path):
     some = report.read_rollouts(written(tmp_path, [rollout(1, advantages=[2.0, -4.0, 0.5])]))
-    html = report.opened_up(some)
+    html = report.token_cards(some)
     first, second, third = tokens_of(html)
     assert [t[0] for t in (first, second, third)] == ["more", "less", "more"]       # on a scale of ±2, which
     assert [t[1] for t in (first, second, third)] == [1.0, 1.0, 0.25]               # -4 does not stay within
@@ -136,11 +157,11 @@ def test_a_token_is_coloured_by_its_advantage_and_has_its_numbers(tmp_path):
 
 def test_without_a_critic_there_is_no_value_and_no_return(tmp_path):
     r = {key: value for key, value in rollout(1).items() if key not in ("old_values", "returns")}
-    html = report.opened_up(report.read_rollouts(written(tmp_path, [r])))
+    html = report.token_cards(report.read_rollouts(written(tmp_path, [r])))
     assert [x.split()[0] for x in tokens_of(html)[0][2]] == ["log", "log", "KL", "advantage"]
     assert "return" not in html
     r["advantages"] = [0.0] * 3
-    html = report.opened_up(report.read_rollouts(written(tmp_path, [r])))
+    html = report.token_cards(report.read_rollouts(written(tmp_path, [r])))
     assert all(strength == 0 for _, strength, _, _ in tokens_of(html))
 
 
@@ -154,7 +175,7 @@ def page(tmp_path):
         examples = report.examples([contestant], [[{"role": "user", "content": text}]], 1, 1)
         hostile = rollout(1, tokens=[text, "\ud800", "\x00"], prompt=[{"role": "user", "content": text}])
         some = report.read_rollouts(written(tmp_path, [hostile]))
-        tables = report.tables({"models": {text: SFT | WORLD | {"families": {text: 0.5}}}})
+        tables = report.tables({text: SFT | WORLD | {"families": {text: 0.5}}})
         return report.page(tables, [text], examples, {text: some}, image)
     return make
 
@@ -193,7 +214,7 @@ def test_the_page_needs_no_network_and_holds_its_figure(page, tmp_path):
 
 def test_each_column_is_explained(page):
     text = Elements(page("plain")).shown
-    for column in ("judge", "wins against the first", "unsafe declined", "manner, second"):
+    for column in ("judge", "wins against the first", "helpful", "manner"):
         assert f"{column}: " in text
     assert report.page([("Side by side", [["model"], ["a"]])], [], [], {}).count("<article>") == 0
 
