@@ -341,7 +341,7 @@ class GPT(nn.Module):
         generator. Returns tokens (B, T'): prompt, answer, zeros; mask (B, T') bool, true on the answer; and
         logprobs (B, T') of the answer's tokens at this temperature (1 if greedy), before top_k and top_p.
         Raises ValueError for settings out of range, and if the prompts leave no room for max_new_tokens.
-        rows_left: processes that can only sample together pass a sum over all of them."""
+        rows_left: sums the running rows over processes, where none may stop before the others."""
         longest = int(lengths.max())
         S = longest + max_new_tokens
         self.check_sampling(prompts, lengths, S, temperature, top_k, top_p)

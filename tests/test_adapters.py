@@ -259,7 +259,7 @@ def test_peft_loads_our_adapters_and_we_load_its(tmp_path, monkeypatch, name, he
 
 LORA = "--lora_rank 4 --lora_alpha 8 --lr 3e-3"
 FLAGS = {"sft": f"--init out/sft --evals 1 --batch 64 {LORA}",
-         "reward_model": f"--normalize 16 --batch 32 {LORA}", "dpo": f"--records 40 {LORA}",
+         "reward_model": f"--normalize 16 --batch 32 {LORA}", "dpo": LORA,
          "ppo": f"--reward out/lora/reward_model --steps 2 --batch 8 --max_new_tokens 8 {LORA}"}
 
 
