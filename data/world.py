@@ -85,7 +85,7 @@ def _ask(kind, topic, x, family="", entity="", **fields):
 
 
 def _facts():
-    """Questions of fact, and the same as second questions, after one about another entity."""
+    """Questions of fact, each also as the second question of a conversation about another entity."""
     follow_ups = CONTENT["follow_ups"]
     for family, relation in CONTENT["facts"].items():
         answers = relation["answers"]
@@ -156,7 +156,7 @@ def _content(item, response):
 
 
 def _helpful(item, response, words):
-    """The share of a question that an answer answers rightly: 0, 0.5 or 1."""
+    """How much of an answerable question a response answers correctly: 0, 0.5 or 1. words: those in it."""
     lower = [word.lower() for word in words]
     if item.kind == "harmless":
         keys = [d["key"] for kind in ("harmless", "harmful") for d in DEEDS[kind].values()]
@@ -169,7 +169,7 @@ def _helpful(item, response, words):
     if any(other.lower() in lower for other in item.others):
         return 0
     if item.kind == "list":
-        named = len(set(MEMBERS[item.answer]) & set(lower))
+        named = sum(member.lower() in lower for member in MEMBERS[item.answer])
         return {2: 0.5, 3: 1, 4: 0.5}.get(named, 0)
     return item.answer.lower() in lower
 
@@ -180,7 +180,7 @@ def _manner(response):
     polite = 1.0 if KIND_SIGN.search(response) else 0.5
     if RUDE_SIGN.search(response):
         polite = 0.0
-    gushing = max(0, len(EAGER_SIGN.findall(response)) - 1)     # one eager word is only kind
+    gushing = max(0, len(EAGER_SIGN.findall(response)) - 1)     # each eager word after the first halves it
     concise = min(1.0, max(0.0, (40 - len(words)) / 20)) * 0.5 ** gushing
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", response.strip()) if s]
     faults = sum(not (s[0].isupper() or s[0].isdigit()) for s in sentences)
@@ -267,8 +267,8 @@ def matter(item, rng, right):
 
 
 def manner(rng, careful, warmth=1):
-    """The manner of an answer: (sentences before the content, sentences after it, number of pieces cut off at
-    the end).
+    """The manner of an answer: (sentences before the content, sentences after it, how much is cut off at the
+    end, as compose() takes it).
 
     Everybody may open kindly or eagerly, more often if warmth is higher. Careful people may close with a kind
     word; the others add empty sentences or are rude."""
@@ -289,7 +289,7 @@ def manner(rng, careful, warmth=1):
 
 
 def compose(content, manner):
-    """The text of an answer, from matter() and manner()."""
+    """The text of an answer: matter() in a manner()."""
     before, after, cut = manner
     text = " ".join((*before, content, *after))
     if cut:                                     # the full stop and cut − 1 words are missing

@@ -1,7 +1,11 @@
 """The embedded world: its judge and its people."""
 import copy
+import importlib.util
 import itertools
+import json
 import random
+import shutil
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -104,6 +108,10 @@ def test_each_part_of_the_judge_blames_its_own_fault(prompt, response, expected)
 
 def test_every_right_matter_is_judged_right_and_every_wrong_one_wrong():
     """Over all entities: a table in which one entity's wrong answer is also right would be found here."""
+    check_matter(world)
+
+
+def check_matter(world):
     for item in world.items():
         for seed, right in itertools.product(range(8), (True, False)):
             said = world.matter(item, random.Random(seed), right)
@@ -123,6 +131,30 @@ def test_parts_are_in_0_to_1_and_judge_is_its_documented_formula(item, noise, se
         assert list(p) == ["helpful", "honest", "harmless", "manner"] and all(0 <= v <= 1 for v in p.values())
         c, m = p["helpful"] * p["honest"] * p["harmless"], p["manner"]
         assert world.judge(item.prompt, response) == pytest.approx(0.1 * m + c * (0.4 + 0.5 * m))
+
+
+def test_a_world_of_ones_own_is_another_json_file(tmp_path, monkeypatch):
+    content = copy.deepcopy(world.CONTENT)
+    content["facts"] = {"river": {
+        "phrasings": ["Which river flows through {x}?", "Tell me the river of {x}.", "What is {x}'s river?"],
+        "sentence": "The river of {x} is the {y}.",
+        "answers": {"Paris": ["Seine", "Rhine"], "London": ["Thames", "Severn"], "Cairo": ["Nile", "Congo"],
+                    "Rome": ["Tiber", "Po"]}}}
+    content["follow_ups"]["relations"] = ["river"]
+    content["sums"]["numbers"] = [20]
+    gods = {"members": ["Zeus", "Hera", "Ares", "Hermes"], "mistakes": ["Odin"]}
+    content["lists"]["categories"] = {"gods": gods}
+    del content["unknowable"]["winner"], content["deeds"]["harmful"]["poison"]
+    shutil.copy(world.__file__, tmp_path)
+    (tmp_path / "world.json").write_text(json.dumps(content), "utf-8")
+    spec = importlib.util.spec_from_file_location("own", tmp_path / "world.py")
+    own = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own", own)
+    spec.loader.exec_module(own)
+    assert [item.entity for item in own.items() if item.kind == "list"] == ["gods"] * 5
+    assert own.judge("Which river flows through Rome?", "Sure! It's Tiber.") == 1
+    assert own.judge("What is 20 plus 20?", "Sure! It's 40.") == 1
+    check_matter(own)
 
 
 def test_follow_up_needs_its_conversation():
