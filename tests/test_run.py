@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_
     assert "batch 7: not finite, no update made" in error
     a_step(run, model, optimizer)                                   # a good one: the count starts anew
     assert (tmp_path / "resume.safetensors").read_bytes() != kept
-    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
+    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last checkpoint is kept"):
         for _ in range(3):
             a_step(run, model, optimizer, float("nan"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
