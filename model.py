@@ -382,7 +382,7 @@ class GPT(nn.Module):
         if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
             raise ValueError(f"generate: lengths must lie between 1 and {prompts.shape[1]}")
         if S > self.config.block_size:
-            raise ValueError(f"generate: {S} tokens with answer exceed block_size {self.config.block_size}")
+            raise ValueError(f"generate: a prompt and its answer exceed block_size {self.config.block_size}")
 
     def prefill(self, tokens, lengths, S):
         """Read whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
