@@ -292,10 +292,9 @@ class GPT(nn.Module):
         """The scalar at each row's last token, the only one that has seen the whole row: (B,)."""
         return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]
 
-    def last_state(self, tokens, lengths, cache=None):
-        """The hidden state at each row's last token, (B, C). cache: see prefill."""
-        x = self.hidden(tokens, cache=cache)
-        return x[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    def last_state(self, tokens, lengths):
+        """The hidden state at each row's last token, (B, C)."""
+        return self.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False):
         """The log-probability of each token where the mask is true, given the tokens before it.
@@ -388,7 +387,8 @@ class GPT(nn.Module):
         """Read whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
-        return self.unembed(self.last_state(tokens, lengths, cache)), cache
+        x = self.hidden(tokens, cache=cache)    # not last_state: FSDP frees the head's weights when it returns
+        return self.unembed(x[torch.arange(len(tokens), device=tokens.device), lengths - 1]), cache
 
     def decode_one_token(self, token, position, cache, end):
         """Read one more token per row, token (b,) at position (b,): the logits (b, V) of the next. All

@@ -712,7 +712,7 @@ MISTAKES = {
     ],
 }
 # Tests beyond the file's own that are likely to notice.
-LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_ppo", "test_adapters"],
+LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "data/answers.py": ["test_feedback", "test_dpo"],
           "variants/cautious.py": ["test_reward_model", "test_ppo"],
