@@ -387,7 +387,7 @@ class GPT(nn.Module):
         """Read whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
-        x = self.hidden(tokens, cache=cache)    # not last_state: FSDP frees the head's weights when it returns
+        x = self.hidden(tokens, cache=cache)     # not last_state, after which FSDP frees the head's weights
         return self.unembed(x[torch.arange(len(tokens), device=tokens.device), lengths - 1]), cache
 
     def decode_one_token(self, token, position, cache, end):
