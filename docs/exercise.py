@@ -44,8 +44,7 @@ SPOILERS = {"pairwise_loss": ["ranking_loss", "evaluate"]}
 # ------------------------------------------------------------------------------------------ the copy
 
 def find(code, name):
-    """The ast node of a function or class ("gae", "AdaptiveKL.update") in a file's code. StopIteration if it is
-    not there."""
+    """The ast node of a function ("gae", "AdaptiveKL.update") in a file's code, or StopIteration."""
     node = ast.parse(code)
     for part in name.split("."):
         node = next(n for n in node.body if getattr(n, "name", None) == part)
@@ -53,7 +52,7 @@ def find(code, name):
 
 
 def without_body(code, name, message):
-    """A file's code in which the function's body is its docstring and an error: the message, with its line."""
+    """A file's code with an error as the function's body, after its docstring: the message, and its line."""
     function, lines = find(code, name), code.splitlines(keepends=True)
     first = function.body[0]
     start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
@@ -92,21 +91,26 @@ def make(name):
 # ----------------------------------------------------------------------------------------- the grade
 
 class Results:
-    """A plugin of pytest that collects {test, as a sentence: [for each case why it fails, None if it holds]}."""
+    """A pytest plugin that collects {sentence: [why a case of that test fails; None if it passes]}."""
 
     def __init__(self):
         self.reasons = {}
 
     def pytest_runtest_makereport(self, item, call):
         if call.when == "call" or call.excinfo:
-            words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
-                     for word in item.originalname.split("_")[1:]]
-            sentence = words[0][0].upper() + " ".join(words)[1:]
-            self.reasons.setdefault(sentence, []).append(call.excinfo and reason(call.excinfo))
+            why = reason(call.excinfo) if call.excinfo else None
+            self.reasons.setdefault(sentence(item.originalname), []).append(why)
 
     def pytest_collectreport(self, report):
         if report.failed:
             self.reasons["The tests can import it"] = [str(report.longrepr).splitlines()[-1]]
+
+
+def sentence(test):
+    """The name of a test as a sentence."""
+    words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
+             for word in test.split("_")[1:]]
+    return words[0][0].upper() + " ".join(words)[1:]
 
 
 def reason(error):
@@ -116,13 +120,15 @@ def reason(error):
         if "not close" in lines[0]:
             return lines[1]                                     # the expected and the actual number
         return "" if lines[0].startswith("assert ") else lines[0]
+    if error.typename == "NotImplementedError":
+        return lines[0]
     mine = [entry for entry in error.traceback if HOMEWORK in Path(entry.path).parents]
     where = f", {mine[-1].path.relative_to(ROOT)}, line {mine[-1].lineno + 1}" if mine else ""
-    return lines[0] if error.typename == "NotImplementedError" else f"{lines[0]} ({error.typename}{where})"
+    return f"{lines[0]} ({error.typename}{where})"
 
 
 def grade():
-    """Print what holds of the exercise in homework/. Returns an error message, 1 if something fails, else 0."""
+    """Print what holds of the exercise in homework/. Returns an error message, 1 if a test fails, else 0."""
     try:
         name = (HOMEWORK / "exercise.md").read_text("utf-8").split()[2]
         file, tests, which = EXERCISES[name]
@@ -136,18 +142,17 @@ def grade():
         return f"homework/{file} has no {part}"
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.dont_write_bytecode = True          # Python would use it for a file that changes within a second
+    sys.dont_write_bytecode = True      # for a file that changes twice in a second, it would be out of date
     import pytest
-    results, quiet = Results(), ["-p", "no:terminal", "-p", "no:cacheprovider"]
-    files = [f"tests/test_{test}.py" for test in tests.split()]
-    status = pytest.main([*quiet, "-o", "pythonpath=homework . tests", "-k", which, *files], [results])
-    holds = 0
-    for sentence, cases in results.reasons.items():
+    results, holds = Results(), 0
+    status = pytest.main(["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "pythonpath=homework . tests",
+                          "-k", which, *[f"tests/test_{test}.py" for test in tests.split()]], [results])
+    for test, cases in results.reasons.items():
         wrong = [why for why in cases if why is not None]
         holds += not wrong
         why = next((f": {line}" for line in wrong if line), "")
         count = f" [{len(wrong)} of {len(cases)} cases]" if wrong and len(cases) > 1 else ""
-        print(f"{'NOT YET' if wrong else 'holds  '}  {sentence}{why}{count}")
+        print(f"{'NOT YET' if wrong else 'holds  '}  {test}{why}{count}")
     print(f"{name}: {holds} of {len(results.reasons)} hold")
     return int(status != 0)
 
