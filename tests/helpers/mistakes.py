@@ -25,7 +25,9 @@ LOG = """        run.log(metrics)
 
 
 def adapts_late(path):
-    """β adapts after run.log: (the right code, the wrong code) in a file."""
+    """β adapts after run.log: (the right code, the wrong code) in a file, if it is there."""
+    if not os.path.exists(os.path.join(ROOT, path)):
+        return "", ""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         code = f.read()
     start = code.index(ADAPT)
