@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on(plain):
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the CPU does not tell its peak")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", ["deep", "wide", "llama"])
 def test_a_plan_is_within_a_tenth_of_what_the_device_takes(shape, again):
     from test_plan import SHAPES, steps  # the planner stands beside the core
 
