@@ -1,101 +1,84 @@
 """Ways to learn from preferences, side by side on the embedded world, from the same SFT model and labels.
 
     python -m lab.methods                       all of them on three seeds, and the table
-    python -m lab.methods ppo rloo --seeds 0    some of them
+    python -m lab.methods ppo rloo --seeds 1    some of them
 
-Each method is a line of commands below, run in out/methods/<seed>/, and not again if its model is there.
-Prints the worst of the seeds in each column: a method is as good as it is on a bad day. All learn from
-10,000 rankings of four answers: the world's, through a reward model or not, or as many of fresh answers.
-docs/choosing.md says what follows from the table.
+Commands run in out/methods/<seed>/, each of them once. The table shows the worst of the seeds in each column,
+because a method has to work on a bad seed too. All methods learn from 10,000 rankings of four answers: the
+world's, through a reward model or not, or as many of fresh answers. docs/choosing.md draws the conclusions.
 """
-import argparse
 import json
-import os
-import subprocess
-import sys
-import time
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import write_json
+from data.report import markdown
+from lab.stages import ROOT, run_stage, run_stages
+from runtime.flags import flag
+from runtime.launch import main
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = {"sft": "-m data && sft.py", "reward_model": "reward_model.py"}
-# name: (commands, networks held while it learns, answers that are sampled to learn from)
-METHODS = {
-    "rejection": ("-m feedback.collect --by out/reward_model --prompts 4000 --answers 9 --out out/picked && "
-                  "sft.py --init out/sft --data out/picked/preferences.jsonl --lr 5e-4", 2, 36000),
-    "dpo": ("dpo.py", 2, 0),
-    "dpo_alone": ("dpo.py --nll_coef 0", 2, 0),
-    "dpo_ai": ("-m feedback.collect --by out/reward_model --prompts 10000 --out out/ai && "
-               "dpo.py --data out/ai/preferences.jsonl --held_out out/world/preferences_heldout.jsonl",
-               2, 40000),
-    "dpo_online": ("-m variants.online_dpo", 2, 40000),
-    "ppo": ("ppo.py", 4, 54 * 128),
-    "rloo": ("-m variants.grpo --advantage rloo", 3, 54 * 128),
-    "grpo": ("-m variants.grpo", 3, 54 * 128),
-    "dr_grpo": ("-m variants.grpo --no-divide_by_std --no-divide_by_length", 3, 54 * 128),
-    "ppo_no_kl": ("ppo.py --kl_coef 0 --no-adaptive_kl --steps 60", 4, 60 * 128),
+BASE = {"world": "-m data", "sft": "sft.py", "reward_model": "reward_model.py"}
+COLLECT = "-m feedback.collect --by out/reward_model"
+METHODS = {                                 # {name: {folder in out/: command}}
+    "rejection": {"picked": f"{COLLECT} --prompts 4000 --answers 9",
+                  "rejection": "sft.py --init out/sft --data out/picked/preferences.jsonl --lr 5e-4"},
+    "dpo": {"dpo": "dpo.py --nll_coef 2"},
+    "dpo_alone": {"dpo_alone": "dpo.py --beta 1"},
+    "dpo_ai": {"ai": f"{COLLECT} --prompts 10000",
+               "dpo_ai": "dpo.py --nll_coef 2 --data out/ai/preferences.jsonl "
+                         "--held_out out/world/preferences_heldout.jsonl"},
+    "dpo_online": {"dpo_online": "-m variants.online_dpo --nll_coef 2"},
+    "ppo": {"ppo": "ppo.py"},
+    "rloo": {"rloo": "-m variants.grpo --advantage rloo"},
+    "grpo": {"grpo": "-m variants.grpo"},
+    "dr_grpo": {"dr_grpo": "-m variants.grpo --no-divide_by_std --no-divide_by_length"},
+    "ppo_no_kl": {"ppo_no_kl": "ppo.py --kl_coef 0 --no-adaptive_kl --steps 60"},
 }
+COLUMNS = {                                 # {head: (key, format, worst)}
+    "judge": ("judge", ".2f", min), "wins": ("win_rate", ".1%", min), "KL": ("kl", ".1f", max),
+    "length": ("length", ".0f", max), "ended": ("ended", ".0%", min), "seconds": ("seconds", ".0f", max),
+    "memory (GB)": ("memory", ".1f", max)}
 
 
-def learn(folder, stages, seed):
-    """Go to a folder, and run {name: commands} there, the last of which leaves out/<name>/. What has run
-    already does not run again; seconds.json says how long it took. Ends this program where one fails."""
-    os.makedirs(folder, exist_ok=True)
-    os.chdir(folder)
-    for name, commands in stages.items():
-        if os.path.exists(f"out/{name}/seconds.json"):
-            continue
-        began = time.time()
-        for command in f"{commands} --out out/{name}".split(" && "):
-            run(f"{command} --seed {seed}")
-        write_json(f"out/{name}/seconds.json", time.time() - began)
+@dataclass
+class Config:
+    names: tuple = flag((), f"some of {', '.join(METHODS)}; none takes all")
+    seeds: int = flag(3, "number of seeds: 0, 1, ...", 1)
+    debug: bool = flag(False, "show the traceback of an error")
 
-
-def run(command):
-    script, *words = command.split()
-    path = script if script == "-m" else ROOT / script
-    if subprocess.run([sys.executable, path, *words], stdout=subprocess.DEVNULL,
-                      env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
-        sys.exit(f"{command} in {os.getcwd()} failed")
-
-
-def measure(seed, names):
-    """The report's numbers of each method on one seed: {name: {"judge", "kl", "seconds", ...}}."""
-    learn(ROOT / f"out/methods/{seed}", BASE | {name: METHODS[name][0] for name in names}, seed)
-    models = " ".join(f"out/{name}" for name in ["sft", *names])
-    run(f"evaluate.py {models} --best_of 16 --show 0 --seed {seed}")
-    found = read("out/report.json")["models"]
-    for name in names:
-        found[name]["memory"] = read(f"out/{name}/run.json")["peak_memory"] / 1e9
-        found[name]["seconds"] = read(f"out/{name}/seconds.json")
-    return found
+    def __post_init__(self):
+        self.names = self.names or tuple(METHODS)
+        if unknown := set(self.names) - set(METHODS):
+            raise ValueError(f"{min(unknown)} is none of {', '.join(METHODS)}")
 
 
 def read(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
-    names = args.names or list(METHODS)
-    if unknown := set(names) - set(METHODS):
-        parser.error(f"{min(unknown)} is none of {', '.join(METHODS)}")
-    found = [measure(seed, names) for seed in args.seeds]
-    print("| method | judge | wins | KL | length | ended | seconds | memory | networks | answers sampled |\n|"
-          + " --- |" * 10)
-    for name in ["sft", "best_of_n", *names]:
-        rows = [seed[name] for seed in found]
-        least = {key: min(row[key] for row in rows) for key in ("judge", "win_rate", "ended")}
-        most = {key: max(row.get(key, 0) for row in rows) for key in ("kl", "length", "seconds", "memory")}
-        _, networks, answers = METHODS.get(name, ("", 2 if name == "best_of_n" else 1, 0))
-        print(f"| {name} | {least['judge']:.2f} | {least['win_rate']:.1%} | {most['kl']:.1f} "
-              f"| {most['length']:.0f} | {least['ended']:.0%} | {most['seconds']:.0f} "
-              f"| {most['memory']:.1f} GB | {networks} | {answers} |")
+def measure(seed, names):
+    """Run methods on one seed: {name: its numbers in the report, with its "seconds" and "memory" in GB}."""
+    stages = dict(BASE)
+    for name in names:
+        stages |= METHODS[name]
+    run_stages(ROOT / f"out/methods/{seed}", stages, seed)
+    models, out = shlex.join(f"out/{name}" for name in ("sft", *names)), f"out/report_{'_'.join(names)}"
+    run_stage(f"evaluate.py {models} --show 0", f"{out}/done.json", quiet=True, seed=seed, out=out)
+    found = read(f"{out}/report.json")["models"]
+    for name in names:
+        found[name]["memory"] = read(f"out/{name}/run.json")["peak_memory"] / 1e9
+        found[name]["seconds"] = sum(read(f"out/{part}/done.json")["seconds"] for part in METHODS[name])
+    return found
+
+
+def compare(cfg):
+    seeds = [measure(seed, cfg.names) for seed in range(cfg.seeds)]
+    rows = [["method", *COLUMNS]]
+    for name in seeds[0]:
+        rows.append([name, *(format(worst(models[name].get(key, 0) for models in seeds), form)
+                             for key, form, worst in COLUMNS.values())])
+    print("\n".join(markdown([(f"The worst of {cfg.seeds} seeds", rows)])))
 
 
 if __name__ == "__main__":
-    main()
+    main(Config, compare, __doc__)

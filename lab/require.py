@@ -22,8 +22,9 @@ def unmet(conditions, numbers):
             print(f"{text!r} is not a condition such as kl<5", file=sys.stderr)
             sys.exit(2)
         name, sign, bound = match.groups()
-        if not isinstance(numbers.get(name), (int, float)) or not OPERATORS[sign](numbers[name], float(bound)):
-            found.append(f"{name} is {numbers.get(name)}, not {sign} {bound}")
+        value = numbers.get(name)
+        if not isinstance(value, (int, float)) or not OPERATORS[sign](value, float(bound)):
+            found.append(f"{name} is {value}, not {sign} {bound}")
     return found
 
 

@@ -1,6 +1,5 @@
 """DPO's losses, and the stage around them."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
+from runtime.compute import Compute
 from variants import online_dpo
 
 
@@ -70,8 +70,8 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     comparison = Comparison(sequences, start=2, ranks=[2, 3, 1], margin=0.0, ref_logprobs=[-3.0, -2.0, -5.0])
     model, losses = tiny("lm"), {}
     for coef in (0.0, 2.0):
-        cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize)
-        losses[coef], _ = dpo.pair_loss(model, SimpleNamespace(cfg=cfg, device="cpu"), [comparison])
+        cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize, device="cpu")
+        losses[coef], _ = dpo.pair_loss(model, Compute(cfg), [comparison])
     logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
     nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
@@ -79,7 +79,7 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
 
 def test_smoothing_may_differ_from_pair_to_pair():
     inputs = torch.randn(4, 3).double()
-    found = dpo_loss(*inputs, 0.3, "ipo", torch.tensor([0.0, 0.2, 0.5]).double())[0]
+    found = dpo_loss(*inputs, 0.3, "ipo", torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64))[0]
     for b, smoothing in enumerate((0.0, 0.2, 0.5)):
         near(found[b], loops("ipo", smoothing, 0.3, *inputs[:, b].tolist()))
 

@@ -142,8 +142,8 @@ def test_each_kind_of_dpo_ends_at_the_margin_that_its_loss_asks_for(kind, smooth
         return model.logprobs(TOKENS[rows], MASK[rows]).sum(1).view(2, -1)
     ref_a, ref_b = pair_logprobs(reference).detach()
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
-    for step in range(250):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 250)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
         a, b = pair_logprobs(policy)
         right = dpo_loss(a, b, ref_a, ref_b, BETA, kind, smoothing)[0]
         swapped = dpo_loss(b, a, ref_b, ref_a, BETA, kind, smoothing)[0]

@@ -323,7 +323,7 @@ CASES = [                                       # each flag of the stages is set
 def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settings, monkeypatch):
     """In the case of bfloat16 without the precision itself: what is left is that old log-probabilities are
     computed anew."""
-    monkeypatch.setattr(compute, "StandIns", lambda model: SimpleNamespace(enter=int, leave=int))
+    monkeypatch.setattr(compute, "Bfloat16Copies", lambda model: SimpleNamespace(enter=int, leave=int))
     monkeypatch.setattr(sharding, "placed_dtype", lambda *_: torch.float64)
     known = None
     shared = {k: x for k, x in SHARED.items() if hasattr(stage.Config, k)}

@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_is_named_and_skipped_and_three_in_a_row_stop_
     assert "batch 7: not finite, no update made" in error
     a_step(run, model, optimizer)                                   # a good one: the count starts anew
     assert (tmp_path / "resume.safetensors").read_bytes() != kept
-    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last good checkpoint is kept"):
+    with pytest.raises(ValueError, match="step 7: loss nan.*third in a row.*last checkpoint is kept"):
         for _ in range(3):
             a_step(run, model, optimizer, float("nan"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -379,7 +379,7 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
 
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
-    said = "run.json: what the unfinished run here was cannot be read.*--no-resume"
+    said = "run.json: the unfinished run's settings cannot be read.*--no-resume"
     for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=said):

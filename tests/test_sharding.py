@@ -164,18 +164,18 @@ def test_under_fsdp_a_network_computes_in_bfloat16_as_it_does_alone(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_blocks_stay_gathered_while_sampling_only_if_they_may(at_once):
+def test_blocks_stay_gathered_while_sampling_only_if_they_may(at_once, monkeypatch):
     """And then no process waits for the others' rows."""
-    model, steps = GPT(GPTConfig(100, 32, 2, 4, 16)), []
+    model, steps, waited_for = GPT(GPTConfig(100, 32, 2, 4, 16)), [], []
+    monkeypatch.setattr(sharding, "total", lambda rows: waited_for.append(rows) or rows)
     for block in model.blocks:
         block.set_reshard_after_forward = lambda value: steps.append(value)
         block.reshard = lambda: steps.append("reshard")
         block.register_forward_hook(lambda *_: steps.append("forward"))
-    rows_left = model.rows_left
     sharding.gather_to_sample(model, at_once)
     model.generate(torch.ones(1, 3, dtype=torch.long), torch.tensor([3]), 2)
     assert steps == 2 * [not at_once] + 4 * ["forward"] + 2 * [True, "reshard"]
-    assert (model.rows_left == rows_left) == at_once
+    assert waited_for == ([] if at_once else [1, 1])
 
 
 @pytest.mark.slow
@@ -209,7 +209,8 @@ def test_a_checkpoint_in_bfloat16_is_read_by_several_processes_as_by_one(alone, 
 def test_what_fills_more_than_half_of_a_gpu_is_sharded(monkeypatch, memory, kind):
     trained, *frozen = (torch.nn.Linear(10, 10) for _ in range(3))
     for model in (trained, *frozen):
-        model.folder = "" if model is trained else "base"           # whose copies are one in memory
+        # Frozen networks of one folder share their weights in memory.
+        model.config = SimpleNamespace(folder="" if model is trained else "base")
         model.requires_grad_(model is trained)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=2 * 110 * memory))
