@@ -283,7 +283,7 @@ def test_what_cannot_be_is_one_line(project):
     homework = project / "homework"
     for words, line in ((["--grade"], "exercise.md is missing"), ([], "is no exercise"),
                         (["gea"], f"NAME=gea is no exercise: take one of {', '.join(EXERCISES)}"),
-                        (["gae"], ""), (["gae"], "homework/ is there already")):
+                        (["gae"], ""), (["gae"], "homework/ exists already")):
         done = run(project, *words)
         assert line in done.stderr and done.stderr.count("\n") <= 1
         assert done.returncode == (1 if line else 0)
