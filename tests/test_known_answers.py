@@ -245,7 +245,7 @@ def assert_policy_gradient_is_exact(tmp_path, advantages_of, group=1):
     torch.manual_seed(11)
     estimates = []
     for _ in range(40):
-        batch, _ = ppo.rollout(run, TOKENIZER, prompts, policy, reference)
+        _, batch = ppo.rollout(run, TOKENIZER, prompts, policy, reference)
         tokens, mask, old, ref = (batch[k] for k in ("tokens", "mask", "old_logprobs", "ref_logprobs"))
         earned = ppo.kl_rewards(judge(run, None, None, batch), old, ref, mask, BETA)
         advantages = advantages_of(earned, mask, ppo.state_values(critic, tokens, mask))
