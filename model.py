@@ -54,7 +54,8 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         for f in fields(self):
-            x, choices = getattr(self, f.name), (True, False) if f.type is bool else get_args(f.type)
+            x = getattr(self, f.name)
+            choices = (True, False) if f.type is bool else get_args(f.type)
             if f.type in (int, float):
                 fits = type(x) in (f.type, int) and (0 < x < math.inf or x == f.default)
                 expected = f"a positive {f.type.__name__}"
@@ -83,7 +84,7 @@ def rotation(config, positions, dtype):
     positions (T,), or (B, 1, 1, D/2) for positions (B, 1), one per row. In float32 or finer: bfloat16 cannot
     tell late positions apart. rope_scaling adapts the frequencies to longer sequences, as Llama 3.1 does:
     waves that repeat more than `high_freq_factor` times within the context of the first training are kept,
-    those that repeat less than `low_freq_factor` times are slowed down by `factor`, others in between."""
+    those that repeat less than `low_freq_factor` times are slowed down by `factor`, others interpolated."""
     half, dtype = config.head_dim // 2, torch.promote_types(dtype, torch.float32)
     f = config.rope_theta ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
     if config.rope_scaling:
@@ -381,7 +382,7 @@ class GPT(nn.Module):
         if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
             raise ValueError(f"generate: lengths must lie between 1 and {prompts.shape[1]}")
         if S > self.config.block_size:
-            raise ValueError(f"generate: the {S} tokens do not fit block_size {self.config.block_size}")
+            raise ValueError(f"generate: a prompt and its answer exceed block_size {self.config.block_size}")
 
     def prefill(self, tokens, lengths, S):
         """Read whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
@@ -433,7 +434,6 @@ def sample(p, top_k, top_p, u):
     """One token per row from probabilities p (b, V): the first at which their cumulative sum reaches u (b,),
     uniform in (0, 1). top_k keeps the k likeliest tokens; top_p then the fewest that hold that share of their
     probability (Holtzman et al. 2020).
-
     This inverts the cumulative distribution function (CDF): token i's interval has length p[i]. It needs one
     random number per row, which comes from the row's seed; torch.multinomial would draw from one generator
     for the whole batch, and a row's answer would depend on its neighbours."""
