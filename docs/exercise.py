@@ -38,7 +38,8 @@ EXERCISES = {
 }
 # The functions to write where there are several, and other functions whose body would give the answer away.
 PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"]}
-SPOILERS = {"pairwise_loss": ["ranking_loss", "evaluate"]}
+SPOILERS = {"pairwise_loss": [("reward_model.py", "ranking_loss"), ("reward_model.py", "evaluate")],
+            "Linear": [("runtime/nf4.py", "PackedLinear.forward")]}
 
 
 # ------------------------------------------------------------------------------------------ the copy
@@ -51,14 +52,18 @@ def find(code, name):
     return node
 
 
-def without_body(code, name, message):
-    """A file's code with an error as the function's body, after its docstring: the message, and its line."""
-    function, lines = find(code, name), code.splitlines(keepends=True)
+def empty(file, name, message):
+    """Put an error in the place of a function's body in homework/, after its docstring. Returns the place, as
+    in "homework/ppo.py, line 140"."""
+    lines = (HOMEWORK / file).read_text("utf-8").splitlines(keepends=True)
+    function = find("".join(lines), name)
     first = function.body[0]
     start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
-    error = f'raise NotImplementedError("{message}, line {start + 1}")'
+    place = f"homework/{file}, line {start + 1}"
+    error = f'raise NotImplementedError("{message}: {place}")'
     lines[start:function.end_lineno] = [f"{' ' * first.col_offset}{error}\n"]
-    return "".join(lines)
+    (HOMEWORK / file).write_text("".join(lines), "utf-8")
+    return place
 
 
 def make(name):
@@ -73,17 +78,13 @@ def make(name):
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ("model.py", "evaluate.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)
-    code, parts = (ROOT / file).read_text("utf-8"), PARTS.get(name, [name])
-    for part in parts:                                  # from top to bottom: each changes the lines below it
-        code = without_body(code, part, f"{part} is still to be written: homework/{file}")
-    for part in SPOILERS.get(name, []):
-        code = without_body(code, part, f"left out, because it would give {name} away: homework/{file}")
-    (HOMEWORK / file).write_text(code, "utf-8")
+    for part in PARTS.get(name, [name]):            # from top to bottom: each moves the lines below it
+        print(f"Write {part}: {empty(file, part, f'{part} is still to be written')}.")
+    for other, part in SPOILERS.get(name, []):
+        empty(other, part, f"left out, because it would give {name} away")
     sections = (ROOT / "docs/exercises.md").read_text("utf-8").split("\n## ")
     [section] = [text.strip() for text in sections if text.split()[1] == name]
     (HOMEWORK / "exercise.md").write_text(f"## {section}\n", "utf-8")
-    for part in parts:
-        print(f"Write {part}: homework/{file}, line {find(code, part).end_lineno}.")
     print("What to read first, and a hint, are in homework/exercise.md. To think about:\n\n"
           f"  {section.partition('**Think** ')[2]}\n\nmake grade says what holds, and what does not yet.")
 
