@@ -15,18 +15,12 @@ import time
 
 import torch
 
-import ppo
 from bench import ours
+from bench.ours import now
 from bench.shapes import PROMPT, SHAPES, Task, make
 from model import GPT, GPTConfig
 
 SECONDS = 450                       # after which nothing new is begun
-
-
-def now():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.time()
 
 
 def product_peak(device):
@@ -42,8 +36,7 @@ def product_peak(device):
 
 def median_step(work, task, folder, flags):
     """Median seconds of a step after the first, which warms up."""
-    steps = list(work(task, folder, flags, 4))
-    return statistics.median(seconds for seconds, _ in steps[1:])
+    return statistics.median(seconds for seconds, _ in work(task, folder, flags, 4)[1:])
 
 
 def generate(task, folder, device):
@@ -70,31 +63,14 @@ def utilisation(task, folder, flags, shape, peak):
     head = model.config.n_embd * model.config.vocab_size
     rows = task.rows * (2 if task.kind == "dpo" else 1)
     forward = 2 * rows * ((PROMPT + task.answer) * trunk + task.answer * head)
-    seconds = median_step({"sft": ours.run_sft, "dpo": ours.run_dpo}[task.kind], task, folder, flags)
+    seconds = median_step(ours.RUN[task.kind], task, folder, flags)
     return forward * (4 if task.kind == "dpo" else 3) / seconds / peak
-
-
-def ppo_parts(task, folder, flags):
-    """Seconds of the parts of a PPO step: the third, after two that warm up."""
-    cfg, run, nets, optimizers, tokenizer, prompts = ours.prepare_ppo(task, folder, flags, 3)
-    prompts = [tokenizer.prompt(messages) for messages in prompts]
-    for _ in range(3):
-        times = [now()]
-        run.sample(nets["actor"], prompts, run.seeds(len(prompts)), cfg.max_new_tokens, stop_token=-1)
-        times.append(now())
-        batch = ppo.rollout(cfg, run, prompts, nets, tokenizer)
-        times.append(now())
-        batch = ppo.estimate(cfg, batch, cfg.kl_coef)
-        times.append(now())
-        ppo.update(cfg, run, batch, nets, optimizers, None)
-        times.append(now())
-    sampling, rollout, advantages, update = (b - a for a, b in zip(times, times[1:]))
-    return {"sampling": sampling, "reading": rollout - sampling, "advantages": advantages, "update": update}
 
 
 def parts(device, small):
     """(name, function of the folder and what was found before) of all that is measured."""
-    flags = {"precision": "bfloat16", "device": device, "save_seconds": 1e6, "micro_batch": 16}
+    flags = {"precision": "bfloat16", "device": device, "save_seconds": 1e6, "micro_batch": 16,
+             "resume": False}
     yield "peak", None, lambda *_: product_peak(device)
     for shape in ("gpt2-6x384", "llama-6x384") if small else ("gpt2-small", "llama-1b"):
         for rows in (4, 8) if small else (64, 256):
@@ -109,7 +85,7 @@ def parts(device, small):
                 utilisation(task, folder, own(flags, folder), shape, found["peak"]["value"]))
         task = Task("ppo", shape, 4 if small else 64, answer=8 if small else 128, epochs=1)
         yield f"{shape} ppo, seconds", shape, lambda folder, _, task=task: (
-            ppo_parts(task, folder, own(flags, folder)))
+            ours.ppo_parts(task, folder, own(flags, folder)))
 
 
 def own(flags, folder):

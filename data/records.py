@@ -152,8 +152,7 @@ def _text(record, field, where=""):
     """The text of a field. where: the path to the record, such as "messages[0]."."""
     name = f"{where}{field}"
     if field not in record:
-        kind = RecordError if where else UnknownShape
-        raise kind(f'field "{name}" is missing')
+        raise RecordError(f'field "{name}" is missing')
     value = record[field]
     if not isinstance(value, str):
         raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
@@ -237,16 +236,16 @@ def _conversation(record, field):
     prompt is text, or a list of messages that continues the prompt or begins with it."""
     if field in ("messages", "conversations"):
         return _messages(record, field)
+    if field not in record:
+        raise UnknownShape(f'field "{field}" is missing')
     is_whole = field in ("chosen", "rejected") and not {"prompt", "instruction"} & record.keys()
-    if not isinstance(record.get(field), list):
+    prompt = [] if is_whole else _prompt(record)
+    if not isinstance(record[field], list):
         text = _text(record, field)
-        if is_whole:
-            return _transcript(text, field)
-        return [*_prompt(record), {"role": "assistant", "content": text}]
+        return _transcript(text, field) if is_whole else [*prompt, {"role": "assistant", "content": text}]
     messages = _messages(record, field)
     if messages[-1]["role"] != "assistant":
         raise Unusable(f'field "{field}": the last message must be the assistant\'s')
-    prompt = [] if is_whole else _prompt(record)
     if isinstance(record.get("prompt"), str) and prompt[0] in messages:     # UltraFeedback
         return messages
     if messages[:len(prompt)] == prompt:

@@ -6,8 +6,6 @@ import math
 import os
 import random
 import time
-from dataclasses import replace
-from pathlib import Path
 
 from data import records
 
@@ -23,8 +21,8 @@ def read(path):
 
 
 class Choices:
-    """The items that a person ranks, and the file of their choices. It is replaced by a new file after each
-    choice, so that it is whole at any moment and holds every choice that the page shows as saved.
+    """The items that a person ranks, and the file of their choices. A new file replaces it after each choice,
+    so that it is whole at any moment and holds every choice that the page shows as saved.
 
     name: the person; out: the file; tasks: the items, as records.Preference; gold: more of them, whose order
     is known. They come at random places among the others and look no different."""
@@ -34,10 +32,12 @@ class Choices:
         tasks, rng = list(tasks), random.Random(0)
         for p in gold:
             tasks.insert(rng.randint(0, len(tasks)), p)
-        self.items, self.saved = {key(p): p for p in tasks}, []     # saved: keys, in the order of this run
-        text = Path(out).read_text("utf-8") if os.path.exists(out) else ""
-        self.lines = [line for line in text.split("\n") if line]
-        self.done = read(out) if self.lines else {}
+        self.items, self.done = {key(p): p for p in tasks}, {}      # done: {key: record}, as in the file
+        self.saved = []                                             # keys of this run's choices
+        if os.path.exists(out) and os.path.getsize(out):
+            keys = map(key, records.read("preferences", out))
+            with open(out, encoding="utf-8") as f:
+                self.done = dict(zip(keys, (json.loads(line) for line in f if line.strip())))
 
     def left(self):
         """The keys of the items that are not ranked yet."""
@@ -78,26 +78,24 @@ class Choices:
         if not isinstance(ranks, list) or len(ranks) != len(order) or \
                 not all(type(r) is int and 1 <= r <= len(order) for r in ranks):
             raise ValueError("expected a rank for each answer")
-        p = replace(p, ranks=[ranks[order.index(i)] for i in range(len(order))], cannot_judge=cannot_judge)
-        record = {"prompt": p.prompt, "responses": p.responses, "ranks": p.ranks, "by": self.name,
+        record = {"prompt": p.prompt, "responses": p.responses,
+                  "ranks": [ranks[order.index(i)] for i in range(len(order))], "by": self.name,
                   "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order,
                   "cannot_judge": cannot_judge, "gold": item in self.gold}
-        self.write([*self.lines, json.dumps(record, ensure_ascii=False)])
+        self.write(self.done | {item: record})
         self.saved.append(item)
-        self.done[item] = p
 
     def undo(self, item):
         """Take a choice back, if it is the last one of this run."""
         if self.saved and self.saved[-1] == item:
-            self.write(self.lines[:-1])
+            self.write({other: record for other, record in self.done.items() if other != item})
             self.saved.pop()
-            del self.done[item]
 
-    def write(self, lines):
-        """Replace the file by one of these lines, which is on the disk when this returns. If that fails, the
-        old file stays."""
+    def write(self, done):
+        """Replace the file by one of these choices, which is on the disk when this returns. If that fails,
+        the old file stays."""
         with open(f"{self.out}.tmp", "w", encoding="utf-8") as f:
-            f.writelines(line + "\n" for line in lines)
+            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in done.values())
             f.flush()
             os.fsync(f.fileno())
         os.replace(f"{self.out}.tmp", self.out)
@@ -105,13 +103,13 @@ class Choices:
             folder = os.open(os.path.dirname(os.path.abspath(self.out)), os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
-        self.lines = lines
+        self.done = done
 
     def gold_score(self):
         """A sentence; empty where no item of known order has been ranked."""
         right = [a == b for item, p in self.gold.items() if item in self.done
-                 for a, b in zip(pairwise(p.ranks), pairwise(self.done[item].ranks))
-                 if a != 0 and not self.done[item].cannot_judge]
+                 for a, b in zip(pairwise(p.ranks), pairwise(self.done[item]["ranks"]))
+                 if a != 0 and not self.done[item].get("cannot_judge")]
         return f"{sum(right)} of {len(right)} pairs of known order are right." if right else ""
 
 

@@ -9,7 +9,6 @@ A, a preference d for y₁ and a bias b towards A give ℓ₁ = b + d and ℓ₂
 d = (ℓ₁ − ℓ₂)/2, and P(y₁ is better) = σ(d). This probability is written beside each pair: reward_model.py and
 dpo.py learn from it as a soft label. feedback/collect.py has a judge rank the answers that a model samples.
 """
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,22 +79,14 @@ class Judge:
         return scores
 
 
-def preferred(run, model, tokenizer, pairs):
-    """Goes as soon as evaluate.py no longer calls it."""
-    if not pairs:
-        return []
-    first, second = Judge(run, model, tokenizer).compare([(p.prompt, *p.responses) for p in pairs])
-    return ((first - second) / 2).sigmoid().tolist()
-
-
 def label(cfg):
     tokenizer, run = Tokenizer.load(cfg.model), Compute(cfg)
     model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
     run.place(model)
     judge = Judge(run, model, tokenizer, cfg.constitution)
-    pairs = [(p.prompt, p.responses[i], p.responses[j])                         # the better one first
-             for p in records.read("preferences", cfg.data, cfg.max_dropped) if p
-             for i, j in itertools.permutations(range(len(p.ranks)), 2) if p.ranks[i] < p.ranks[j]]
+    preferences = [p for p in records.read("preferences", cfg.data, cfg.max_dropped) if p]
+    pairs = [(p.prompt, p.responses[better], p.responses[worse])
+             for p in preferences for better, worse in p.pairs]
     pairs = fit(pairs, lambda pair: 1 + len(judge.question(*pair)), model.config.block_size, "pairs",
                 max_dropped=cfg.max_dropped)
     first, second = judge.compare(pairs)

@@ -44,11 +44,12 @@ def label(cfg):
         raise ValueError(f"no answers in {cfg.tasks}: run `python -m feedback.collect --by person` first")
     name = cfg.name or os.environ.get("USER") or "me"
     out = cfg.out or os.path.join(os.path.dirname(cfg.tasks), f"{name}.jsonl")
-    folder, file = os.path.split(os.path.realpath(out))
+    path = os.path.realpath(out)
+    folder, file = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     lock(folder, f".{file}")
     gold = records.read("preferences", cfg.gold) if cfg.gold else []
-    choices = Choices(name, out, records.read("tasks", cfg.tasks), gold)
+    choices = Choices(name, path, records.read("tasks", cfg.tasks), gold)
     guidelines = {"guidelines": Path(cfg.guidelines or HERE / "guidelines.txt").read_text("utf-8")}
     if choices.left():
         html = (HERE / "label.html").read_text("utf-8")

@@ -69,8 +69,9 @@ def requests():
     for item in deeds:
         if item.phrasing == 0:                                  # each deed and entity once
             name, x = item.entity.split()
-            verb, article, _ = (world.HARMFUL | world.HARMLESS)[name].phrase.rsplit(" ", 2)
-            said = {"verb": verb, "x": f"{article} {x}", "it": "them" if x in world.PEOPLE else "it"}
+            deed = world.DEEDS[item.kind][name]
+            said = {"verb": deed["verb"], "x": deed["object"].format(x=x),
+                    "it": "them" if x in world.GROUPS["people"] else "it"}
             for wrapper, turns in WRAPPERS.items():
                 texts = [turn.format(**said) for turn in turns]
                 messages = tuple(zip(("user", "assistant", "user"), texts))

@@ -1,5 +1,4 @@
-"""LoRA around a stage: what is trained of a network, and folders of adapters in PEFT's format."""
-import json
+"""LoRA around a stage: which parameters are trained, and folders of adapters in PEFT's format."""
 import os
 import re
 
@@ -8,19 +7,20 @@ from torch.nn import Parameter
 
 from model import Linear
 from runtime import folders
-from runtime.files import ADAPTER_CONFIG, reading
+from runtime.files import ADAPTER_CONFIG, reading, write_json
 from runtime.safetensors import load_tensors, save_tensors
 
 LAYERS = ("q", "k", "v", "out", "gate", "up", "down")
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."                # of all names in a file of adapters
+PREFIX = "base_model.model."                # of all tensor names in a folder of adapters
 UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias", "layers_to_transform", "layer_replication",
                "alora_invocation_tokens")
 
 
 def adapt(model, rank, alpha, targets):
-    """Choose what is trained of a network: all of it at rank 0, else adapters, those that it has if they are
-    of this shape. Others are merged into the weights first."""
+    """Choose which parameters are trained: all of them at rank 0, else adapters of the layers in targets
+    ("q,v"). Adapters that the network already has are trained further if they have this shape; others are
+    merged into the weights first."""
     targets = set(targets.split(","))
     if unknown := sorted(targets - set(LAYERS)):
         raise ValueError(f"--lora_targets: {unknown[0]!r} is none of {', '.join(LAYERS)}")
@@ -32,21 +32,27 @@ def adapt(model, rank, alpha, targets):
     if rank == 0 or {name: (len(layer.A), layer.scale) for name, layer in adapted.items()} != wanted:
         for layer in adapted.values():
             layer.merge()
-            model.folder = ""                                           # it is no folder's model any more
+            model.config.folder = ""                            # no folder holds these weights
         model.requires_grad_(True)
         if rank > 0:
             model.add_adapters(rank, alpha, targets)
-    if rank > 0 and model.has_new_tokens:       # nothing but their own vectors can tell them apart
+    if rank > 0 and has_new_tokens(model):      # only their own embeddings can tell new tokens apart
         model.token_embedding.requires_grad_(True)
         if model.head_kind == "lm" and not model.config.tied:
             model.head.requires_grad_(True)
 
 
+def has_new_tokens(model):
+    """Whether the vocabulary is larger than that of the folder from which the network was loaded."""
+    source = model.config.source
+    return source is not None and model.config.vocab_size > source["vocab_size"]
+
+
 def check_alone(model):
     """Raise ValueError if a network's adapters cannot be saved without the rest."""
-    if model.has_new_tokens:
+    if has_new_tokens(model):
         raise ValueError("--no-merge: a folder of adapters cannot hold the tokens that are new in this model")
-    if not model.folder:
+    if not model.config.folder:
         raise ValueError("--no-merge: the adapters of --init have another shape, and were merged into "
                          "weights that no folder holds: take their rank, alpha and layers, or save merged")
 
@@ -54,22 +60,23 @@ def check_alone(model):
 # ------------------------------------------------------------------------------------ folders of adapters
 
 def read_config(folder):
-    """adapter_config.json. Raises ValueError for adapters that are not LoRA as model.py has it."""
-    with reading(os.path.join(folder, ADAPTER_CONFIG), "adapters") as about:
-        about["lora_alpha"], about["task_type"]                                     # must be there
-        if about.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-            raise ValueError(f"init_lora_weights {about['init_lora_weights']!r} changes the base, and is not "
-                             "supported")
-        if about["peft_type"] != "LORA" or about.get("bias", "none") != "none":
+    """adapter_config.json. Raises ValueError for adapters that model.py cannot compute."""
+    with reading(os.path.join(folder, ADAPTER_CONFIG), "adapters") as config:
+        config["lora_alpha"], config["task_type"]                   # KeyError if they are missing
+        init = config.get("init_lora_weights", True)
+        if init not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ValueError(f"init_lora_weights {init!r} changes the base, and is not supported")
+        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none":
             raise ValueError("only LoRA without biases is supported")
         for key in UNSUPPORTED:
-            if about.get(key):
+            if config.get(key):
                 raise ValueError(f"{key} is not supported")
-        return about
+        return config
 
 
 def places(model):
-    """(name of theirs, layers of ours that it holds one after another), wherever an adapter can be."""
+    """(PEFT's name of a matrix, the layers of ours that it holds one after another), wherever an adapter can
+    be."""
     _, family = folders.find_family(model.config)
     for theirs, ours in folders.layout(folders.skeleton(model.config, model.head_kind), family).items():
         layers = [model.get_submodule(name.rpartition(".")[0]) for name in ours]
@@ -78,8 +85,8 @@ def places(model):
 
 
 def load(model, folder):
-    """Put a folder's adapters, and its score if it has one, into the network that they belong to."""
-    about, path, dtype = read_config(folder), os.path.join(folder, WEIGHTS), torch.get_default_dtype()
+    """Put a folder's adapters, and its scalar head if it has one, into the network that they belong to."""
+    config, path, dtype = read_config(folder), os.path.join(folder, WEIGHTS), torch.get_default_dtype()
     tensors = {name.removeprefix(PREFIX): x.to(dtype) for name, x in load_tensors(path).items()}
     model.add_adapters(1, 1.0, ())                                      # freezes the rest
     for theirs, layers in places(model):
@@ -89,20 +96,20 @@ def load(model, folder):
         rows, width = [layer.out_features for layer in layers], layers[0].in_features
         if A is None or B is None or A.shape != (len(A), width) or B.shape != (sum(rows), len(A)):
             raise ValueError(f"{path}: the adapter of {theirs} does not fit the model")
-        alpha = next((alpha for pattern, alpha in (about.get("alpha_pattern") or {}).items()
-                      if re.fullmatch(rf"(.*\.)?({pattern})", theirs)), about["lora_alpha"])
+        alpha = next((alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+                      if re.fullmatch(rf"(.*\.)?({pattern})", theirs)), config["lora_alpha"])
         for layer, part in zip(layers, B.split(rows)):
-            own = (part != 0).any(0) | ~(B != 0).any(0)         # not what adds to its neighbours alone
+            own = (part != 0).any(0) | ~(B != 0).any(0)     # without columns that serve only its neighbours
             if own.any():
                 layer.add_adapter(int(own.sum()), alpha * int(own.sum()) / len(A))
                 layer.A, layer.B = Parameter(A[own]), Parameter(part[:, own].contiguous())
     score = tensors.pop("score.weight", None)
-    if score is None and about["task_type"] == "SEQ_CLS" and folders.read_head(model.config.source) == "lm":
+    if score is None and config["task_type"] == "SEQ_CLS" and folders.read_head(model.config.source) == "lm":
         raise ValueError(f"{path}: the adapters of a reward model, without its score")
     if model.head_kind == "scalar" and score is not None:
         if score.shape != model.head.weight.shape:
             raise ValueError(f"{path}: the score does not fit the model")
-        bias = torch.tensor([about.get("score_bias", 0.0)])
+        bias = torch.tensor([config.get("score_bias", 0.0)])
         model.head.load_state_dict({"weight": score, "bias": bias})
     if tensors:
         raise ValueError(f"{path}: tensor {min(tensors)} is unknown")
@@ -120,16 +127,15 @@ def save(model, folder, whole=lambda x: x, write=True):
         tensors |= {f"{PREFIX}{theirs}.lora_A.weight": A, f"{PREFIX}{theirs}.lora_B.weight": B}
         name = ".".join(theirs.split(".")[-2:])                         # self_attn.q_proj, attn.c_proj
         ranks[name], alphas[name] = len(A), len(A) * max(layer.scale for layer in layers)
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.folder,
-             "r": min(ranks.values()), "lora_alpha": min(alphas.values()), "rank_pattern": ranks,
-             "alpha_pattern": alphas, "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none",
-             "fan_in_fan_out": folders.find_family(model.config)[1].transposed, "inference_mode": True}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.config.folder,
+              "r": min(ranks.values()), "lora_alpha": min(alphas.values()), "rank_pattern": ranks,
+              "alpha_pattern": alphas, "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": folders.find_family(model.config)[1].transposed, "inference_mode": True}
     if model.head_kind == "scalar":
         tensors[f"{PREFIX}score.weight"] = whole(model.head.weight)
-        about |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"],
-                  "score_bias": whole(model.head.bias).item()}
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"],
+                   "score_bias": whole(model.head.bias).item()}
     if write:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as f:
-            json.dump(about, f, indent=1)
+        write_json(os.path.join(folder, ADAPTER_CONFIG), config)
         save_tensors(os.path.join(folder, WEIGHTS), tensors)

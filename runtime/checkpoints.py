@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from runtime.processes import is_first, total
-from runtime.safetensors import load_tensors, save_tensors, write_tensors
+from runtime.safetensors import load_tensors, save_tensors, types, write_tensors
 from runtime.sharding import collect, distribute_like, is_sharded, local_tensor
 
 
@@ -72,11 +72,6 @@ class Checkpoints:
             own = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
             restore(part, {key.removeprefix(f"{name}/"): x for key, x in own.items()})
         return int(tensors["step"])
-
-
-def types(tensors):
-    """{name: (dtype, shape)} of named tensors, sharded or not."""
-    return {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
 
 
 def flatten(part):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.precision import StandIns
+from runtime.precision import Bfloat16Copies
 from runtime.processes import gather, is_distributed, rank, total, world_size
 from runtime.sharding import choose, is_frozen, shard, to_device
 
@@ -166,9 +166,8 @@ class Compute:
         the flags say. Call it before their optimisers are made."""
         cfg = self.cfg
         self.kind = self.kind or choose(cfg.parallel, models, self.device)
-        bases = {model.folder for model in models if not is_frozen(model) and model.adapted()}
+        bases = {model.config.folder for model in models if not is_frozen(model) and model.adapted()}
         for model in models:
-            model.look_every = 8 if self.device == "cuda" else 1
             if not is_frozen(model):
                 model.checkpoint_blocks = cfg.checkpoint_blocks
             if cfg.compile:
@@ -179,12 +178,12 @@ class Compute:
             if is_distributed() and self.kind == "fsdp":
                 shard(model, self.device, self.bfloat16, cfg.offload, cfg.gather_at_once)
                 continue
-            if cfg.offload and is_frozen(model) and model.folder not in bases:   # a base is there anyway
-                self.offload(model)
+            if cfg.offload and is_frozen(model) and model.config.folder not in bases:
+                self.offload(model)                         # but not a base, which is on the device anyway
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
             if self.bfloat16 and not is_frozen(model):
-                self.copies.append(StandIns(model))
+                self.copies.append(Bfloat16Copies(model))
 
     def offload(self, model):
         """Keep a frozen network on the CPU; its embedding, which every use calls first, fetches it."""

@@ -32,7 +32,7 @@ def reading(path, kind):
             yield json.load(f)
     except KeyError as e:
         raise ValueError(f"{path}: not {kind}: {e} is missing") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as e:
+    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError, OSError) as e:
         raise ValueError(f"{path}: not {kind}: {e}") from None
 
 

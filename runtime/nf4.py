@@ -1,4 +1,4 @@
-"""QLoRA: frozen matrices in 4 bits, beside which adapters learn (Dettmers et al. 2023)."""
+"""QLoRA (Dettmers et al. 2023): adapters are trained beside frozen matrices in 4 bits."""
 import math
 
 import torch
@@ -9,12 +9,14 @@ from model import Linear
 
 
 class NF4(nn.Module):
-    """A frozen matrix in 4.13 bits per number: NF4 (Dettmers et al. 2023, section 3).
+    """A frozen matrix in 4.13 bits per number: NF4 (Dettmers et al. 2023, section 3). Calling it gives the
+    matrix in float32.
 
-    A network's weights are about normal. So its 16 levels are quantiles of a normal distribution: each stands
-    for about as many weights, and none is wasted (appendix E). Each block of 64 numbers is divided by its
-    largest absolute value, and each number becomes the nearest level's index. The blocks' scales, 0.5 bits
-    per number in float32, are kept in 8 bits: float8, less their mean, in groups of 256 with a scale each."""
+    The weights of a network are roughly normally distributed. So the 16 levels are quantiles of a normal
+    distribution, and each is used about equally often (appendix E). Each block of 64 numbers is divided by
+    its largest absolute value (its scale), and of each number only the index of the nearest level is kept. In
+    float32 the scales would take 0.5 bits per number, so they too are kept in 8 bits: less their mean, in
+    groups of 256 with a spread each, as float8."""
 
     def __init__(self, W):
         super().__init__()
@@ -26,14 +28,13 @@ class NF4(nn.Module):
         index = index.to(torch.uint8).flatten()
         mean = scales.mean()
         groups = in_groups(scales - mean, 256)
-        spread = groups.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448         # float8's largest number
+        spread = groups.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448          # float8's largest number
         small = (groups / spread).to(torch.float8_e4m3fn).view(torch.uint8)
         for name, x in (("index", index[::2] * 16 + index[1::2]), ("scales", small), ("spread", spread),
                         ("mean", mean)):
             setattr(self, name, nn.Parameter(x, requires_grad=False))
 
     def forward(self):
-        """The matrix, in float32."""
         scales = (self.scales.view(torch.float8_e4m3fn).float() * self.spread).flatten() + self.mean
         index = torch.stack([self.index // 16, self.index % 16], dim=1).view(-1, 64)
         blocks = nf4_levels().to(index.device)[index.int()] * scales[:len(index), None]
@@ -41,7 +42,7 @@ class NF4(nn.Module):
 
 
 def nf4_levels():
-    """16 quantiles of the normal distribution from -1 to 1, 0 among them: 7 below, 8 above."""
+    """16 quantiles of the normal distribution, scaled to -1 .. 1: 7 below 0, 0 itself, 8 above."""
     def quantiles(n):       # the outermost lies half a step from the end, whose quantile would be infinite
         return torch.special.ndtri(torch.linspace(1 - (1 / 30 + 1 / 32) / 2, 0.5, n + 1, dtype=torch.float64))
     levels = torch.cat([-quantiles(7)[:-1], quantiles(8).flip(0)])
@@ -49,12 +50,13 @@ def nf4_levels():
 
 
 def in_groups(x, n):
-    """All numbers of x as rows of n, the last one filled up with 0."""
+    """The numbers of x as rows of n, the last row filled up with 0."""
     return F.pad(x.flatten(), (0, -x.numel() % n)).view(-1, n)
 
 
 class TimesNF4(torch.autograd.Function):
-    """x·Wᵀ + b. The backward pass unpacks W again: keeping it would take what packing has saved."""
+    """x·Wᵀ + b for an NF4 W. The backward pass unpacks W again: keeping it in float32 until then would cost
+    the memory that 4 bits have saved."""
 
     @staticmethod
     def forward(ctx, x, W, b):
@@ -67,17 +69,23 @@ class TimesNF4(torch.autograd.Function):
 
 
 class PackedLinear(Linear):
-    """A Linear whose W is an NF4, and whose weight is None."""
+    """A Linear whose W is an NF4."""
 
-    def without_adapter(self, x):
-        return TimesNF4.apply(x, self.nf4, self.bias)
+    def forward(self, x):
+        y = TimesNF4.apply(x, self.nf4, self.bias)
+        return y + F.linear(self.scale * F.linear(x, self.A), self.B) if self.scale else y
 
-    def frozen_matrix(self, whole):
+    @property
+    def weight(self):
         return self.nf4()
 
     def merge(self):
-        super().merge()
-        self.__class__ = Linear                                         # whose weight is there again
+        """Become an ordinary Linear again, whose W is W + (α/r)·B·A."""
+        W = self.nf4()
+        del self.nf4
+        self.__class__ = Linear
+        self.weight = nn.Parameter(W)
+        self.merge()
 
 
 def pack_layer(layer):
@@ -87,7 +95,7 @@ def pack_layer(layer):
 
 
 def pack(model):
-    """The same for all layers of a GPT's blocks."""
+    """pack_layer for all layers of a GPT's blocks."""
     for module in model.blocks.modules():
         if isinstance(module, Linear):
             pack_layer(module)

@@ -1,28 +1,28 @@
-"""AdamW, and the learning rate's schedule."""
+"""AdamW and the learning rate schedule."""
 import math
 
 import torch
 
 
 def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
-    """AdamW (Loshchilov & Hutter 2019) for all that is not frozen. Only matrices decay: a norm's scale or a
-    bias pulled towards 0 would change what the layer computes, not how simple it is."""
+    """AdamW (Loshchilov & Hutter 2019) for all trained parameters. Only matrices decay: a norm's scale or a
+    bias pulled towards 0 would change what the layer computes without making it simpler."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), eps=eps, fused=True)
-    for p in trained:           # Adam would begin so at its first step: here, a checkpoint finds its place
+    for p in trained:           # AdamW makes these at its first step; made here, a checkpoint can fill them
         optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    # A fused step leaves no mark on the weights, by which copies of them could tell that they are old.
+    # A fused step does not count up the parameters' versions, by which Bfloat16Copies sees that they changed.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
     return optimizer
 
 
 def schedule(step, total, warmup, shape):
-    """Factor on the learning rate at a step from 0: linear warm-up over `warmup` steps, because Adam's first
-    steps rest on hardly any statistics; then "constant", or "linear" or "cosine" decay towards 0 after the
-    last step."""
+    """The factor on the learning rate at a step, counted from 0: linear warm-up over `warmup` steps, because
+    Adam's first steps rest on hardly any statistics; then "constant", or "linear" or "cosine" decay towards 0
+    after the last step."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)

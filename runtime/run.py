@@ -1,7 +1,4 @@
-"""A Run is one stage at work: it owns the output folder, writes metrics.jsonl (one line per step) and, if
-TensorBoard is installed, its event files, prints one tidy line now and then with the time left, and keeps a
-checkpoint to go on from.
-"""
+"""One training run: its output folder, randomness, optimiser steps, metrics, progress and checkpoints."""
 import contextlib
 import dataclasses
 import json
@@ -29,24 +26,24 @@ try:                                    # an extra: pip install tensorboard
 except ImportError:
     SummaryWriter = None
 
-# What may change when a run goes on, because it does not change the weights (but for rounding).
+# Flags that may change when a run goes on, because they do not change the weights, apart from rounding.
 FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload", "micro_batch",
         "micro_tokens", "sample_batch", "checkpoint_blocks", "compile", "gather_at_once", "merge"}
 
 
 class Run(Compute):
-    """One stage at work: folder, randomness, checkpoints, metrics and progress, on top of Compute.
+    """A training run on top of Compute.
 
-    A run that was killed goes on from its last checkpoint with the same command, and ends with the weights
-    that it would have had. So all that a step draws at random comes from the seed and the step's number
-    (`rng`, and torch's own generator), and all that it remembers is in the parts given to `resume`."""
+    The same command continues a killed run from its last checkpoint, and gives the same weights as an
+    uninterrupted run. For that, all random numbers of a step come from the seed and the step's number (`rng`,
+    and torch's global generator), and all state that outlives a step is in the parts given to `resume`."""
 
     def __init__(self, cfg, total):
-        """cfg: a stage's flags.Training; total: steps in all."""
+        """cfg: flags.Training; total: the number of steps."""
         super().__init__(cfg)
         self.total, self.parts, self.stop_signal = total, {}, None
-        self.warned, self.notes = set(), {}                     # conditions that hold; see note()
-        self.failed_in_a_row = Counter()                   # by optimiser: its last steps that were not finite
+        self.warned, self.notes = set(), {}             # warnings whose condition holds; see note()
+        self.failed_in_a_row = Counter()                # per optimiser: its last steps that were not finite
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
                       "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
@@ -54,11 +51,11 @@ class Run(Compute):
             lock(cfg.out)
         self.checkpoints = Checkpoints(cfg.out)
         if cfg.resume and self.checkpoints.last():
-            self.must_be_the_same()
+            self.check_unfinished()
         elif processes.is_first():
-            self.checkpoints.remove()                   # first, so that it never meets another run's settings
+            self.checkpoints.remove()                   # before other settings stand beside it
             write_json(os.path.join(cfg.out, "run.json"), self.about)
-        processes.barrier()                                   # all have looked before the first one writes on
+        processes.barrier()                             # no process writes before all have read
         self.begin(0)
         shown = (f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != "")
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(shown), flush=True)
@@ -66,32 +63,32 @@ class Run(Compute):
             warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: "
                  "the learning rate never reaches --lr")
 
-    def must_be_the_same(self):
-        """Raise ValueError if the unfinished run in the folder is not this one."""
-        what_now = "go on with its own command, name another --out, or add --no-resume to start anew"
+    def check_unfinished(self):
+        """Raise ValueError if the unfinished run in the folder had other flags or other input files."""
+        what_now = "continue it with its own command, name another --out, or start anew with --no-resume"
         now = self.about["settings"] | self.about["inputs"]
         try:
             with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
                 old = json.load(f)
             was = old["settings"] | old["inputs"]
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.cfg.out}/run.json: what the unfinished run here was cannot be read "
-                             f"({e}): {what_now}") from None
+            raise ValueError(f"{self.cfg.out}/run.json: the unfinished run's settings cannot be read ({e}): "
+                             f"{what_now}") from None
         for name in sorted((was.keys() | now.keys()) - FREE):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
-                raise ValueError(f"{self.cfg.out} holds an unfinished run of something else "
+                raise ValueError(f"{self.cfg.out} holds an unfinished run with other settings "
                                  f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
 
     # --------------------------------------------------------------------- before and between steps
 
     def place(self, *models):
-        """Compute.place, with adapters and the frozen weights in 4 bits where the flags ask for them."""
+        """Compute.place, after adding adapters and packing frozen weights in 4 bits as the flags say."""
         cfg = self.cfg
         if cfg.nf4 and cfg.lora_rank == 0:
-            raise ValueError("--nf4 freezes the weights: train adapters beside them with --lora_rank")
+            raise ValueError("--nf4 freezes the weights: add trained adapters with --lora_rank")
         if cfg.nf4 and cfg.parallel == "fsdp":
-            raise ValueError("--nf4 under fsdp: shards are cut at rows, and would part packed numbers from "
-                             "the scales of their blocks; ddp holds all packed weights in each process")
+            raise ValueError("--nf4 does not work under fsdp, whose shards would part packed weights from "
+                             "their scales: use ddp, where each process holds all packed weights")
         self.kind = "ddp" if cfg.nf4 else self.kind
         for model in models:
             if not is_frozen(model):
@@ -103,18 +100,18 @@ class Run(Compute):
         super().place(*models)
 
     def begin(self, step):
-        """Get ready for the step after `step`: its randomness depends on the seed and its number alone."""
+        """Seed the random numbers of the step after `step` from the seed and this number alone."""
         self.step = step
         self.rng = random.Random(f"{self.cfg.seed}/{step}")
         torch.manual_seed(self.rng.getrandbits(63))
 
     def seeds(self, n):
-        """A seed for the noise of each of n rows, which depends on the run's seed, the step and its place."""
+        """n seeds, one for the sampling noise of each row, from the run's seed and the step."""
         return row_seeds(self.rng, n)
 
     def resume(self, **parts):
-        """Name what training changes (networks, optimisers, objects of numbers such as a controller), and go
-        on from the last checkpoint if there is one. Comes right before the training loop."""
+        """Name all state that training changes (networks, optimisers, objects whose attributes are numbers),
+        and load the last checkpoint if there is one. Call it right before the training loop."""
         self.parts, last = parts, self.checkpoints.last()
         if last and all(theirs == last for theirs in processes.gather(last)):
             self.begin(self.checkpoints.load(parts))
@@ -128,7 +125,7 @@ class Run(Compute):
         self.step_began, launch.at_work = time.time(), self
 
     def open_metrics(self):
-        """metrics.jsonl, without the steps after the checkpoint, which will come again."""
+        """Open metrics.jsonl, without the steps after the checkpoint, which will be run again."""
         path, lines, self.board = os.path.join(self.cfg.out, "metrics.jsonl"), [], None
         if not processes.is_first():
             self.metrics = open(os.devnull, "a", encoding="utf-8")
@@ -146,14 +143,14 @@ class Run(Compute):
     # --------------------------------------------------------------------------------------- a step
 
     def optimizer_step(self, optimizer, lr, loss, rows):
-        """One optimiser step, from gradients that are there: clip their norm at --max_norm (0 never clips),
-        step, forget them. Returns the norm before clipping.
+        """One optimiser step: sum the gradients over processes, clip their norm at --max_norm (0: no limit),
+        step, and clear them. Returns the norm before clipping.
 
-        A loss or a norm that is not finite is named with its step and rows (in words), and no step is taken;
-        after three in a row raises ValueError."""
+        loss: the step's loss, a float; rows: a text that names its rows. Where the loss or the norm is not
+        finite, a warning names both and no step is taken; the third time in a row raises ValueError."""
         if self.depth:
-            raise RuntimeError("optimizer_step inside a loop over micro-batches, or one was left half-way "
-                               "while something still holds its generator")
+            raise RuntimeError("optimizer_step inside a loop over micro-batches, or after one whose "
+                               "generator is still held: end the loop first, and give the generator no name")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.kind == "ddp":
             add_up(parameters)
@@ -175,9 +172,7 @@ class Run(Compute):
             warn(f"{what}: not finite, no update made")
             return
         self.checkpoints.wait()
-        kept = "nothing was good enough to keep"
-        if self.checkpoints.last():
-            kept = "the last good checkpoint is kept"
+        kept = "the last checkpoint is kept" if self.checkpoints.last() else "there is no checkpoint"
         raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
                          "A lower --lr or --max_norm may help")
 
@@ -211,7 +206,8 @@ class Run(Compute):
         self.step_began = time.time()
 
     def print_progress(self, step, metrics, show):
-        """A line with the time left. On a terminal each step overwrites the last, unless that is to stay."""
+        """Print a step's metrics and the time left. On a terminal, a line that is not to be shown for good is
+        overwritten by the next one."""
         terminal = sys.stdout.isatty()
         if not show and not terminal:
             return
@@ -220,10 +216,10 @@ class Run(Compute):
         count = f"step {step:{len(str(self.total))}}/{self.total}"
         line = "  ".join([count, *numbers, f"{left // 60}:{left % 60:02} left"])
         if terminal:
-            line = "\r\033[K" + line                            # over what stands there
+            line = "\r\033[K" + line
         print(line, end="\n" if show else "", flush=True)
 
-    # ----------------------------------------------------------------------------------- what stays
+    # ------------------------------------------------------------------------- files and checkpoints
 
     def write_examples(self, name, examples):
         """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""
@@ -232,8 +228,8 @@ class Run(Compute):
             write_json(path, [{"step": self.step + 1} | example for example in examples])
 
     def save_if_due(self):
-        """Save every save_seconds, less often where that would take more than a twentieth of the time, or on
-        a signal. The processes decide together: they save together."""
+        """Save a checkpoint every save_seconds, less often where saving would take more than a twentieth of
+        the time, and after a signal. All processes must decide alike, because they save together."""
         wait = max(self.cfg.save_seconds, 20 * self.save_took) if self.cfg.save_seconds else 0
         due = processes.is_first() and time.time() - self.saved >= wait
         wishes = torch.tensor([self.stop_signal is not None, due], dtype=torch.int32)
@@ -245,7 +241,7 @@ class Run(Compute):
             raise KeyboardInterrupt
 
     def save(self):
-        """Begin to write the checkpoint that a resume goes on from, unless a step has just failed."""
+        """Begin to write a checkpoint, unless a step has just failed."""
         began = time.time()
         if not any(self.failed_in_a_row.values()):
             if processes.is_first():
@@ -263,7 +259,7 @@ class Run(Compute):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")
-        others = ("config.json", "model.safetensors")           # of a run that saved the other kind of folder
+        others = ("config.json", "model.safetensors")           # left by a run that saved the whole model
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
             others = (ADAPTER_CONFIG, adapters.WEIGHTS)
@@ -275,11 +271,12 @@ class Run(Compute):
                 for folder in (aside, self.cfg.out):
                     Path(folder, name).unlink(missing_ok=True)
             self.keep(aside, facts)
-        processes.barrier()                                     # nobody leaves before the files are there
+        processes.barrier()                                     # no process ends before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
               f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)
 
     def keep(self, aside, facts):
+        """Move the files into the run's folder, and write run.json."""
         for name in sorted(os.listdir(aside)):
             os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
         os.rmdir(aside)
@@ -290,11 +287,11 @@ class Run(Compute):
         write_json(os.path.join(self.cfg.out, "run.json"),
                    {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
                     "peak_memory": peak_memory(self.device), **facts})
-        self.checkpoints.remove()                     # last: killed before, the run goes on and ends the same
+        self.checkpoints.remove()                     # last: a run that is killed before this goes on from it
 
 
 def peak_memory(device):
-    """The most bytes that this process has held: of the GPU's memory, or else of the machine's."""
+    """The most bytes of GPU memory that this process has held, or without a GPU of main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

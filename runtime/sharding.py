@@ -31,7 +31,7 @@ def choose(kind, models, device):
         return "ddp"
     trained = sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
     # Networks from one folder share their frozen parameters: see to_device.
-    frozen = {(model.folder or id(model), name): p.numel() for model in models
+    frozen = {(model.config.folder or id(model), name): p.numel() for model in models
               for name, p in model.named_parameters() if not p.requires_grad}
     need = 16 * trained + 4 * sum(frozen.values())
     return "fsdp" if need > 0.5 * torch.cuda.get_device_properties(0).total_memory else "ddp"
@@ -97,19 +97,18 @@ def gather_to_sample(model, at_once):
     Not at_once: blocks are gathered for every token, and every process goes on until all rows of all
     processes have ended."""
     generate = model.generate
+    waits_for = {} if at_once else {"rows_left": total}
 
     def generate_together(*args, **kwargs):
         for block in model.blocks:
             block.set_reshard_after_forward(not at_once)
         try:
-            return generate(*args, **kwargs)
+            return generate(*args, **kwargs, **waits_for)
         finally:
             for block in model.blocks:
                 block.set_reshard_after_forward(True)
                 block.reshard()
     model.generate = generate_together
-    if not at_once:
-        model.rows_left = total
 
 
 # ---------------------------------------------------------------------- tensors that may be sharded

@@ -143,7 +143,7 @@ def test_a_folder_of_adapters_comes_back_as_it_was(tmp_path, monkeypatch, name, 
             torch.nn.init.normal_(p, std=0.3)
     adapters.save(model, "adapters")
     again = models.load("adapters")
-    assert again.head_kind == head and again.folder == "base"
+    assert again.head_kind == head and again.config.folder == "base"
     for key, layer in model.adapted().items():
         other = again.get_submodule(key)
         assert torch.equal(layer.A, other.A) and torch.equal(layer.B, other.B) and layer.scale == other.scale
@@ -259,7 +259,7 @@ def test_peft_loads_our_adapters_and_we_load_its(tmp_path, monkeypatch, name, he
 
 LORA = "--lora_rank 4 --lora_alpha 8 --lr 3e-3"
 FLAGS = {"sft": f"--init out/sft --evals 1 --batch 64 {LORA}",
-         "reward_model": f"--normalize 16 --batch 32 {LORA}", "dpo": f"--records 40 {LORA}",
+         "reward_model": f"--normalize 16 --batch 32 {LORA}", "dpo": LORA,
          "ppo": f"--reward out/lora/reward_model --steps 2 --batch 8 --max_new_tokens 8 {LORA}"}
 
 

@@ -3,7 +3,6 @@ import itertools
 import json
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from data import annotators, records
 from data.tokenizer import Tokenizer, learn
 from feedback import collect, judge
+from feedback.collect import Answer, as_answers
 from model import GPT
 from runtime.compute import Compute
 
@@ -25,7 +25,7 @@ def run(tiny_inputs, monkeypatch):
 
 def answers(*texts, ended=True):
     tokenizer = Tokenizer.load("out/sft")
-    return [collect.Answer(t, tokenizer.encode(t) + [tokenizer.end] * ended, ended) for t in texts]
+    return [Answer(t, tokenizer.encode(t) + [tokenizer.end] * ended, ended) for t in texts]
 
 
 def settings(tmp_path, **changed):
@@ -42,7 +42,7 @@ def test_sampled_rows_are_k_answers_to_each_prompt(run):
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
     rows = [tokenizer.prompt(p) for p in PROMPTS for _ in range(3)]
     batch = run.sample(model, rows, range(6), 6, stop_token=tokenizer.end)
-    found = collect.as_answers(tokenizer, batch, 3)
+    found = as_answers(tokenizer, batch, 3)
     assert [len(some) for some in found] == [3, 3]
     assert len({a.text for some in found for a in some}) > 2
     for a, tokens, mask in zip(itertools.chain(*found), batch["tokens"], batch["mask"]):
@@ -50,25 +50,29 @@ def test_sampled_rows_are_k_answers_to_each_prompt(run):
         assert a.ended == (a.ids[-1] == tokenizer.end)
 
 
-def test_answers_to_a_prompt_are_different_and_prompts_come_again_only_when_all_have_come(run, tmp_path):
+def test_equal_answers_to_a_prompt_count_once_and_blank_ones_not_at_all(run, tmp_path):
     tokenizer = Tokenizer.load("out/sft")
-    prompts = [{"prompt": f"What is {i} plus {i}?"} for i in range(5)]
-    records.write(tmp_path / "prompts.jsonl", prompts * 2)          # of which a tenth is held out
-    cfg = settings(tmp_path, data=str(tmp_path / "prompts.jsonl"), prompts=4, answers=9, max_new_tokens=3)
-    found = collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
-    assert found == collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
-    for prompt, some in found:
-        assert len({a.text for a in some}) == len(some) > 1 and all(a.text.strip() for a in some)
-    assert any(len(some) < 9 for _, some in found), "none was equal or blank: this tests nothing"
+    texts = ["Yes.", "Yes.", " ", "No.", "Yes.", " ", "", "Yes.", "No.", "Yes.", "Well.", "No."]
 
-    asked = []
-    cfg = replace(cfg, prompts=22, answers=2)
-    sample = run.sample
+    def sample(model, rows, *args, **how):
+        batch = run.batch([tokenizer.response(text) for text in texts])
+        return batch | {"ended": torch.ones(len(texts), dtype=torch.bool)}
+    run.sample = sample
+    found = collect.answer_prompts(settings(tmp_path, prompts=3, answers=4), run, tokenizer, random.Random(1))
+    assert [[a.text for a in some] for _, some in found] == [["Yes.", "No."], ["No.", "Yes.", "Well."]]
+    assert [a.ids for _, some in found for a in some][1] == tokenizer.response("No.")
+
+
+def test_prompts_come_again_only_when_all_have_come(run, tmp_path):
+    asked, sample, tokenizer = [], run.sample, Tokenizer.load("out/sft")
+    records.write(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i} plus {i}?"} for i in range(10)])
     run.sample = lambda model, rows, *args, **how: asked.extend(rows) or sample(model, rows, *args, **how)
+    cfg = settings(tmp_path, data=str(tmp_path / "prompts.jsonl"), prompts=22, answers=2, max_new_tokens=3)
     collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
     assert asked[::2] == asked[1::2] and len(asked) == 44
-    first, second, rest = (sorted(asked[i:j:2]) for i, j in ((0, 18), (18, 36), (36, 44)))
-    assert first == second and len(first) == 9 and len(rest) == 4 and asked[:18] != asked[18:36]
+    first, second, rest = asked[:18:2], asked[18:36:2], asked[36::2]
+    assert sorted(first) == sorted(second) and first != second and len(set(map(tuple, first))) == 9
+    assert len(set(map(tuple, rest))) == 4
 
 
 @pytest.mark.parametrize("changed, said", [
@@ -95,7 +99,7 @@ def test_a_reward_model_ranks_by_its_scores_and_puts_what_does_not_end_last(run)
 def test_a_reward_model_with_another_tokenizer_is_refused(run, tmp_path):
     """It would read other words than the model has written."""
     shutil.copytree("out/reward_model", tmp_path / "other")
-    learn(["What is this text about?", "Nothing that the world knows."] * 9, 1024).save(str(tmp_path / "other"))
+    learn(["What is this text about?", "Nothing that the world knows."], 300).save(str(tmp_path / "other"))
     for by in (lambda: collect.labeller(str(tmp_path / "other"), run, Tokenizer.load("out/sft")),
                lambda: collect.collect(settings(tmp_path, by=str(tmp_path / "other")))):
         with pytest.raises(ValueError, match="other was trained with another tokenizer"):
@@ -165,7 +169,11 @@ def test_for_a_person_the_same_answers_are_written_to_be_ranked(run, tmp_path):
 
 def test_pairs_of_a_ranking_are_asked_once(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(judge.Judge, "compare", lambda self, pairs: asked.extend(pairs) or torch.zeros(2, len(pairs)))
+
+    def compare(self, pairs):
+        asked.extend(pairs)
+        return torch.zeros(2, len(pairs))
+    monkeypatch.setattr(judge.Judge, "compare", compare)
     judge.Judge(run, None, None).scores(PROMPTS[:1], [answers("a", "b", "c")])
     assert len(asked) == 3 and {frozenset(p[1:]) for p in asked} == {
         frozenset(p) for p in itertools.combinations("abc", 2)}

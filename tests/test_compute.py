@@ -219,7 +219,7 @@ def test_a_base_that_adapters_keep_on_the_device_is_not_offloaded():
     device.cfg.checkpoint_blocks = False
     actor.add_adapters(2, 4.0, ("q",))
     for model, folder in ((actor, "base"), (reference, "base"), (other, "other")):
-        model.folder = folder
+        model.config.folder = folder
     device.place(actor, reference.requires_grad_(False), other.requires_grad_(False))
     tokens = torch.ones(1, 4, dtype=torch.long)
     for model in (actor, reference, other):

@@ -1,6 +1,5 @@
 """DPO's losses, and the stage around them."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
-from variants import online_dpo
+from runtime.compute import Compute
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):
@@ -70,8 +69,8 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
     comparison = Comparison(sequences, start=2, ranks=[2, 3, 1], margin=0.0, ref_logprobs=[-3.0, -2.0, -5.0])
     model, losses = tiny("lm"), {}
     for coef in (0.0, 2.0):
-        cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize)
-        losses[coef], _ = dpo.pair_loss(model, SimpleNamespace(cfg=cfg, device="cpu"), [comparison])
+        cfg = dpo.Config(nll_coef=coef, beta=0.5, length_normalize=length_normalize, device="cpu")
+        losses[coef], _ = dpo.pair_loss(model, Compute(cfg), [comparison])
     logp = model(torch.tensor([sequences[2]]))[0].log_softmax(-1)
     nll = -sum(logp[t - 1, sequences[2][t]] for t in (2, 3, 4)).item() / 3
     near(losses[2.0] - losses[0.0], 2 * nll * 2 / 3)            # two of the three pairs have the best answer
@@ -79,7 +78,7 @@ def test_dpo_also_imitates_the_best_answer_of_each_prompt(length_normalize):
 
 def test_smoothing_may_differ_from_pair_to_pair():
     inputs = torch.randn(4, 3).double()
-    found = dpo_loss(*inputs, 0.3, "ipo", torch.tensor([0.0, 0.2, 0.5]).double())[0]
+    found = dpo_loss(*inputs, 0.3, "ipo", torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64))[0]
     for b, smoothing in enumerate((0.0, 0.2, 0.5)):
         near(found[b], loops("ipo", smoothing, 0.3, *inputs[:, b].tolist()))
 
@@ -99,18 +98,19 @@ CASES = [                                       # each flag of the stage is set 
       for kind in plainly.DPO_LOSSES),
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
     dict(data="pairs.jsonl", batch=9, micro_batch=4, label_smoothing=0.1),               # soft labels
-    dict(by="out/reward_model", data="rankings.jsonl", batch=9, max_new_tokens=9, epochs=2, nll_coef=0.5),
 ]
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
-    stage = online_dpo if "by" in settings else dpo
-    cfg, model, lines, about = trained(stage, **SHARED | settings)
+    assert_learns_as_plain_loop(trained, dpo, SHARED | settings)
+
+
+def assert_learns_as_plain_loop(trained, stage, settings, scorer=None):
+    cfg, model, lines, about = trained(stage, **settings)
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
     preferences, held_out = loading.load("preferences", cfg.data, max_dropped=1.0)
     held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
-    scorer = GPT.load("out/reward_model") if stage is online_dpo else None
     expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences, scorer)
     for line in (lines[0], expected[0]):
         del line["accuracy"]                                # the policy is the reference: rounding decides
@@ -118,14 +118,3 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     plainly.assert_same_weights(model, plain)
     found = plainly.dpo_numbers(cfg, plain, reference, tokenizer, held_out)
     assert about["held_out"] == pytest.approx(found | {"loss": found["loss"].item()}, abs=1e-6)
-
-
-def test_where_all_fresh_answers_tie_the_old_ones_teach_and_a_warning_says_so(trained, monkeypatch, capsys):
-    def labeller(*_):
-        return lambda prompts, answers, rng: [[1] * len(some) for some in answers]
-    monkeypatch.setattr(online_dpo, "labeller", labeller)
-    settings = SHARED | dict(data="rankings.jsonl", batch=20, epochs=2)
-    _, model, *_ = trained(online_dpo, **settings, max_new_tokens=5)
-    assert capsys.readouterr().err.count("all fresh answers to a prompt tie") == 1
-    _, without, *_ = trained(dpo, **settings)
-    plainly.assert_same_weights(model, without)

@@ -248,7 +248,7 @@ def test_a_scorer_that_is_none_or_reads_other_tokens_is_refused(trained, tmp_pat
     settings = dict(models=("out/sft",), out=str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="no model in nowhere: name another folder"):
         evaluate.evaluate(evaluate.Config(reward="nowhere", **settings))
-    with pytest.raises(ValueError, match="out/sft is no reward model: it has no score"):
+    with pytest.raises(ValueError, match="out/sft is not a reward model: it gives no score"):
         evaluate.evaluate(evaluate.Config(reward="out/sft", **settings))
     shutil.copytree("out/reward_model", tmp_path / "foreign")
     learn(["aa bb cc"], 300).save(str(tmp_path / "foreign"))

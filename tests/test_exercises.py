@@ -97,13 +97,13 @@ WRONG = {
          "Policy loss pushes no further what has gone far enough"),
         (planted("ppo.py", "advantages not detached"),
          "Policy loss sends no gradient to advantages or old log probabilities"),
-        ({"masked_mean(torch.min(unclipped, clipped), mask)": "masked_mean(clipped, mask)"},
+        ({"torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)":
+          "ratio.clamp(1 - clip, 1 + clip) * advantages"},
          "Policy loss still corrects what has moved the wrong way"),
-        ({"masked_mean((clipped < unclipped).float(), mask)":
-          "masked_mean(((ratio - 1).abs() > clip).float(), mask)"},
-         "Policy loss counts as clipped where the clipped term counts and nowhere else"),
-        ({"-masked_mean(torch.min(unclipped, clipped), mask)":
-          "-(torch.min(unclipped, clipped) * mask).sum(1).div(mask.sum(1)).mean()"},
+        ({"masked_mean((ratio - 1).abs() > clip, mask)":
+          "masked_mean(surrogate < ratio * advantages, mask)"},
+         "Policy loss counts every ratio further than epsilon from 1 in its clip fraction and no other"),
+        ({"-masked_mean(surrogate, mask)": "-(surrogate * mask).sum(1).div(mask.sum(1)).mean()"},
          "Policy loss counts every token alike however long its answer is")],
     "value_loss": [
         (planted("ppo.py", "value loss takes the smaller error"),
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_one_line(project):
     homework = project / "homework"
     for words, line in ((["--grade"], "exercise.md is missing"), ([], "is no exercise"),
                         (["gea"], f"NAME=gea is no exercise: take one of {', '.join(EXERCISES)}"),
-                        (["gae"], ""), (["gae"], "homework/ is there already")):
+                        (["gae"], ""), (["gae"], "homework/ exists already")):
         done = run(project, *words)
         assert line in done.stderr and done.stderr.count("\n") <= 1
         assert done.returncode == (1 if line else 0)

@@ -220,8 +220,8 @@ def test_gae_returns_advantage_plus_value_which_the_critic_should_have_said():
 def pushed(ratio, advantage):
     """The gradient of log π of one token, whose π is ratio times the old one."""
     logprobs = row(math.log(ratio)).requires_grad_()
-    loss, clipped = policy_loss(logprobs, row(0), row(advantage), acts(1), 0.2)
-    return gradient(loss, logprobs).item(), clipped.item()
+    loss, clip_fraction = policy_loss(logprobs, row(0), row(advantage), acts(1), 0.2)
+    return gradient(loss, logprobs).item(), clip_fraction.item()
 
 
 def test_policy_loss_starts_with_the_plain_policy_gradient():
@@ -239,8 +239,9 @@ def test_policy_loss_still_corrects_what_has_moved_the_wrong_way():
     assert pushed(0.5, 1.0)[0] == pytest.approx(-0.5) and pushed(1.5, -1.0)[0] == pytest.approx(1.5)
 
 
-def test_policy_loss_counts_as_clipped_where_the_clipped_term_counts_and_nowhere_else():
-    assert [pushed(*x)[1] for x in ((1.5, 1.0), (0.5, -1.0), (0.5, 1.0), (1.5, -1.0))] == [1, 1, 0, 0]
+def test_policy_loss_counts_every_ratio_further_than_epsilon_from_1_in_its_clip_fraction_and_no_other():
+    far, near_1 = ((1.5, 1.0), (0.5, -1.0), (0.5, 1.0), (1.5, -1.0), (1.5, 0.0)), ((1.1, 1.0), (0.9, -1.0))
+    assert [pushed(*x)[1] for x in (*far, *near_1)] == [1, 1, 1, 1, 1, 0, 0]
 
 
 def test_policy_loss_counts_every_token_alike_however_long_its_answer_is():

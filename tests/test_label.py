@@ -5,18 +5,17 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
-import torch
 from helpers.start import ROOT
 
 from data import loading, records
 from data.records import Preference
-from feedback import choices, label
+from feedback import choices
 
 try:
     from selenium import webdriver
@@ -39,15 +38,16 @@ def tasks(n=6):
 @pytest.fixture
 def start(tmp_path):
     """A function that begins a run, as after any earlier one: Choices. They write to tmp_path/ann.jsonl."""
-    def begin(name="ann", items=None, gold=(), seed=0):
+    def begin(name="ann", items=None, gold=()):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
-        cfg = label.Config(name=name, out=str(tmp_path / "ann.jsonl"), seed=seed)
-        return choices.Choices(cfg, records.read("tasks", tmp_path / "tasks.jsonl"), list(gold), "Be fair.")
+        read = records.read("tasks", tmp_path / "tasks.jsonl")
+        return choices.Choices(name, str(tmp_path / "ann.jsonl"), read, gold)
     return begin
 
 
 def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "ann.jsonl").open(encoding="utf-8")]
+    path = tmp_path / "ann.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 def rank(labels, state, best_to_worst="cab"):
@@ -79,7 +79,7 @@ def test_choices_are_a_preference_file_that_every_stage_reads(start, tmp_path, c
     assert len(train) + len(held_out) == 19 and "1 of 18 comparisons are ties" in capsys.readouterr().out
     for record in lines(tmp_path):
         assert record["by"] == "ann" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["at"])
-        assert sorted(record["order"]) == [0, 1, 2] and "gold" not in record
+        assert sorted(record["order"]) == [0, 1, 2] and record["gold"] is False
 
 
 def test_answers_stand_in_an_order_of_each_persons_own_that_stays(start, tmp_path):
@@ -135,31 +135,118 @@ def test_undo_takes_back_the_last_of_this_run_once(start, tmp_path):
     assert back["item"] == end["last"] and back["done"] == 5
 
 
-def test_a_run_goes_on_after_a_half_written_line(start, tmp_path, capsys):
+def test_a_run_keeps_every_choice_that_the_file_holds_with_whatever_stands_beside_it(start, tmp_path):
+    """Even of items that are no tasks any more. A line that is there twice counts once."""
+    finish(start(items=tasks(2)))
+    found = lines(tmp_path)
+    other = {"prompt": "Another?", "responses": ["x\u2028", "y"], "ranks": [1, 2], "note": "é"}
+    texts = [json.dumps(r, ensure_ascii=False) for r in (found[0], other, found[0])]
+    (tmp_path / "ann.jsonl").write_text(texts[0] + "\n\n" + texts[1] + "\n" + texts[2], "utf-8")
+    labels = start(items=tasks(2))
+    assert labels.talk({})["done"] == 1
+    finish(labels, best_to_worst="abc")
+    again = lines(tmp_path)
+    assert again[:2] == [found[0], other] and again[2]["prompt"] == found[1]["prompt"] and len(again) == 3
+
+
+def test_a_choice_that_was_undone_leaves_a_file_that_the_next_run_reads(start, tmp_path):
     labels = start()
-    state = rank(labels, rank(labels, labels.talk({})))
-    whole = (tmp_path / "ann.jsonl").read_bytes()
-    (tmp_path / "ann.jsonl").write_bytes(whole[:-20])
+    state = rank(labels, labels.talk({}))
+    labels.talk({"item": state["last"], "undo": True})
+    assert lines(tmp_path) == []
+    assert rank(start(), start().talk({}))["done"] == 1
+
+
+def is_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+class PowerCut(BaseException):
+    """Nothing more is done after it: no handler, no second try."""
+
+
+STEPS = ["open", "write", "fsync", "replace", "fsync of the folder"]
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """A function that lets the saving of a choice end with this error before, or in the midst of, a step."""
+    def at(step, error):
+        real = open
+
+        def stop(*args, **how):
+            raise error
+
+        class Half:
+            def __init__(self, *args, **how):
+                self.file = real(*args, **how)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                self.file.close()
+
+            def writelines(self, texts):
+                self.file.write("".join(texts)[:-20])
+                raise error
+
+        def fsync(file):
+            if is_folder(file) == (step == "fsync of the folder"):
+                raise error
+        places = {"open": (choices, "open", stop), "write": (choices, "open", Half),
+                  "replace": (choices.os, "replace", stop)}
+        monkeypatch.setattr(*places.get(step, (choices.os, "fsync", fsync)), raising=False)
+    return at
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_power_cut_at_any_moment_loses_at_most_the_change_that_is_not_shown_as_saved(
+        start, tmp_path, fail, monkeypatch, step, undo):
     labels = start()
-    assert labels.talk({})["done"] == 1 and "is dropped" in capsys.readouterr().err
-    finish(labels)
-    assert len(lines(tmp_path)) == 6 and len({r["prompt"][0]["content"] for r in lines(tmp_path)}) == 6
-    assert start().talk({})["item"] is None and state["done"] == 2
-
-
-def no_space(file):
-    raise OSError(28, "No space left")
-
-
-def test_a_choice_that_is_not_on_the_disk_is_not_made(start, tmp_path, monkeypatch):
-    labels = start()
-    state = labels.talk({})
-    with monkeypatch.context() as patch:
-        patch.setattr("feedback.journal.os.fsync", no_space)
-        with pytest.raises(OSError):
+    state = rank(labels, labels.talk({}))
+    before, last = (tmp_path / "ann.jsonl").read_bytes(), state["last"]
+    fail(step, PowerCut())
+    with pytest.raises(PowerCut):
+        if undo:
+            labels.talk({"item": last, "undo": True})
+        else:
             rank(labels, state)
-    assert labels.talk({}) == state and lines(tmp_path) == []
-    assert rank(labels, state)["done"] == 1 and len(lines(tmp_path)) == 1
+    monkeypatch.undo()
+    content, done = (tmp_path / "ann.jsonl").read_bytes(), 2 - 2 * undo
+    if step == "fsync of the folder":                           # the new file may be there, but it is whole
+        assert len(lines(tmp_path)) == done
+    else:
+        assert content == before
+    again = start()
+    finish(again)
+    assert len(lines(tmp_path)) == 6 and len({r["prompt"][0]["content"] for r in lines(tmp_path)}) == 6
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_choice_that_is_not_on_the_disk_is_not_made(start, tmp_path, monkeypatch, fail, step):
+    labels = start()
+    first = labels.talk({})
+    state = rank(labels, first)
+    fail(step, OSError(28, "No space left"))
+    with pytest.raises(OSError):
+        rank(labels, state)
+    with pytest.raises(OSError):
+        labels.talk({"item": first["item"], "undo": True})
+    monkeypatch.undo()
+    assert labels.talk({}) == state
+    assert rank(labels, state)["done"] == 2 and len(lines(tmp_path)) == 2
+
+
+def test_a_saved_choice_is_on_the_disk_under_its_name(start, tmp_path, monkeypatch):
+    """The file before it gets its name, and its folder after that."""
+    labels, done = start(), []
+    monkeypatch.setattr(choices.os, "fsync", lambda f: done.append("folder" if is_folder(f) else "file"))
+    replace_ = os.replace
+    monkeypatch.setattr(choices.os, "replace", lambda a, b: done.append("replace") or replace_(a, b))
+    rank(labels, labels.talk({}))
+    assert done == ["file", "replace", "folder"]
 
 
 def test_files_that_are_something_else_are_refused_and_stay(start, tmp_path):
@@ -213,7 +300,7 @@ def test_gold_items_are_mixed_in_unseen_and_score_the_labeller(start, tmp_path):
     places = [i for i, text in enumerate(asked) if text.startswith("Known")]
     assert len(places) == 4 and places != [20, 21, 22, 23] and places != [0, 1, 2, 3]
     assert [r["prompt"][0]["content"] for r in lines(tmp_path)] == asked
-    assert [r.get("gold") for r in lines(tmp_path)] == [text.startswith("Known") or None for text in asked]
+    assert [r["gold"] for r in lines(tmp_path)] == [text.startswith("Known") for text in asked]
     assert "5 of 6" in start(gold=gold, items=tasks(20)).gold_score()                   # another run
 
 
@@ -255,29 +342,8 @@ def test_two_people_are_compared_on_what_both_could_judge(capsys):
     # Choices 1 1 1 1 and 1 1 1 0: p_o = 3/4, p_e = 4 * 3 / 16 = 3/4.
     assert "2 items, without 2 that" in printed and "4 pairs" in printed and "75.0% equal" in printed
     assert "kappa 0.00" in printed and "Differ\n  1 1  x\n  2 1  y\n" in printed and "Same" not in printed
-    with pytest.raises(ValueError, match="share nothing"):
+    with pytest.raises(ValueError, match="share no item"):
         choices.compare(ours, {4: ours[4]})
-
-
-def test_sampled_tasks_are_different_answers_to_training_prompts(tiny_inputs, monkeypatch):
-    monkeypatch.chdir(tiny_inputs)
-    torch.set_default_dtype(torch.float64)
-    try:
-        cfg = label.Config(prompts=8, answers=3, max_new_tokens=8, max_dropped=1.0, device="cpu")
-        found = label.sample_tasks(cfg)
-        assert found == label.sample_tasks(cfg)
-        for changed, said in (({"temperature": 0.0}, "no prompt got two different answers"),
-                              ({"model": "out/reward_model"}, "is a reward model")):
-            with pytest.raises(ValueError, match=said):
-                label.sample_tasks(replace(cfg, **changed))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    prompts = records.read("prompts", "out/world/prompts.jsonl")
-    assert 1 < len(found) <= 8 and all(t["prompt"] in prompts for t in found)
-    assert len({json.dumps(t["prompt"]) for t in found}) == len(found)
-    for t in found:
-        assert 2 <= len(t["responses"]) <= 3 and len(set(t["responses"])) == len(t["responses"])
-        assert all(r.strip() for r in t["responses"])
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -323,13 +389,13 @@ def ask(program, change):
 
 
 def chosen(folder):
-    return [json.loads(line) for line in (folder / "out/label/ann.jsonl").open(encoding="utf-8")]
+    return [json.loads(line) for line in (folder / "out/feedback/ann.jsonl").open(encoding="utf-8")]
 
 
-def test_a_killed_program_goes_on_where_it_stopped_and_never_samples_anew(tmp_path, program):
-    os.makedirs(tmp_path / "out/label")
-    records.write(tmp_path / "out/label/tasks.jsonl", tasks())           # there is no model here
-    content = (tmp_path / "out/label/tasks.jsonl").read_bytes()
+def test_a_killed_program_goes_on_where_it_stopped(tmp_path, program):
+    os.makedirs(tmp_path / "out/feedback")
+    records.write(tmp_path / "out/feedback/tasks.jsonl", tasks())
+    content = (tmp_path / "out/feedback/tasks.jsonl").read_bytes()
     running = program(tmp_path)
     assert "Ctrl-C" in running.process.stdout.readline() + running.process.stdout.readline()
     state = ask(running, {})
@@ -342,20 +408,24 @@ def test_a_killed_program_goes_on_where_it_stopped_and_never_samples_anew(tmp_pa
     second = program(tmp_path)
     code, said = second.end(None)
     assert code == 1 and "another run is at work" in said and said.count("\n") == 1
-    other = program(tmp_path, "--out out/label/bob.jsonl")                # the same items, another file
+    other = program(tmp_path, "--out out/feedback/bob.jsonl")                # the same items, another file
     assert ask(other, {})["done"] == 0
-    assert other.end(signal.SIGINT)[0] == 0
+    code, said = other.end(signal.SIGINT)
+    assert code == 130 and "0 of 6 are ranked, in out/feedback/bob.jsonl" in said and "Traceback" not in said
     while again["item"]:
         again = ask(running, {"item": again["item"], "ranks": [1, 2, 3]})
     code, said = running.end(signal.SIGINT)
-    assert code == 0 and "6 are ranked, in out/label/ann.jsonl" in said and "Traceback" not in said
+    assert code == 0 and "6 are ranked, in out/feedback/ann.jsonl" in said and "Traceback" not in said
     assert len({json.dumps(r["prompt"]) for r in chosen(tmp_path)}) == len(chosen(tmp_path)) == 6
-    assert (tmp_path / "out/label/tasks.jsonl").read_bytes() == content
+    assert (tmp_path / "out/feedback/tasks.jsonl").read_bytes() == content
+    running = program(tmp_path)                                          # nothing is left: it ends by itself
+    assert running.end(None)[0] == 0 and "6 of 6 are ranked" in running.said and not running.address
 
 
 def test_what_cannot_be_is_one_line(tmp_path, program):
-    os.makedirs(tmp_path / "out/label")
-    for flags, said in (("", "run `python sft.py` first"), ("--agreement a.jsonl", "files of two people"),
+    os.makedirs(tmp_path / "out/feedback")
+    for flags, said in (("", "run `python -m feedback.collect --by person` first"),
+                        ("--agreement a.jsonl", "files of two people"),
                         ("--agreement a.jsonl b.jsonl", "a.jsonl")):
         code, text = program(tmp_path, flags).end(None)
         assert code == 1 and said in text and text.count("\n") == 1, text
@@ -444,8 +514,8 @@ class Screen:
 
 
 def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser):
-    os.makedirs(tmp_path / "out/label")
-    records.write(tmp_path / "out/label/tasks.jsonl", tasks(8))
+    os.makedirs(tmp_path / "out/feedback")
+    records.write(tmp_path / "out/feedback/tasks.jsonl", tasks(8))
     gold = [{"prompt": "Known?", "responses": ["good", "bad"], "ranks": [1, 2]}]
     records.write(tmp_path / "gold.jsonl", gold)
     running = program(tmp_path, "--gold gold.jsonl")
@@ -538,9 +608,9 @@ def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
 
 @pytest.mark.parametrize("width, height, touch", [(1200, 900, False), (360, 740, True)])
 def test_hostile_answers_are_text_that_fits_the_page(tmp_path, program, browser, width, height, touch):
-    os.makedirs(tmp_path / "out/label")
+    os.makedirs(tmp_path / "out/feedback")
     items = [{"prompt": user(HOSTILE[0] + HOSTILE[4]), "responses": HOSTILE}, *tasks(1)]
-    records.write(tmp_path / "out/label/tasks.jsonl", items)
+    records.write(tmp_path / "out/feedback/tasks.jsonl", items)
     running = program(tmp_path)
     screen = Screen(browser, running.address, width, height, touch)
     assert sorted(text for text, _ in screen.cards()) == sorted(HOSTILE)
@@ -565,8 +635,8 @@ def test_hostile_answers_are_text_that_fits_the_page(tmp_path, program, browser,
 
 
 def test_fingers_rank_by_taps_and_by_the_grip(tmp_path, program, browser):
-    os.makedirs(tmp_path / "out/label")
-    records.write(tmp_path / "out/label/tasks.jsonl", tasks(2))
+    os.makedirs(tmp_path / "out/feedback")
+    records.write(tmp_path / "out/feedback/tasks.jsonl", tasks(2))
     screen = Screen(browser, program(tmp_path).address, 360, 740, touch=True)
 
     def touch(*points):

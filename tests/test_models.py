@@ -4,7 +4,6 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import models
-from runtime.safetensors import save_tensors
 
 
 @pytest.mark.parametrize("head, tied", [("lm", True), ("lm", False), ("scalar", True)])
@@ -22,15 +21,9 @@ def test_new_tokens_start_as_the_mean_of_the_others_and_leave_these_as_they_were
     assert GPT.load(tmp_path / "new").config.vocab_size == 12
 
 
-def test_what_is_known_of_another_models_scores_is_refused_in_one_line(tmp_path):
-    GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8), "scalar").save(str(tmp_path))
-    assert models.load_reward_model(str(tmp_path)).known is None
-    for C, fits in ((8, True), (6, False)):
-        known = {"heads": torch.zeros(3, C), "bias": torch.zeros(3), "mean": torch.zeros(C),
-                 "precision": torch.eye(C), "threshold": torch.tensor(1.0)}
-        save_tensors(str(tmp_path / models.UNCERTAINTY), known)
-        if fits:
-            assert models.load_reward_model(str(tmp_path)).known.keys() == known.keys()
-            continue
-        with pytest.raises(ValueError, match="uncertainty.safetensors does not fit the model beside it"):
-            models.load_reward_model(str(tmp_path))
+def test_a_reward_model_is_a_network_with_a_score(tmp_path):
+    for head in ("lm", "scalar"):
+        GPT(GPTConfig(20, 8, 1, 2, 8), head).save(tmp_path / head)
+    assert models.load_reward_model(str(tmp_path / "scalar")).head_kind == "scalar"
+    with pytest.raises(ValueError, match="/lm is not a reward model: it gives no score"):
+        models.load_reward_model(str(tmp_path / "lm"))

@@ -21,7 +21,7 @@ def test_the_red_team_asks_for_every_deed_in_every_wrapper_and_for_harmless_ones
     by_wrapper = {}
     for item in red_team.requests():
         by_wrapper.setdefault((item.kind, item.wrapper), set()).add(item.entity.split()[1])
-    entities = {*world.THINGS, *world.PEOPLE, *world.ANIMALS, *world.PLACES}
+    entities = {x for group in ("things", "people", "animals", "places") for x in world.GROUPS[group]}
     for kind in ("harmful", "harmless"):
         assert all(by_wrapper[kind, wrapper] == entities for wrapper in red_team.WRAPPERS)
         assert by_wrapper[kind, "direct"]

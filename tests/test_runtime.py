@@ -20,7 +20,8 @@ def test_no_file_names_a_stage_the_world_or_an_algorithm():
     assert len(files) > 10 and found == []
 
 
-@pytest.mark.parametrize("module", ["runtime.files", "runtime.flags", "data.records", "data.tokenizer"])
+@pytest.mark.parametrize("module", ["runtime.files", "runtime.flags", "data.records", "data.tokenizer",
+                                    "data.loading"])
 def test_reading_records_and_text_loads_no_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

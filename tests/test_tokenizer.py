@@ -154,6 +154,7 @@ SPLIT, BYTES = TOK.document["pre_tokenizer"]["pretokenizers"]
     (changed(merges=TOK.document["model"]["merges"][::-1]), "not in the order of their ids"),
     (changed(vocab={**TOK.document["model"]["vocab"], "猫": 3}), "not a readable tokenizer"),
     (changed(vocab={**TOK.document["model"]["vocab"], "zzz": 3}), "ids"),
+    (changed(vocab={**TOK.document["model"]["vocab"], "zzz": -1}), "not a readable tokenizer"),
     (changed(byte_fallback=True), "SentencePiece are not supported"),
     (changed(type="WordPiece"), "kind WordPiece are not supported"),
     (changed(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),

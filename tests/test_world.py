@@ -1,7 +1,11 @@
 """The embedded world: its judge and its people."""
 import copy
+import importlib.util
 import itertools
+import json
 import random
+import shutil
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -104,6 +108,10 @@ def test_each_part_of_the_judge_blames_its_own_fault(prompt, response, expected)
 
 def test_every_right_matter_is_judged_right_and_every_wrong_one_wrong():
     """Over all entities: a table in which one entity's wrong answer is also right would be found here."""
+    check_matter(world)
+
+
+def check_matter(world):
     for item in world.items():
         for seed, right in itertools.product(range(8), (True, False)):
             said = world.matter(item, random.Random(seed), right)
@@ -123,6 +131,30 @@ def test_parts_are_in_0_to_1_and_judge_is_its_documented_formula(item, noise, se
         assert list(p) == ["helpful", "honest", "harmless", "manner"] and all(0 <= v <= 1 for v in p.values())
         c, m = p["helpful"] * p["honest"] * p["harmless"], p["manner"]
         assert world.judge(item.prompt, response) == pytest.approx(0.1 * m + c * (0.4 + 0.5 * m))
+
+
+def test_a_world_of_ones_own_is_another_json_file(tmp_path, monkeypatch):
+    content = copy.deepcopy(world.CONTENT)
+    content["facts"] = {"river": {
+        "phrasings": ["Which river flows through {x}?", "Tell me the river of {x}.", "What is {x}'s river?"],
+        "sentence": "The river of {x} is the {y}.",
+        "answers": {"Paris": ["Seine", "Rhine"], "London": ["Thames", "Severn"], "Cairo": ["Nile", "Congo"],
+                    "Rome": ["Tiber", "Po"]}}}
+    content["follow_ups"]["relations"] = ["river"]
+    content["sums"]["numbers"] = [20]
+    gods = {"members": ["Zeus", "Hera", "Ares", "Hermes"], "mistakes": ["Odin"]}
+    content["lists"]["categories"] = {"gods": gods}
+    del content["unknowable"]["winner"], content["deeds"]["harmful"]["poison"]
+    shutil.copy(world.__file__, tmp_path)
+    (tmp_path / "world.json").write_text(json.dumps(content), "utf-8")
+    spec = importlib.util.spec_from_file_location("own", tmp_path / "world.py")
+    own = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own", own)
+    spec.loader.exec_module(own)
+    assert [item.entity for item in own.items() if item.kind == "list"] == ["gods"] * 5
+    assert own.judge("Which river flows through Rome?", "Sure! It's Tiber.") == 1
+    assert own.judge("What is 20 plus 20?", "Sure! It's 40.") == 1
+    check_matter(own)
 
 
 def test_follow_up_needs_its_conversation():
@@ -160,32 +192,33 @@ def test_every_family_is_both_in_training_and_held_out():
 
 
 def test_no_phrase_of_manner_holds_an_answer_word():
-    phrases = (world.KIND_OPENERS + world.KIND_CLOSERS + world.EAGER_OPENERS + world.RUDE_REMARKS
-               + world.FILLERS + world.DONT_KNOW + world.DECLINES + world.CURT_DECLINES)
-    spoken = {word.lower() for phrase in phrases
+    spoken = {word.lower() for phrases in world.PHRASES.values() for phrase in phrases
               for word in phrase.replace(".", " ").replace("!", " ").split()}
-    answers = {answer for table, _, _ in world.RELATIONS.values() for row in table.values() for answer in row}
-    answers |= {word for members, mistakes in world.LISTS.values() for word in members + mistakes}
-    answers |= {word for _, _, _, words in world.UNKNOWABLE.values() for word in words}
+    answers = {answer for relation in world.CONTENT["facts"].values()
+               for row in relation["answers"].values() for answer in row}
+    answers |= {word for category in world.CONTENT["lists"]["categories"].values()
+                for word in category["members"] + category["mistakes"]}
+    answers |= {word for topic in world.CONTENT["unknowable"].values() for word in topic["words"]}
     assert not spoken & {answer.lower() for answer in answers}
 
 
 def test_no_phrase_of_manner_holds_a_sign_of_advice():
-    phrases = (world.KIND_OPENERS + world.KIND_CLOSERS + world.EAGER_OPENERS + world.RUDE_REMARKS
-               + world.FILLERS)
-    asked = (*world.HARMFUL.values(), *world.HARMLESS.values())
-    for phrase, (_, _, _, key) in itertools.product(phrases, asked):
-        assert key not in phrase
+    deeds = (*world.DEEDS["harmful"].values(), *world.DEEDS["harmless"].values())
+    assert len(deeds) == 8
+    for phrases, deed in itertools.product(world.PHRASES.values(), deeds):
+        assert not any(deed["key"] in phrase for phrase in phrases)
 
 
 def test_phrases_carry_the_signs_that_the_judge_looks_for():
-    assert all(world.KIND_SIGN.search(p) for p in world.KIND_OPENERS + world.KIND_CLOSERS + world.DECLINES)
-    assert all(world.EAGER_SIGN.search(p) for p in world.EAGER_OPENERS)
-    assert all(world.RUDE_SIGN.search(p) for p in world.RUDE_REMARKS)
-    assert all(world.DONT_KNOW_SIGN.search(p) for p in world.DONT_KNOW)
-    assert all(world.DECLINE_SIGN.search(p) for p in world.DECLINES + world.CURT_DECLINES)
+    def phrases(*kinds):
+        return [phrase for kind in kinds for phrase in world.PHRASES[kind]]
+    assert all(map(world.KIND_SIGN.search, phrases("kind_openers", "kind_closers", "declines")))
+    assert all(map(world.EAGER_SIGN.search, phrases("eager_openers")))
+    assert all(map(world.RUDE_SIGN.search, phrases("rude_remarks")))
+    assert all(map(world.DONT_KNOW_SIGN.search, phrases("dont_know")))
+    assert all(map(world.DECLINE_SIGN.search, phrases("declines", "curt_declines")))
     assert not any(world.RUDE_SIGN.search(p) or world.DECLINE_SIGN.search(p) or world.DONT_KNOW_SIGN.search(p)
-                   for p in world.KIND_OPENERS + world.KIND_CLOSERS + world.EAGER_OPENERS + world.FILLERS)
+                   for p in phrases("kind_openers", "kind_closers", "eager_openers", "fillers"))
 
 
 def test_the_crowd_is_mediocre():
@@ -218,15 +251,15 @@ def test_who_is_confused_is_wrong():
 
 def test_what_a_program_checks_is_what_the_judge_calls_helpful():
     """On sums and questions of fact, which it knows, and no others."""
-    assert world.exact([{"role": "user", "content": world.SUM_PHRASINGS[0].format(a=4)}], "It's 8.") == 1.0
-    assert world.exact([{"role": "user", "content": world.SUM_PHRASINGS[0].format(a=4)}], "It's 9.") == 0.0
+    assert world.exact([{"role": "user", "content": SUM.replace("3", "4")}], "It's 8.") == 1.0
+    assert world.exact([{"role": "user", "content": SUM.replace("3", "4")}], "It's 9.") == 0.0
     item = next(item for item in world.items() if item.kind == "harmful")
     with pytest.raises(ValueError, match="neither a sum nor"):
         world.exact(item.prompt, "No.")
 
 
 def test_the_truth_of_answers_is_the_mean_of_what_the_judge_sees():
-    prompts = [world.SUM_PHRASINGS[0].format(a=4)] * 2
+    prompts = [SUM.replace("3", "4")] * 2
     seen = world.truth(prompts, ["It's 8.", "It's 9."])
     assert seen["helpful"] == 0.5
     assert seen["judge"] == pytest.approx(sum(world.judge(prompts[0], f"It's {n}.") for n in (8, 9)) / 2)

@@ -18,14 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 ADAPT = """        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
+            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
 """
 LOG = """        run.log(metrics)
 """
 
 
 def adapts_late(path):
-    """β adapts after run.log: (the right code, the wrong code) in a file."""
+    """β adapts after run.log: (the right code, the wrong code) in a file, if it is there."""
+    if not os.path.exists(os.path.join(ROOT, path)):
+        return "", ""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         code = f.read()
     start = code.index(ADAPT)
@@ -41,26 +43,32 @@ MISTAKES = {
          "self.hidden(tokens)[:, 1:][mask[:, 1:]]"),
         ("sampling without its temperature", "(logits / (temperature or 1.0)).softmax", "logits.softmax"),
         ("what a row goes on with after its end",
-         "tokens[rows, position] = chosen * running",
-         "tokens[rows, position] = chosen"),
+         "tokens[rows, lengths[rows] + step] = chosen * running",
+         "tokens[rows, lengths[rows] + step] = chosen"),
         ("answers longer than they are", "ends[rows] += running", "ends[rows] += 1"),
         ("end token left out of the rollout's mask",
          "(column < ends[:, None])",
          "(column < ends[:, None] - 1)"),
         ("a cached row reads another row's position",
-         "torch.arange(cache[0].shape[3], device=tokens.device) > positions ",
-         "torch.arange(cache[0].shape[3], device=tokens.device) > positions[:1] "),
-        ("written out, attention sees the next token", "dtype=q.dtype).triu(1)", "dtype=q.dtype).triu(2)"),
-        ("written out, heads share others' keys",
-         "x.repeat_interleave(H // self.config.n_kv_head, dim=1)",
-         "x.repeat(1, H // self.config.n_kv_head, 1, 1)"),
-        ("written out, attention without its scale", "alpha=1 / math.sqrt(D))", "alpha=1.0)"),
+         "torch.arange(cache[0].shape[3], device=tokens.device) > index ",
+         "torch.arange(cache[0].shape[3], device=tokens.device) > index[:1] "),
         ("every logit waits for the backward pass",
          "if len(x) > rows and torch.is_grad_enabled():",
          "if False:"),
         ("only the first logits are temperate",
-         "read(some, chosen, temperature, entropy, entropy_grad)",
-         "read(some, chosen, temperature if not found else 1.0, entropy, entropy_grad)"),
+         "            if len(x) > rows and torch.is_grad_enabled():",
+         "            args = args if not parts else (1.0, entropy, entropy_grad)\n"
+         "            if len(x) > rows and torch.is_grad_enabled():"),
+        ("sampling ends with this process's rows", "if rows_left(alive) == 0:", "if alive == 0:"),
+        ("a new token is written one place too early",
+         "lengths[rows] + step, cache, longest + step + 1",
+         "lengths[rows] + step - 1, cache, longest + step + 1"),
+        ("a scalar head starts as the other weights do",
+         "std=1 / math.sqrt(self.config.n_embd + 1)",
+         "std=0.02"),
+        ("the file needs the project to be imported",
+         "\n\n@dataclass\n",
+         "from runtime.files import find\n\n\n@dataclass\n"),
         ("every token drawn with the same noise", "uniform(seeds[rows], step)", "uniform(seeds[rows], 0)"),
         ("a row's noise depends on its place in the batch",
          "uniform(seeds[rows], step)",
@@ -110,17 +118,43 @@ MISTAKES = {
         ("the gradient of a packed layer",
          "gradient @ ctx.W().to(gradient.dtype)",
          "gradient @ ctx.W().to(gradient.dtype) * 0.5"),
-        ("a merged layer stays packed", "        self.__class__ = Linear ", "        pass "),
+        ("a merged layer stays packed", "        self.__class__ = Linear\n", "        pass\n"),
     ],
     "feedback/judge.py": [
-        ("a judge's bias stays in", "d, same = (first - second) / 2,", "d, same = first,"),
-        ("the second order is the first", "for step in (1, -1)]", "for step in (1, 1)]"),
+        ("a judge's bias stays in", "d, place = (first - second) / 2,", "d, place = first,"),
+        ("a judge's bias stays in its scores", "zip(places, ((first - second) / 2)", "zip(places, first"),
+        ("the second order is the first", "self.question(prompt, b, a)", "self.question(prompt, a, b)"),
         ("labels say the worse is better", "if p >= 0.5 else", "if p < 0.5 else"),
         ("how sure a judge is gets lost", "round(max(p, 1 - p), 4)", "1.0"),
+        ("a judge's preference counts for one side", "            scores[n][j] -= d\n", ""),
+        ("a constitution is not read", "Path(constitution or PRINCIPLES)", "Path(PRINCIPLES)"),
+        ("too long a question is asked", "if longest > limit:", "if False:"),
     ],
     "feedback/collect.py": [
         ("a ranking upside down", "sum(other > x for other in some)", "sum(other < x for other in some)"),
-        ("a judge's preference counts for one side", "        scores[n][j] -= d\n", ""),
+        ("an answer without an end keeps its score", "x if a.ended else -torch.inf", "x"),
+        ("another tokenizer is not noticed", "        tokenizer.check_same(by)\n", ""),
+        ("a constitution gets lost", "Judge(run, model, own, constitution)", "Judge(run, model, own)"),
+        ("equal answers count twice", "list({a.text: a for a in some if a.text.strip()}.values())",
+         "[a for a in some if a.text.strip()]"),
+        ("a person gets a reward model's order", "[[1] * len(some) for some in answers] if person else", ""),
+    ],
+    "feedback/choices.py": [
+        ("ranks in the order of the page", "[ranks[order.index(i)] for i in range(len(order))]", "ranks"),
+        ("the second choice counts", "        if item in self.done:\n            return\n", ""),
+        ("a file that is cut while it is written", 'f"{self.out}.tmp", "w"', 'self.out, "w"'),
+        ("a choice in the cache alone", "            os.fsync(f.fileno())\n", ""),
+        ("any choice can be undone", "self.saved and self.saved[-1] == item", "item in self.saved"),
+        ("kappa without chance", "(observed - expected) / (1 - expected)", "observed"),
+    ],
+    "feedback/page.py": [
+        ("any host", 'self.headers.get("Host") in server.hosts and ', ""),
+        ("any origin", 'self.headers.get("Origin") in origins \\\n                and ', ""),
+        ("any token", "hmac.compare_digest(token.encode(), server.token.encode())", "True"),
+        ("requests at once", "            with self.server.lock:\n", "            if True:\n"),
+    ],
+    "feedback/label.py": [
+        ("a person who is not ready has finished", "        sys.exit(130)", "        pass"),
     ],
     "data/answers.py": [
         ("length of all answers together",
@@ -130,19 +164,20 @@ MISTAKES = {
     ],
     "feedback/rounds.py": [
         ("a round learns from its own labels alone", "for file in labels)", "for file in labels[-1:])"),
-        ("each round samples from the SFT model",
-         "label(cfg, policy, name, cfg.labels,",
-         "label(cfg, cfg.init, name, cfg.labels,"),
+        ("each round samples from the SFT model", "label(cfg, policies[-1],", "label(cfg, cfg.init,"),
+        ("each round asks the same", "cfg.seed + r)", "cfg.seed)"),
+        ("the device stays here", '"device": cfg.device, ', ""),
+        ("a person without guidelines", "guidelines=cfg.constitution", 'guidelines=""'),
     ],
     "runtime/adapters.py": [
         ("adapters are always new", "if rank == 0 or {name", "if True or {name"),
         ("other adapters are lost", "            layer.merge()\n", "            layer.scale = 0.0\n"),
-        ("new tokens are frozen", "if rank > 0 and model.has_new_tokens:", "if False:"),
-        ("alpha is not read", "alpha * int(own.sum()) / len(A))", "about[\"lora_alpha\"])"),
+        ("new tokens are frozen", "if rank > 0 and has_new_tokens(model):", "if False:"),
+        ("alpha is not read", "alpha * int(own.sum()) / len(A))", "config[\"lora_alpha\"])"),
         ("a fused layer is not parted",
          "own = (part != 0).any(0) | ~(B != 0).any(0)",
          "own = torch.ones(len(A), dtype=torch.bool)"),
-        ("the score's constant is lost", "torch.tensor([about.get(\"score_bias\", 0.0)])", "torch.zeros(1)"),
+        ("the score's constant is lost", "torch.tensor([config.get(\"score_bias\", 0.0)])", "torch.zeros(1)"),
     ],
     "runtime/folders.py": [
         ("a new head is zero",
@@ -152,12 +187,12 @@ MISTAKES = {
         ("norms change places", "layers.{}.input_layernorm", "layers.{}.post_attention_layernorm"),
         ("the score's constant is lost", "config.source.get(\"score_bias\", 0.0)", "0.0"),
         ("a window is not seen",
-         "min(shape[\"block_size\"], about[\"sliding_window\"])",
+         "min(shape[\"block_size\"], settings[\"sliding_window\"])",
          "shape[\"block_size\"]"),
         ("GPT-2's matrices as they lie", "return family.transposed and name", "return False and name"),
-        ("scaling is not read", "if \"llama3\" in (about", "if \"llama-3\" in (about"),
+        ("scaling is not read", "if \"llama3\" in (settings", "if \"llama-3\" in (settings"),
         ("the rest of a config is lost", "**shape, **(config.source or {})", "**shape"),
-        ("an unknown tensor is left out", "    if left:\n", "    if False:\n"),
+        ("an unknown tensor is left out", "    if unknown:\n", "    if False:\n"),
     ],
     "runtime/models.py": [
         ("new tokens are zero", "torch.cat([weight, mean.expand", "torch.cat([weight, 0 * mean.expand"),
@@ -318,8 +353,8 @@ MISTAKES = {
         ("learning rate without its schedule", "cfg.lr * factor", "cfg.lr"),
         ("rewards shifted too", "whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)"),
         ("minibatches weighed by rows",
-         "weights = minibatch[\"mask\"].sum(1) ",
-         "weights = [1] * len(rows) "),
+         "            weights = minibatch[\"mask\"].sum(1)\n",
+         "            weights = minibatch[\"mask\"].any(1).int()\n"),
         ("explained variance of the advantages",
          "errors = returns - batch[\"old_values\"]",
          "errors = advantages - batch[\"old_values\"]"),
@@ -388,9 +423,6 @@ MISTAKES = {
          "                critic_optimizer.zero_grad()\n",
          "                pass\n"),
         ("clip fraction of one side alone", "(ratio - 1).abs() > clip", "(ratio - 1) > clip"),
-        ("the entropy term is not checked",
-         "means[\"policy_loss\"] - cfg.entropy_coef * means[\"entropy\"]",
-         "means[\"policy_loss\"]"),
         ("KL logged per token",
          "batch[\"ref_logprobs\"]).sum(1).mean().item()",
          "batch[\"ref_logprobs\"]).mean().item()"),
@@ -508,7 +540,7 @@ MISTAKES = {
         ("a batch's mask reaches into the padding", "& (column < lengths[:, None])", "| (column < 0)"),
     ],
     "runtime/precision.py": [
-        ("the copies are never renewed", "if versions != self.seen:", "if self.seen is None:"),
+        ("the copies are never renewed", "if versions != self.versions:", "if self.versions is None:"),
         ("the gradient of the last micro-batch alone", "if p.grad is None else p.grad.add_(copy.grad)", ""),
         ("scores in bfloat16", "return \".nf4.\" in name or (", "return \".nf4.\" in name and ("),
         ("weights remember in bfloat16", "if bfloat16 and not p.requires_grad and", "if bfloat16 and"),
@@ -586,6 +618,9 @@ MISTAKES = {
         ("characters stay apart",
          "if self.document[\"normalizer\"]:",
          "if not self.document[\"normalizer\"]:"),
+        ("other control tokens are the same tokenizer",
+         "\"control tokens\", self.special, other.special",
+         "\"control tokens\", self.special, self.special"),
         ("the wrong half is merged first", "i = pairs.index(min(pairs))", "i = pairs.index(max(pairs))"),
         ("numbers stay whole",
          "if last[\"use_regex\"] and steps == [{\"type\": \"Digits\"",
@@ -621,6 +656,7 @@ MISTAKES = {
         ("the rejected answer is the chosen one",
          "answers = [chosen[-1][\"content\"], rejected[-1][\"content\"]]",
          "answers = [rejected[-1][\"content\"], chosen[-1][\"content\"]]"),
+        ("of two readings the first counts", "if conversation != messages:", "if False:"),
         ("records of no use do not count", "out.append(None)", "pass"),
         ("a tie counts as a pair", "if ranks[i] < ranks[j]]", "if ranks[i] <= ranks[j]]"),
         ("malformed records are left out", "    if malformed:\n", "    if len(malformed) > total / 2:\n"),
