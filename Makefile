@@ -1,8 +1,8 @@
 # make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
 # make seeds    the same for three seeds, and the README's table of them
-# make loop     three rounds: sample from the policy, label, learn, again; beside one round   (a quarter of an hour)
-# make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them            (half an hour)
-# make lab      a policy that hacks its reward model, eight defences, and the laws of over-optimisation (12 minutes)
+# make loop     three rounds: sample from the policy, label, learn, again; and one round with as many labels
+# make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them   (40 minutes)
+# make lab      a policy that hacks its reward model, seven defences, and the laws of over-optimisation (12 minutes)
 # make exercise NAME=gae        a copy without that function, to be written: docs/exercises.md
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
@@ -39,6 +39,7 @@ seeds: .venv/ready
 ROUNDS ?= 3
 loop: .venv/ready
 	$(PY) -m feedback.rounds --rounds $(ROUNDS) --seed $(SEED)
+	$(PY) -m feedback.rounds --rounds 1 --labels 3000 --seed $(SEED) --out out/once
 
 methods: .venv/ready
 	$(PY) -m lab.methods

@@ -1,31 +1,31 @@
-"""Direct preference optimisation (DPO): the reward model and PPO in one loss.
+"""Direct preference optimisation (DPO): one loss in place of the reward model and PPO.
 
     python dpo.py                                           from out/sft, on the embedded world's rankings
     python dpo.py --loss ipo --beta 0.2 --out out/ipo
 
-PPO looks for the policy π that maximises E[r] − β·KL(π ‖ π_ref): the reward r, without going far from a
-reference, the SFT model. The solution is known: π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x), where Z(x) makes
-the probabilities of all answers y to the prompt x add up to 1. Solved for r, the equation says for which
-reward a given policy π is the solution:
+PPO maximises E[r] − β·KL(π ‖ π_ref): a high reward r, at a small distance from a reference, the SFT model.
+The best policy is known in closed form: π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x), where Z(x) makes the
+probabilities of all answers y to the prompt x add up to 1. Solving for r gives the reward for which a given
+policy π is the best one:
 
     r(x, y) = β·log(π(y|x)/π_ref(y|x)) + β·log Z(x)
 
 Z(x) is a sum over all answers, which nobody can compute. But Bradley & Terry's probability of a comparison,
-P(y⁺ preferred to y⁻) = σ(r(x, y⁺) − r(x, y⁻)), holds only a difference of rewards for one prompt: β·log Z(x)
-cancels, and the policy's own log-probabilities give this probability. `dpo_loss` is −log of it (Rafailov et
-al. 2023). No samples, no critic and no reward network are needed.
+P(y⁺ preferred to y⁻) = σ(r(x, y⁺) − r(x, y⁻)), contains only the difference of two rewards for one prompt:
+β·log Z(x) cancels, and P follows from log π and log π_ref. `dpo_loss` is −log P (Rafailov et al. 2023). No
+samples, no critic and no reward network are needed.
 
-A small β needs large log-ratios log(π/π_ref) to fit the preferences, so the policy goes far from the
-reference; with a large β it stays near. At the first step π = π_ref, each pair has probability ½, and the
-loss is log 2. A larger loss on held-out pairs means that the policy is more confident than it is right.
+With a small β, large log-ratios log(π/π_ref) are needed to fit the preferences, and the policy goes far from
+the reference; with a large β it stays near. At the first step π = π_ref, each pair has probability ½, and
+−log P is log 2. If it is larger on held-out pairs, the policy is overconfident.
 
-The loss sees only differences. It also falls when both answers of a pair become less likely, the rejected
-one more so: `logp_chosen` falls while `accuracy` rises, and the probability goes to answers that nobody has
-compared. Against this, --nll_coef adds the SFT loss −log p per token on the best answer of each prompt (Pang
-et al. 2024, eq. 1); not on every chosen one, because in a ranking of K answers the second worst wins a pair
-too. The logged loss includes it.
+The loss depends on differences alone. It also falls when both answers of a pair become less likely, if the
+rejected one does so more: `logp_chosen` falls while `accuracy` rises, and the probability moves to answers
+that nobody has compared. Against this, --nll_coef adds −log p per token of the chosen answer, as in SFT, to
+each pair whose chosen answer is its prompt's best (Pang et al. 2024, eq. 1). Other answers are left out: even
+the second worst of K answers is the chosen one of a pair. The logged loss includes this term.
 
-Neither the preferences nor the reference change. So the reference's log-probabilities are computed once,
+Neither the preferences nor the reference changes. So the reference's log-probabilities are computed once,
 before the first step, when the policy still is the reference: a second network is never in memory.
 """
 import math
@@ -52,12 +52,12 @@ class Config(Training):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     data: str = flag(loading.WORLD, "preferences: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
-    loss: str = flag("sigmoid", "sigmoid is DPO's own", choices=("sigmoid", "ipo", "hinge"))
+    loss: str = flag("sigmoid", "loss of a pair; DPO has the sigmoid", choices=("sigmoid", "ipo", "hinge"))
     beta: float = flag(0.5, "β, the weight of the KL penalty, usually 0.05 to 1", 1e-6)
-    label_smoothing: float = flag(0.0, "share of pairs assumed to be labelled the wrong way round", 0, 0.499)
-    nll_coef: float = flag(0.0, "weight of −log p per token of each prompt's best answer", 0)
+    label_smoothing: float = flag(0.0, "assumed probability that a label is wrong", 0, 0.499)
+    nll_coef: float = flag(0.0, "weight of −log p per token of best answers", 0)
     length_normalize: bool = flag(False, "compare log-probabilities per token; β must then be larger, by "
-                                  "about an answer's length")
+                                  "a factor of about an answer's length")
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
@@ -68,21 +68,22 @@ class Config(Training):
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
              label_smoothing=0.0):
     """The loss of B pairs, from the log-probabilities of whole answers (or their means per token), all (B,),
-    in nats. With h = log(π/π_ref)(y⁺) − log(π/π_ref)(y⁻), by which the policy prefers y⁺ to y⁻ more than the
-    reference does, a pair costs f(h):
+    in nats. h = log(π/π_ref)(y⁺) − log(π/π_ref)(y⁻) says how much more than the reference the policy prefers
+    y⁺ to y⁻. The loss of a pair is f(h):
 
         sigmoid   −log σ(βh)           Rafailov et al. 2023, eq. 7
         ipo       (h − 1/(2β))²        Azar et al. 2023, eq. 17
         hinge     max(0, 1 − βh)       SLiC (Zhao et al. 2023)
 
-    label_smoothing, a number or (B,), is the probability ε that a label is wrong. A pair then costs the mean
-    over both labels, (1 − ε)·f(h) + ε·f(−h); with the sigmoid this is cDPO (Mitchell 2023).
+    label_smoothing, a number or (B,), is the probability ε that a label is wrong. The loss is then its
+    expectation, (1 − ε)·f(h) + ε·f(−h); with the sigmoid this is cDPO (Mitchell 2023).
 
-    Where y⁺ always wins, −log σ(βh) has no minimum, and h grows for as long as one trains. Against this, ε
-    puts the minimum at βh = log((1 − ε)/ε), IPO asks for one h, and the hinge has no gradient beyond βh = 1.
+    If y⁺ is always preferred, −log σ(βh) has no minimum, and h grows without bound. Against this, ε > 0 puts
+    the sigmoid's minimum at βh = log((1 − ε)/ε), IPO has its minimum at h = 1/(2β), and the hinge has no
+    gradient beyond βh = 1.
 
-    Returns losses (B,), and without a graph the implicit rewards β·log(π/π_ref) of chosen and rejected, each
-    (B,). No gradient reaches the reference's numbers."""
+    Returns losses (B,), and the implicit rewards β·log(π/π_ref) of chosen and rejected, each (B,), detached.
+    The reference's log-probabilities are detached too."""
     chosen_logratios = policy_chosen - ref_chosen.detach()
     rejected_logratios = policy_rejected - ref_rejected.detach()
     h = chosen_logratios - rejected_logratios
@@ -99,16 +100,15 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
 
 def answer_logprobs(model, run, comparisons):
-    """log p(answer | prompt), summed over the answer's tokens, of all answers of some Comparisons, one after
-    another; and the number of these tokens: both (N,). The prompt is given, not chosen by the policy, so its
-    likelihood says nothing about preferences."""
+    """log p(answer | prompt) of all N answers of some Comparisons, one after another, and the number of their
+    tokens: both (N,). The prompt's tokens are left out: both answers of a pair have the same."""
     starts = [c.start for c in comparisons for _ in c.sequences]
     batch = run.batch([ids for c in comparisons for ids in c.sequences], starts)
     return model.logprobs(batch["tokens"], batch["mask"]).sum(1), batch["mask"].sum(1)
 
 
 def add_reference(reference, run, comparisons):
-    """Compute Comparison.ref_logprobs."""
+    """Set the ref_logprobs of each Comparison, in place."""
     def read(rows):
         logprobs, _ = answer_logprobs(reference, run, rows)
         return {"logprobs": pad_sequence(logprobs.split([len(c.sequences) for c in rows]), batch_first=True)}
@@ -118,7 +118,7 @@ def add_reference(reference, run, comparisons):
 
 def pair_loss(model, run, comparisons):
     """The mean loss over all pairs of some Comparisons, and {metric: mean over the pairs}. All pairs count
-    alike, because each is one observed comparison."""
+    alike, so a prompt with more answers counts more than in reward_model.ranking_loss."""
     cfg, pairs, first = run.cfg, [], 0
     for c in comparisons:
         pairs += [(first + i, first + j, c.probability, i in c.best) for i, j in c.pairs]
@@ -129,7 +129,7 @@ def pair_loss(model, run, comparisons):
     policy, reference = logprobs, torch.tensor([x for c in comparisons for x in c.ref_logprobs]).to(logprobs)
     if cfg.length_normalize:
         policy, reference = policy / tokens, reference / tokens
-    # A soft label, right with this probability, and the smoothing make one probability of being wrong.
+    # A label is wrong if either the soft label is wrong (1 − p) or smoothing swaps it, but not both.
     p, smoothing = probability.to(logprobs), cfg.label_smoothing
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[chosen], policy[rejected], reference[chosen], reference[rejected], cfg.beta, cfg.loss,
@@ -169,7 +169,7 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(policy)
-    add_reference(policy, run, examples + held_out)     # before its first step the policy is the reference
+    add_reference(policy, run, examples + held_out)     # before run.resume: the policy is the reference yet
     optimizer = make_optimizer(policy, cfg.lr)
     run.resume(model=policy, optimizer=optimizer)
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):

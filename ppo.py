@@ -3,24 +3,23 @@
     python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same without a KL penalty
 
-The policy π and the frozen reference π_ref both start as the model of supervised fine-tuning (SFT). A frozen
-reward model, or what else --reward names, gives each answer a score. The critic V predicts what an answer
-will still earn; it starts as a copy of the reward model, which can already tell good answers from bad ones.
-An action is one token, and its state is all tokens before it. Each step of `train` has five parts:
+Both the policy π and the frozen reference π_ref are loaded from the SFT model; only π is trained. A frozen
+reward model, or another scorer that --reward names, gives each answer a score. The critic V predicts what an
+answer will still earn. It starts as a copy of the reward model, which can already tell good answers from bad
+ones. An action is one token, and its state is all tokens before it. Each step of `train` has five parts:
 
     1. Rollout      the policy answers a batch of prompts
     2. Rewards      each token earns −β·(log π − log π_ref), a KL penalty; the last one also earns the score
     3. Advantages   how much more each token earned than the critic expected (GAE)
-    4. Update       a few epochs of clipped optimiser steps on these answers
-    5. β            adapts, so that π stays about `kl_target` nats per answer away from π_ref
+    4. Update       a few epochs of optimiser steps on the clipped losses of these answers
+    5. β            rises if π is more than `kl_target` nats per answer from π_ref, and falls if it is less
 
 Why stay close? The reward model has learnt from answers like the SFT model's; its scores of very different
 answers are guesses. A policy that only maximises the score finds guesses that are too high: the score rises
 while the answers get worse (reward hacking). The KL penalty keeps it where the score can be trusted.
 
-All (B, T) arrays are right-padded. Column t holds the values for choosing tokens[:, t] in the state
-tokens[:, :t]. mask (B, T) is true on the tokens that the policy chose, and all values are 0 elsewhere.
-docs/details.md lists the implementation details of PPO that are included, and those that are not.
+Column t of a (B, T) array holds the values for choosing tokens[:, t] in the state tokens[:, :t]. mask (B, T)
+is true on the tokens that the policy chose; all arrays but `tokens` are 0 elsewhere. See docs/details.md too.
 """
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ class OnPolicy(Training):
     kl_coef: float = flag(0.1, "β, the weight of the KL penalty; its first value if it adapts", 0)
     adaptive_kl: bool = flag(True, "adapt β to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6)
-    kl_horizon: int = flag(1000, "answers over which β adapts", 1)
+    kl_horizon: int = flag(1000, "answers over which β adapts; the larger, the more slowly", 1)
     clip: float = flag(0.2, "ε: how far a token's ratio π/π_old may be pushed from 1; usually 0.1 to 0.3", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy per token", 0)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
@@ -86,45 +85,45 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Scale x (B, T) to standard deviation 1 over the mask, and shift it to mean 0 if shift_mean; 0 outside.
+    """Scale x (B, T) around its mean to standard deviation 1 over the mask, shift it to mean 0; 0 outside.
 
-    Advantages are scaled and shifted: then the size of a step does not depend on the unit of the rewards, and
-    a token is good or bad compared with the batch. Rewards are only scaled: a common factor leaves the best
-    policy as it is, but a constant added per token would make it pay to write long answers, or short ones."""
+    Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted:
+    ∇log π has mean 0, so a constant does not change the mean gradient. Rewards keep their mean: a common
+    factor leaves the best policy as it is, but a constant on every token would make long answers pay, or
+    short ones. (A scale around the mean still adds mean·(1 − 1/σ). It is OpenAI's, and off by default.)"""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
 
 
 def rollout(run, tokenizer, prompts, policy, reference):
-    """The policy's answers to B prompts (message lists). Returns a batch, {tokens, mask, old_logprobs,
-    ref_logprobs (B, T), lengths (B,) of prompt and answer together, ended (B,) bool}, and B texts."""
+    """The policy's answers to B prompts (message lists). Returns B texts, and a batch: tokens, mask,
+    old_logprobs and ref_logprobs (B, T); lengths (B,) of prompt and answer together; ended (B,) bool."""
     cfg = run.cfg
     batch = run.sample(policy, [tokenizer.prompt(p) for p in prompts], run.seeds(len(prompts)),
                        cfg.max_new_tokens, stop_token=tokenizer.end, temperature=cfg.temperature)
-    # π_old is the policy that sampled, softmax(logits/τ) at temperature τ. Log-probabilities at another
-    # temperature would belong to another policy.
+    # π_old is the policy that sampled, softmax(logits/τ). Another temperature τ would be another policy.
     batch["old_logprobs"] = batch.pop("logprobs")
-    batch["ref_logprobs"] = run.logprobs(reference, batch, cfg.temperature)
     if run.bfloat16:
-        # Sampling token by token rounds differently from reading whole answers, as the update does: in
-        # bfloat16 by about one percent. Computed again like π, π_old gives a ratio of 1 at the first step.
+        # The update reads whole answers, which rounds differently from sampling token by token: in bfloat16
+        # probabilities differ by about one percent. Read in the same way, π_old gives ratios of 1 at first.
         batch["old_logprobs"] = run.logprobs(policy, batch, cfg.temperature)
+    batch["ref_logprobs"] = run.logprobs(reference, batch, cfg.temperature)
     answers = [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(batch["tokens"], batch["mask"])]
-    return batch, answers
+    return answers, batch
 
 
 def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Reward of each action: −β·(log π − log π_ref), plus the answer's score on its last action.
 
-    scores (B,); logprobs, ref_logprobs (B, T) of the chosen tokens, in nats; mask (B, T) bool; kl_coef is β.
-    Returns (B, T), 0 outside the mask (Ziegler et al. 2019, eq. 2).
+    scores (B,); logprobs, ref_logprobs (B, T) of the chosen tokens, in nats, where π is the policy that
+    sampled; mask (B, T) bool; kl_coef is β. Returns (B, T), 0 outside the mask (Ziegler et al. 2019, eq. 2).
 
     KL(π ‖ π_ref) is the mean of log π − log π_ref over answers that π samples, so the sum over the tokens of
     one answer is an unbiased estimate of it. Paid per token, each action is charged for its own part. Why a
-    reward, and not a term of the loss? The gradient of log π(a) − log π_ref(a) for a sampled token a is
-    ∇log π(a), whose mean under π is 0: such a loss would not push the policy back. As a reward, the penalty
-    reaches the policy through the advantages, and so does the penalty that an action leads to later on."""
+    reward, and not a term of the loss? For a sampled token a, the gradient of log π(a) − log π_ref(a) is
+    ∇log π(a), whose mean under π is 0 (Σ π·∇log π = ∇Σ π = ∇1): such a loss would not push the policy back.
+    As a reward, the penalty reaches the policy through advantages: an action pays for what follows, too."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                # the last true column of each row
@@ -146,9 +145,9 @@ def gae(rewards, values, mask, gamma, lam):
 
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    return_t = A_t + V_t
 
-    rewards, values, mask (B, T). The value after the last action is 0, because nothing more is earned.
-    Returns advantages and returns, both (B, T), 0 outside the mask, without a graph. The critic learns to
-    predict the returns. An answer of three tokens with score 2, at β = 0.1, γ = 1, λ = 0.95:
+    rewards, values, mask (B, T). After the last action V and A are 0, because nothing more is earned. Returns
+    advantages and returns, both (B, T), 0 outside the mask, detached. The return is the critic's target; with
+    γ = λ = 1 it is the sum of the rewards from t on. Three tokens with score 2, at β = 0.1, γ = 1, λ = 0.95:
 
         log π − log π_ref     r_t     V_t      δ_t      A_t   return_t
                       0.5   -0.05     1.0     0.45    0.964      1.964
@@ -164,7 +163,7 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # Columns outside the mask are skipped, also between two actions (several turns in one row).
+        # Columns outside the mask are skipped, also between the turns of a conversation.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
@@ -176,13 +175,13 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     −E[min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A)].
 
     All (B, T); gradients flow through logprobs alone. Returns the scalar mean over all tokens of the mask,
-    and the clip fraction: the share of these tokens with |ρ − 1| > ε.
+    and the clip fraction: the share of these tokens with |ρ − 1| > ε, with or without a gradient.
 
-    At the first step ρ is 1 and the gradient is the plain policy gradient −E[A·∇log π]. After it the tokens
-    still come from π_old. Weighted by ρ, they stand for tokens of π (importance sampling), so that one
-    rollout serves several steps. But −ρ·A alone would push ρ away from 1 without limit, and samples of π_old
-    say little about a policy far from it. So the clip takes the gradient from a token that has moved far
-    enough in the direction of its advantage, and from no other:
+    At the first optimiser step ρ is 1 and the gradient is the plain policy gradient −E[A·∇log π]. After it
+    the tokens still come from π_old; weighted by ρ, each counts as often as π would choose it (importance
+    sampling), so that one rollout serves several steps. But −ρ·A alone pushes ρ away from 1 without limit,
+    and the samples say little about a policy far from π_old. So the clip takes the gradient from tokens that
+    have moved far enough in the direction of their advantage, and from no others:
 
         A > 0, ρ > 1 + ε   or   A < 0, ρ < 1 − ε    the clipped term is the smaller one: gradient 0
         A > 0, ρ < 1 − ε   or   A < 0, ρ > 1 + ε    moved the wrong way: ρ·A counts, and has its gradient"""
@@ -198,8 +197,8 @@ def value_loss(values, old_values, returns, mask, clip):
     PPO; Huang et al. 2024). All (B, T); gradients flow through values alone. Returns a scalar.
 
     Why clip the value? The returns of one rollout are noisy, and in several epochs the critic would fit their
-    noise. A value that has moved more than ε towards its return gets no gradient any more. The larger error
-    counts, so a value that has moved away from its return, or far past it, is still pulled back."""
+    noise. A value more than ε from V_old gets no gradient while it is nearer to its return than V_clip. The
+    larger error counts, so that a value which has moved away from its return is still pulled back."""
     old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
     values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -211,8 +210,8 @@ def approximate_kl(logprobs, old_logprobs, mask):
     (Schulman 2020). It is logged, and ends the update at --update_kl; no gradient flows through it.
 
     The plain estimate is the mean of −log ρ, which is negative for about half of the tokens: between policies
-    this close its noise hides the KL. Adding ρ − 1 leaves the mean as it is, for E[ρ] = 1 under π_old, and no
-    term is negative any more. expm1 keeps the digits that ρ − 1 loses where ρ is near 1."""
+    this close its noise hides the KL. Adding ρ − 1 does not change the mean, because E[ρ] = 1 under π_old;
+    then no term is negative, because log ρ ≤ ρ − 1. expm1 keeps the digits that ρ − 1 loses near ρ = 1."""
     log_ratio = torch.where(mask, (logprobs - old_logprobs).detach(), 0)
     return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
 
@@ -235,20 +234,20 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl, episodes):
-        """kl: nats per answer, measured on this many answers."""
+        """kl: nats per answer, measured on this many answers (episodes)."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * episodes / self.horizon
 
 
 def train(cfg, reward=None, auxiliary_loss=None):
     """reward: an object to use in place of --reward (see runtime/rewards.py). auxiliary_loss: a function of
-    run and policy that adds the gradient of another loss before each of the policy's steps."""
+    run and policy that adds another loss's gradient to the policy's (variants/ppo_ptx.py)."""
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     policy = load(cfg.init, "lm", tokenizer.vocab_size)
     reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
     prompts = load_prompts(cfg, tokenizer, policy.config.block_size - cfg.max_new_tokens)
     reward = reward or find_reward(cfg.reward, tokenizer)
-    critic = load(reward.folder or cfg.init, "scalar")
+    critic = load(reward.folder or cfg.init, "scalar")      # without a reward model: SFT with a new head
     run = Run(cfg, cfg.steps)
     run.place(policy, reference, *reward.networks, critic)
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
@@ -259,13 +258,13 @@ def train(cfg, reward=None, auxiliary_loss=None):
     while run.step < cfg.steps:
         # 1. Rollout
         asked = run.rng.choices(prompts, k=cfg.batch)
-        batch, answers = rollout(run, tokenizer, asked, policy, reference)
+        answers, batch = rollout(run, tokenizer, asked, policy, reference)
         mask = batch["mask"]
 
         # 2. Rewards
         scores = reward(run, asked, answers, batch)
-        # The reward model has never seen an answer without an end. Its score of one is a guess, and if that
-        # is high the policy learns to go on for ever. A fixed low score teaches it to end.
+        # The reward model has never seen an answer without an end: its score is a guess, and if that is high
+        # the policy learns to go on for ever. A fixed low score teaches it to end.
         scores = torch.where(batch["ended"], scores, cfg.no_end_score)
         rewards = kl_rewards(scores, batch["old_logprobs"], batch["ref_logprobs"], mask, controller.coef)
         if cfg.whiten_rewards:
@@ -274,15 +273,16 @@ def train(cfg, reward=None, auxiliary_loss=None):
         # 3. Advantages
         batch |= run.map(lambda b: {"old_values": state_values(critic, b["tokens"], b["mask"])}, batch)
         advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.lam)
-        if cfg.whiten_advantages:
-            advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages
         batch |= {"scores": scores, "rewards": rewards, "advantages": advantages, "returns": returns}
 
         # 4. Update
         factor, history, updates = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay), [], 0
         for rows in minibatches(cfg):
             minibatch, stats = select(batch, rows), Meter()
-            weights = minibatch["mask"].sum(1)          # tokens of each row: all tokens count alike
+            # share: the part of the minibatch's tokens that is in b. The gradients of share·mean add up to
+            # the gradient of the mean over all its tokens, however few rows fit into memory at once.
+            weights = minibatch["mask"].sum(1)
             for b, share in run.micro_batches(minibatch, weights):
                 logprobs, entropy = policy.logprobs(b["tokens"], b["mask"], cfg.temperature, entropy=True,
                                                     entropy_grad=cfg.entropy_coef > 0)
@@ -301,37 +301,37 @@ def train(cfg, reward=None, auxiliary_loss=None):
                 stats.add(share, value_loss=loss, value_clip_fraction=masked_mean(beyond, b["mask"]))
             means = stats.means()
             history.append(means)
-            # The clip takes away a token's own gradient, but the other tokens' gradients still move its ρ. So
-            # a step that would start more than update_kl from π_old is not taken, and the update ends.
+            # The clip takes away a token's own gradient, but other tokens' gradients still move its ρ. So the
+            # update ends before a step at which π is already more than update_kl from π_old.
             if cfg.update_kl > 0 and means["approx_kl"] > cfg.update_kl:
                 policy_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 break
             if auxiliary_loss:
                 auxiliary_loss(run, policy)
-            loss = means["policy_loss"] - cfg.entropy_coef * means["entropy"]
+            loss = means["policy_loss"] - cfg.entropy_coef * means["entropy"]   # checked: is it finite?
             run.optimizer_step(policy_optimizer, cfg.lr * factor, loss, f"policy on rows {rows.tolist()}")
             run.optimizer_step(critic_optimizer, cfg.critic_lr * factor, means["value_loss"],
                                f"critic on rows {rows.tolist()}")
             updates += 1
 
-        # 5. β
         errors = returns - batch["old_values"]
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
                    **{name: sum(m[name] for m in history) / len(history) for name in means},
                    "updates": updates, **answer_metrics(batch, asked, answers),
-                   # 1 for a perfect critic, 0 for one that is no better than a constant
+                   # 1 if V is the return but for a constant, 0 if it tells no more than a constant
                    "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
-        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
-        # At entropy 0 a prompt has one answer: nothing is left to compare, and ∇log π of a token with
-        # probability 1 is 0, so no advantage can bring other answers back.
+        # At entropy 0 a prompt has one answer, and ∇log π of a token with probability 1 is 0: nothing is
+        # left to compare, and no advantage can bring other answers back.
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
-        run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target,
-                    "KL is more than four times its target: lower --lr, or start with a higher --kl_coef")
+        run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target, "KL is far above its target: lower --lr")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
         run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
+
+        # 5. β
+        if cfg.adaptive_kl:
+            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
         run.log(metrics)
     run.finish(policy, tokenizer)
 

@@ -3,22 +3,22 @@
     python reward_model.py                                  from out/sft, on the embedded world's rankings
     python reward_model.py --init out/other --data pairs.jsonl
 
-People compare answers more reliably than they grade them. Bradley & Terry (1952) explain comparisons by a
+People compare answers more reliably than they grade them. Bradley & Terry (1952) model comparisons with a
 score r(x, y) of an answer y to a prompt x: y⁺ is preferred to y⁻ with probability σ(r(x, y⁺) − r(x, y⁻)). The
 model is the SFT network with a new head that gives one number per token. The number at the answer's last
 token is the score of the whole answer: the network reads from left to right, so only this position has seen
 all of it.
 
-A ranking of K answers holds K(K − 1)/2 comparisons, and all of them are used: best against worst is easy, and
-says little about the answers in between. All K answers are in one batch, so that each answer is read once per
-epoch. Each is part of K − 1 comparisons; if these were spread over batches, the network would be trained on
-the answer K − 1 times, and would overfit to it (Ouyang et al. 2022, section 3.5).
+A ranking of K answers holds K(K − 1)/2 comparisons. All are used, not only best against worst, because that
+pair is easy and says little about the answers in between. All K answers are in one batch, so that the network
+reads each once per epoch. Each is part of K − 1 comparisons; if these were spread over batches, the network
+would be trained on it K − 1 times per epoch, and would overfit (Ouyang et al. 2022, section 3.5).
 
-Comparisons fix only differences between scores for one prompt: a number added to all of them does not change
-the loss. Nor is the scale given: how far scores spread depends on how much people agreed. So after training
-the score is shifted and scaled, by two numbers for all prompts, until samples of the SFT model, from which
-PPO starts, have mean score 0 and standard deviation 1. PPO's settings, above all its KL penalty, then mean
-the same for every reward model. The order of the scores does not change.
+Comparisons determine only differences between scores for one prompt: a number added to all of them does not
+change the loss. And the scale differs between data sets: the more people agree, the larger are the
+differences. So after training one shift and one scale are chosen for all prompts, such that samples of the
+SFT model, from which PPO starts, have mean score 0 and standard deviation 1. PPO's settings, above all its
+KL penalty, then have the same effect with every reward model. The order of the scores does not change.
 """
 import math
 from dataclasses import dataclass
@@ -40,52 +40,52 @@ from runtime.run import Run
 @dataclass
 class Config(Training):
     out: str = flag("out/reward_model", "folder that the run writes")
-    init: str = flag("out/sft", "SFT checkpoint to start from, whose samples set the scale")
+    init: str = flag("out/sft", "SFT checkpoint to start from; its samples set the score's scale")
     data: str = flag(loading.WORLD, "preferences: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
-    epochs: int = flag(1, "passes over the preferences; in a second one it overfits to people's noise", 1)
+    epochs: int = flag(1, "passes over the preferences; with more it overfits to annotators' noise", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
-    normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0 leaves it as trained", 0)
+    normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0: no shift, no scale", 0)
 
 
 def pairwise_loss(chosen, rejected, margin=0.0):
     """Bradley-Terry: the mean of −log σ(r⁺ − r⁻ − m), the negative log-likelihood of the choices.
 
-    chosen, rejected: scores (B,); margin m: a number or (B,). Where people also say how much better an answer
-    is, a larger m asks for a larger difference (Touvron et al. 2023, eq. 2). Returns a scalar in nats. With
-    m = 0, equal scores cost log 2 per pair, as a coin toss does. A model that costs more on held-out pairs is
-    confident where it is wrong."""
+    chosen, rejected: scores (B,); margin m: a number or (B,). If annotators also say how much better an
+    answer is, a larger m asks for a larger difference (Touvron et al. 2023, eq. 2). Returns a scalar in nats.
+    With m = 0, equal scores give log 2, as a coin toss does. A larger loss on held-out pairs shows confident
+    wrong predictions."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
 def ranking_loss(scores, ranks, margin=None, probability=None):
-    """The same for rankings of K answers: −log σ(r_i − r_j − m) of each pair in which i ranks before j,
-    averaged per prompt, then over prompts (Ouyang et al. 2022, eq. 1). In a mean over all pairs at once, a
-    prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
+    """The pairwise loss for rankings of K answers: the mean of −log σ(r_i − r_j − m) over all pairs in which
+    answer i is better than answer j, per prompt, then over prompts (Ouyang et al. 2022, eq. 1). In one mean
+    over all pairs, a prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
 
     scores (B, K); ranks (B, K) int64, 1 is best, 0 marks a missing answer; margin (B,) or None; probability
-    (B,) or None: p that a label is right, below 1 for a soft label. The loss is then the mean over both
-    labels, p·loss(i before j) + (1 − p)·loss(j before i), whose minimum is at σ(r_i − r_j) = p. Equal ranks
-    are ties and give no pair, because Bradley & Terry's model only knows choices. Each row must order at
-    least one pair. Returns a scalar in nats."""
-    scores = torch.where(ranks > 0, scores, 0)          # NaN of a missing answer would survive · 0 below
+    (B,) or None: the probability p that the given order is right, below 1 for a soft label. A pair's loss is
+    then its expectation, p·loss(i better) + (1 − p)·loss(j better); with m = 0 its minimum is at
+    σ(r_i − r_j) = p. Equal ranks are ties and give no pair, because Bradley & Terry's model only knows
+    choices. Each row needs at least two different ranks. Returns a scalar in nats."""
+    scores = torch.where(ranks > 0, scores, 0)          # NaN · 0 would still be NaN below
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     margin = 0.0 if margin is None else margin[:, None, None]
     losses = -F.logsigmoid(gaps - margin)
     if probability is not None:
         p = probability[:, None, None]
         losses = p * losses - (1 - p) * F.logsigmoid(-gaps - margin)
-    present = (ranks > 0)[:, :, None]                   # of i; a missing j has rank 0, which no i precedes
+    present = (ranks > 0)[:, :, None]                   # i exists; if j is missing, no rank is below its 0
     better = present & (ranks[:, :, None] < ranks[:, None, :])
     return ((losses * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
 
 def best_beats_worst(scores, ranks):
-    """The share of prompts whose best answer scores above their worst. Both (B, K), as in ranking_loss."""
+    """The share of prompts whose best answer scores above their worst. scores, ranks: as in ranking_loss."""
     absent = ranks == 0
     best = ranks.masked_fill(absent, ranks.max() + 1).argmin(dim=1, keepdim=True)
     worst = ranks.argmax(dim=1, keepdim=True)
@@ -101,7 +101,7 @@ def score_answers(model, run, comparisons):
 
 
 def evaluate(model, run, comparisons):
-    """How well the model predicts held-out Comparisons, over all pairs: {name: number}, and calibration."""
+    """How well the model predicts all pairs of held-out Comparisons: {metric: number}, and calibration."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons)["scores"]
     gaps, longer = [], []           # of each pair: r⁺ − r⁻, and how many tokens longer y⁺ is than y⁻
     for c, r in zip(comparisons, scores.tolist()):
@@ -110,8 +110,8 @@ def evaluate(model, run, comparisons):
     gaps, longer = torch.tensor(gaps), torch.tensor(longer)
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
     numbers = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
-    # A model that has only learnt that long answers win is wrong where the winner is more than 4 tokens
-    # shorter, right where it is longer, and guesses where the lengths are alike.
+    # A model that has only learnt to prefer long answers has accuracy 0 where the winner is more than 4
+    # tokens shorter, 1 where it is more than 4 longer, and ½ between.
     for name, rows in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
                        ("winner_longer", longer > 4)):
         if rows.any():
@@ -120,14 +120,14 @@ def evaluate(model, run, comparisons):
 
 
 def calibration(gaps):
-    """Whether the model is as confident as it is right: the higher score should win with probability
+    """Predicted probability beside observed frequency: the higher score should win with probability
     σ(|r⁺ − r⁻|).
 
     gaps: r⁺ − r⁻ of each pair. Returns a row (mean probability, share of pairs in which the higher score won,
-    number of pairs) for each tenth of probability from 0.5 to 1. It holds only before the score is rescaled:
-    the loss has fitted σ(r⁺ − r⁻) to the choices, and no multiple of the gap."""
+    number of pairs) for each of the bins 0.5 to 0.6, ..., 0.9 to 1. Computed before the score is rescaled:
+    only on its trained scale is σ(r⁺ − r⁻) a probability."""
     predicted, won, rows = torch.sigmoid(gaps.abs()), (gaps > 0).float(), []
-    edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ rounds to 1
+    edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.01)                     # σ can round to exactly 1
     for low, high in zip(edges, edges[1:]):
         some = (predicted >= low) & (predicted < high)
         if some.any():
@@ -138,7 +138,7 @@ def calibration(gaps):
 @torch.no_grad()
 def normalize(model, sft, run, prompts, end):
     """Shift and scale the head so that the SFT model's answers to these prompts (lists of ids) have mean
-    score 0 and standard deviation 1. Returns the mean and the standard deviation that they had."""
+    score 0 and standard deviation 1. Returns the mean and the standard deviation before that."""
     room = sample_room(model)
     samples = run.sample(sft, prompts, run.seeds(len(prompts)), room, stop_token=end)
     scores = run.score(model, samples)
@@ -149,7 +149,7 @@ def normalize(model, sft, run, prompts, end):
 
 
 def sample_room(model):
-    """Tokens of an answer that sets the scale; a prompt may take the rest of a block."""
+    """The longest sampled answer, in tokens; prompts may use the rest of the block."""
     return min(64, model.config.block_size // 2)
 
 
@@ -186,9 +186,9 @@ def train(cfg):
 
     numbers, calibrated = evaluate(model, run, held_out)
     if loading.is_world(cfg.data):
-        # A pair that an annotator prefers one way with probability p is predicted right with at most
-        # probability max(p, 1 − p), by naming what most annotators prefer. The ceiling is the mean of that.
-        # judge_agreement is the share of choices that agree with the world's judge, who knows the truth.
+        # Annotators differ, and a choice is one annotator's. If a random one prefers y⁺ with probability p,
+        # even the best prediction, what most prefer, is right with probability max(p, 1 − p): the ceiling is
+        # its mean. judge_agreement is the share of choices that agree with the world's judge (the truth).
         numbers |= {"ceiling": annotators.ceiling(unseen), "judge_agreement": annotators.agreement(unseen)}
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items())
     print("held out:  " + "  ".join(shown))

@@ -1,14 +1,14 @@
 """Stage 1, supervised fine-tuning (SFT): imitate demonstrations.
 
-    python sft.py                                       the embedded world, a small GPT from nothing
-    python sft.py --data my.jsonl --init out/other      go on from a checkpoint, on your own conversations
+    python sft.py                                       a new small GPT, on the embedded world
+    python sft.py --data my.jsonl --init out/other      a checkpoint, on your own conversations
 
-The loss is that of any language model, −log p(next token), but only on what the assistant says: all its
-turns in a conversation, each with the <|im_end|> that closes it. The model reads the user's words and need
+The loss is the −log p(next token) of any language model, computed only on the assistant's tokens: all its
+turns in a conversation, each with the <|im_end|> that closes it. The user's words are input; the model need
 not learn to write them. It must learn to write <|im_end|>, or no answer would ever end.
 
-The model then answers fluently, and about as well as the average demonstration: maximum likelihood imitates
-those who answer badly as faithfully as those who answer well. To prefer good answers is for later stages.
+After SFT the model answers fluently, and about as well as the average demonstration: maximum likelihood
+imitates bad demonstrations as faithfully as good ones. The later stages teach it to prefer good answers.
 """
 import math
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ from runtime.run import Run
 class Config(Training):
     out: str = flag("out/sft", "folder that the run writes")
     data: str = flag(loading.WORLD, "demonstrations: a folder of the world's, or a file (.json, .jsonl)")
-    held_out: str = flag("", "file of held-out demonstrations; none holds out every tenth record")
-    init: str = flag("", "checkpoint to start from; none starts a new model of the shape below")
-    tokenizer: str = flag("", "of a new model: gpt2, or a folder; none takes the world's there, else gpt2")
+    held_out: str = flag("", "file of held-out demonstrations; without it every tenth record is held out")
+    init: str = flag("", "checkpoint to start from; without it a new model of the shape below")
+    tokenizer: str = flag("", "of a new model: gpt2 or a folder; without it the world's or gpt2")
     n_layer: int = flag(4, "layers of a new model", 1)
     n_head: int = flag(3, "attention heads of a new model", 1)
     n_embd: int = flag(96, "width of a new model", 1)
@@ -42,21 +42,21 @@ class Config(Training):
     batch: int = flag(8, "conversations per optimiser step", 1)
     lr: float = flag(2e-3, "peak learning rate", 0)
     warmup: int = flag(20, "steps of linear warm-up", 0)
-    decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
+    decay: str = flag("cosine", "how the learning rate falls to 0", choices=("constant", "linear", "cosine"))
+    weight_decay: float = flag(0.1, "AdamW's weight decay, of matrices only", 0)
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)
 
     def __post_init__(self):
-        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)       # ValueError if heads do not divide the width
+        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)       # raises if heads do not divide the width
         if self.lora_rank > 0 and not self.init:
-            raise ValueError("--lora_rank trains beside a checkpoint's weights: name one with --init")
+            raise ValueError("--lora_rank adapts a checkpoint: name one with --init")
 
 
 def sft_loss(logprobs, mask):
-    """The mean of −log p over the tokens to learn: logprobs (B, T) in nats, mask (B, T) bool; a scalar.
+    """The mean of −log p over the tokens to learn. logprobs (B, T) in nats; mask (B, T) bool. A scalar.
 
-    The mean is over tokens, not over rows. If each row were averaged first, a token of a short answer would
-    count more than one of a long answer, and the loss would not be the cross-entropy of the text."""
+    The mean is over tokens, not over rows. If each row were averaged first, a token in a row with few tokens
+    to learn would count more than others, and the loss would not be the cross-entropy per token."""
     return -torch.where(mask, logprobs, 0).sum() / mask.sum()
 
 
@@ -69,7 +69,7 @@ def demonstrations_loss(model, run, demonstrations):
 
 @torch.no_grad()
 def evaluate(model, run, demonstrations):
-    """sft_loss over all tokens to learn of held-out Demonstrations, in nats."""
+    """The mean sft_loss per learnt token of held-out Demonstrations, in nats."""
     stats = Meter()
     for some, share in run.micro_batches(demonstrations, weights=[sum(d.learn) for d in demonstrations]):
         stats.add(share, loss=demonstrations_loss(model, run, some))
@@ -77,7 +77,7 @@ def evaluate(model, run, demonstrations):
 
 
 def show_samples(model, tokenizer, run, conversations, n=3):
-    """Print the model's own answers to the last question of n conversations, others at each step."""
+    """Print the model's own answers to the last question of n conversations, which change with the step."""
     for number in range(run.step, run.step + n):
         messages = conversations[number % len(conversations)]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
@@ -96,7 +96,7 @@ def start(cfg):
         tokenizer = Tokenizer.load(cfg.init, cfg.system)
         return load(cfg.init, "lm", tokenizer.vocab_size), tokenizer
     tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data, cfg.system)
-    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)      # matrix products are faster at round numbers
+    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)      # matrix products are faster so
     shape = (vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
     return GPT(GPTConfig(*shape, mlp="gelu")), tokenizer        # GPT-2's approximation is slow on a CPU
 
@@ -110,14 +110,14 @@ def train(cfg):
     held_out = encode_demonstrations(tokenizer, unseen, block_size, "held-out demonstrations")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
     every = max(1, steps // cfg.evals)
-
     run = Run(cfg, steps)
     run.place(model)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
     for batch in batches([len(d.ids) for d in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
         rows, stats = [examples[i] for i in batch], Meter()
-        # The weight of a row is its number of tokens to learn: the mean over rows is that over all tokens.
+        # share: the part of all tokens to learn that is in `some`. The gradients of share·mean add up to that
+        # of the mean over all of them, however few rows fit into memory at once.
         for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):
             loss = demonstrations_loss(model, run, some)
             (share * loss).backward()
@@ -125,7 +125,7 @@ def train(cfg):
         loss, lr = stats.means()["loss"], cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, loss, f"demonstrations {batch}")
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
-        if (run.step + 1) % every == 0 and run.step + every < steps:
+        if (run.step + 1) % every == 0 and run.step + every < steps:            # not shortly before the end
             show_samples(model, tokenizer, run, unseen)
             held_out_loss = evaluate(model, run, held_out)
             metrics |= {"held_out_loss": held_out_loss, "perplexity": math.exp(held_out_loss)}

@@ -89,23 +89,24 @@ def labeller(by, run, tokenizer, constitution=""):
     by: "annotators", in panels of five as in the world's preferences; the folder of a reward model, which
     must have the tokenizer of the model that answers; or the folder of a chat model, which judges by the
     principles in the file `constitution`."""
+    is_judge = False
     if by != "annotators":
         own = Tokenizer.load(by)
         model = load(by, vocab_size=own.vocab_size).requires_grad_(False)
         run.place(model)
-        if model.head_kind == "lm":
-            return partial(rank_by, Judge(run, model, own, constitution).scores)
-        tokenizer.check_same(by)
-    if constitution:
+        is_judge = model.head_kind == "lm"
+    if constitution and not is_judge:
         raise ValueError(f"--constitution is for a chat model that judges, and {by} is none")
     if by == "annotators":
         return lambda prompts, answers, rng: [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
                                               for prompt, some in zip(prompts, answers)]
-    return partial(rank_by, partial(reward_scores, run, model, tokenizer))
-
-
-def rank_by(scores, prompts, answers, rng):
-    return [[1 + sum(other > x for other in some) for x in some] for some in scores(prompts, answers)]
+    if is_judge:
+        scores = Judge(run, model, own, constitution).scores
+    else:
+        tokenizer.check_same(by)
+        scores = partial(reward_scores, run, model, tokenizer)
+    return lambda prompts, answers, rng: [[1 + sum(other > x for other in some) for x in some]
+                                          for some in scores(prompts, answers)]
 
 
 def reward_scores(run, model, tokenizer, prompts, answers):

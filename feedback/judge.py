@@ -85,8 +85,8 @@ def label(cfg):
     run.place(model)
     judge = Judge(run, model, tokenizer, cfg.constitution)
     preferences = [p for p in records.read("preferences", cfg.data, cfg.max_dropped) if p]
-    pairs = [(p.prompt, p.responses[better], p.responses[worse]) for p in preferences
-             for better, worse in records.pairs(p.ranks)]
+    pairs = [(p.prompt, p.responses[better], p.responses[worse])
+             for p in preferences for better, worse in p.pairs]
     pairs = fit(pairs, lambda pair: 1 + len(judge.question(*pair)), model.config.block_size, "pairs",
                 max_dropped=cfg.max_dropped)
     first, second = judge.compare(pairs)

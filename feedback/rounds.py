@@ -13,7 +13,7 @@ the SFT model's answers alone: --rounds 1 --labels 3000 --out out/once.
 The other way needs no reward model (rejection sampling: Dong et al. 2023, "RAFT"): each round imitates the
 answers that were ranked first, from the policy that gave them.
 
-Each part is run once. One that was made by a command with other flags is refused.
+Each part is run once. A part that was made with other flags is refused.
 """
 import os
 import shlex
@@ -22,12 +22,12 @@ from pathlib import Path
 
 from lab.stages import run_stage
 from runtime.files import find
-from runtime.flags import Settings, flag
+from runtime.flags import flag
 from runtime.launch import main
 
 
 @dataclass
-class Config(Settings):
+class Config:
     out: str = flag("out/loop", "folder of all parts")
     init: str = flag("out/sft", "SFT model: the first policy, and where each PPO starts")
     by: str = flag("annotators", "who ranks: see feedback/collect.py")
@@ -35,6 +35,10 @@ class Config(Settings):
     way: str = flag("ppo", "how a round learns", choices=("ppo", "best"))
     rounds: int = flag(3, "rounds", 1)
     labels: int = flag(1000, "prompts per round, each with four answers to rank", 10)
+    seed: int = flag(0, "seed of all parts", 0, 2 ** 31)
+    device: str = flag("auto", "of all parts: auto, cuda, mps or cpu")
+    precision: str = flag("auto", "of all parts: auto, float32 or bfloat16")
+    debug: bool = flag(False, "show the traceback of an error")
 
 
 def part(cfg, command, name, **flags):

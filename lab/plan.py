@@ -1,47 +1,44 @@
-"""How much memory a stage needs on each device, and how much it sends: on paper, before it runs.
+"""How much memory a stage needs on each device and how much it sends, computed before it runs.
 
     python -m lab.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
         --vocab_size 128256
     python -m lab.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
 
-Bytes, with P parameters, N processes and b bytes per number in matrix products; ppo with a critic, dpo with
---looks 0, which needs no reference, and neither with LoRA:
+Bytes, for P parameters, N processes and b bytes per number in matrix products; without LoRA:
 
     state         16·P per trained network (float32 parameters, gradients, Adam's two moments), and in
-                  bfloat16 the copy that computes, 2·P; b·P per frozen one; fsdp: 16·P and 4·P, ÷ N
-    gathered      fsdp: what a block and the embeddings need whole, in b, and the next block's; to sample, all
-                  of P in b, unless --no-gather_at_once
-    sampling      sft's few answers; ppo's rollout; those of the SFT network that set a reward model's scale
-    activations   what the backward pass needs of each token and block, counted below; with
-                  --checkpoint_blocks only a block's input
-    logits        V numbers of 4 bytes per token that is learnt, 16 million at a time: log-probabilities, and
-                  two gradients
-    in transit    fsdp: a block's gradients in b, and those of the block before in 4 bytes
+                  bfloat16 2·P for its copy; b·P per frozen network. fsdp: 16·P and 4·P, divided by N
+    gathered      fsdp: embeddings and two blocks in b; to sample, all of P in b if --gather_at_once
+    activations   per token and block, counted below; with --checkpoint_blocks a block's input alone
+    logits        three float32 arrays (learnt tokens, V), of at most 16 million numbers
+    in transit    fsdp: a block's gradients in b, and those of the block before in float32
     cache         keys and values of every row that is sampled, in b
-    sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and add gradients
-                  up; ddp: 8·P·(N − 1)/N per optimiser step; ppo under fsdp also b·P·(N − 1)/N to sample, and
-                  for each network that reads a micro-batch
+    sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and to sum the
+                  gradients; in ppo also b·P·(N − 1)/N to sample, and as much for each network that reads a
+                  micro-batch. ddp: 8·P·(N − 1)/N per optimiser step
 """
 import math
-from dataclasses import dataclass, fields, replace
+from collections import namedtuple
+from dataclasses import dataclass, fields, make_dataclass, replace
 
 import torch
 
+import ppo
+import reward_model
 from model import GPT, GPTConfig
 from runtime.flags import flag
 from runtime.launch import main
 
 TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm", "scalar"]}    # their heads
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
-PPO_MINIBATCHES, PPO_EPOCHS = 2, 2                                  # ppo.py's defaults
-CHUNK = 2 ** 24                                                     # logits that exist at once: GPT.logprobs
-LOGITS = 5                              # float32 arrays (rows, V) that exist at once where tokens are sampled
+CHUNK = 2 ** 24                         # logits that exist at once in training: see GPT.logprobs
+SAMPLING_LOGITS = 5                     # float32 arrays (rows, V) that exist at once where tokens are sampled
 GB, TB = 1e9, 1e12
 
 
 @dataclass
-class Config:
+class Stage:
     stage: str = flag("ppo", "stage", choices=tuple(TRAINED))
     processes: int = flag(8, "devices", 1)
     parallel: str = flag("fsdp", "how networks are spread over them", choices=("ddp", "fsdp"))
@@ -49,37 +46,25 @@ class Config:
     micro_batch: int = flag(4, "sequences per forward pass of a device", 1)
     sample_batch: int = flag(256, "answers that a device samples at once", 1)
     length: int = flag(1024, "tokens per sequence", 1)
-    learnt: float = flag(0.5, "share of them that is learnt from", 0, 1)
+    learnt: float = flag(0.5, "share of these tokens that the stage learns from: the answer", 0, 1)
     checkpoint_blocks: bool = flag(False, "as in training")
     gather_at_once: bool = flag(True, "as in training")
-    normalize: int = flag(256, "as in reward_model.py", 0)
+    normalize: int = flag(reward_model.Config.normalize, "as in reward_model.py", 0)
     bytes: int = flag(2, "per number in matrix products: 2 is bfloat16, 4 float32", 2, 4)
-    n_layer: int = flag(12, "layers", 1)
-    n_head: int = flag(12, "heads", 1)
-    n_kv_head: int = flag(0, "heads of keys and values; 0: as many", 0)
-    n_embd: int = flag(768, "width", 1)
-    mlp_hidden: int = flag(0, "width inside the MLP; 0: four times n_embd", 0)
-    vocab_size: int = flag(50304, "vocabulary", 1)
-    mlp: str = flag("gelu_tanh", "kind of MLP", choices=("gelu_tanh", "gelu", "swiglu"))
-    norm: str = flag("layernorm", "kind of norm", choices=("layernorm", "rmsnorm"))
-    positions: str = flag("learned", "kind of positions", choices=("learned", "rotary"))
-    bias: bool = flag(True, "in linear layers")
-    tied: bool = flag(True, "embedding and output layer are one")
     table: bool = flag(False, "print what fits where")
     debug: bool = flag(False, "show the traceback of an error")
 
     def __post_init__(self):
-        shape = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)}
-        self.shape = GPTConfig(**shape, block_size=self.length)
+        self.shape = GPTConfig(**{name: getattr(self, name) for name, *_ in SHAPE}, block_size=self.length)
 
 
-@dataclass
-class Network:
-    """Numbers of parameters."""
-    head: str
-    all: int
-    block: int              # one block's
-    ends: int               # the embeddings', the last norm's and the head's
+SHAPE = [(f.name, f.type, flag(f.default, "as in model.GPTConfig")) for f in fields(GPTConfig)
+         if f.type in (int, str, bool) and f.name != "block_size"]
+Config = make_dataclass("Config", SHAPE, bases=(Stage,))            # a flag for each field of the shape
+
+
+# Parameters: of all, of one block, and of the ends, which are the embeddings, the last norm and the head.
+Network = namedtuple("Network", "head all block ends")
 
 
 def network(shape, head="lm"):
@@ -91,121 +76,110 @@ def network(shape, head="lm"):
 
 
 class Plan:
-    """The bytes of a stage, on each device. cfg: a Config."""
+    """The bytes of a stage on each device. cfg: a Config."""
 
     def __init__(self, cfg):
-        self.cfg, self.shape, self.b, self.N = cfg, cfg.shape, cfg.bytes, cfg.processes
+        self.cfg, self.shape, self.b = cfg, cfg.shape, cfg.bytes
         self.trained = [network(cfg.shape, head) for head in TRAINED[cfg.stage]]
         self.P_trained = sum(net.all for net in self.trained)
         self.P_frozen = sum(network(cfg.shape, head).all for head in FROZEN[cfg.stage])
         self.shards = cfg.processes if cfg.parallel == "fsdp" else 1
         self.is_sharded = self.shards > 1
-        self.minibatches, self.epochs = (PPO_MINIBATCHES, PPO_EPOCHS) if cfg.stage == "ppo" else (1, 1)
-        self.passes = math.ceil(cfg.batch / self.minibatches / self.N / cfg.micro_batch)  # per optimiser step
-        self.embedding = cfg.shape.vocab_size * cfg.shape.n_embd * self.b
-        # Numbers per token before and after an MLP's nonlinearity; with a gate, also its and the product.
+        self.minibatches = ppo.Config.minibatches if cfg.stage == "ppo" else 1
+        self.passes = math.ceil(cfg.batch / self.minibatches / cfg.processes / cfg.micro_batch)  # per step
+        # Numbers per token: of all heads' queries, of their keys, and of an MLP before and after its
+        # nonlinearity, with a gate also of the gate and the product.
+        self.q, self.kv = cfg.shape.n_head * cfg.shape.head_dim, cfg.shape.n_kv_head * cfg.shape.head_dim
         self.mlp = cfg.shape.mlp_hidden * (4 if cfg.shape.mlp == "swiglu" else 2)
 
     def numbers(self):
-        """{what: bytes}. The peak is the largest of three: in a backward pass, at its end, where the
-        embeddings' gradients are, and while sampling."""
+        """{name: bytes}. The peak is reached in a backward pass or in sampling."""
         state = (12 * self.P_trained + 4 * self.P_frozen) / self.shards             # without gradients
         if not self.is_sharded:
-            state = 12 * self.P_trained + self.b * self.P_frozen
-            state += 2 * self.P_trained if self.b < 4 else 0
-        gradients, backward, end = 0, 0, 0
+            state = (12 if self.b == 4 else 14) * self.P_trained + self.b * self.P_frozen
+        gradients, backward = 0, 0
         for net in self.trained:                # one after the other, beside the gradients of those before
             backward = max(backward, self.backward(net, gradients))
-            end = max(end, self.end_of_backward(net, gradients))
             gradients += 4 * net.all / self.shards
         sampling = self.sampling()
         return {"state": state + gradients, "backward": backward, "sampling": sampling,
-                "peak": state + max(backward, end, sampling),
-                "sent per step": self.sent()}
+                "peak": state + max(backward, sampling), "sent per step": self.sent()}
 
     def activations(self):
-        """Bytes that the backward pass needs per token of a block."""
-        shape, C = self.shape, self.shape.n_embd
-        kv = shape.n_kv_head * (C // shape.n_head)
-        attention = C + 2 * kv + C                # queries, keys and values, and what attention makes of them
-        if shape.positions == "rotary":
-            attention += C + kv                         # also turned queries and keys
-        norms = 4 * C if shape.norm == "layernorm" else 6 * C     # in and out, and RMSNorm's product, of both
-        return (norms + attention + self.mlp) * self.b
+        """Bytes that the backward pass needs of each token of a block."""
+        attention = 2 * self.q + 2 * self.kv                # queries, keys, values and attention's output
+        if self.shape.positions == "rotary":
+            attention += self.q + self.kv                   # queries and keys before the rotation, too
+        norms = 4 if self.shape.norm == "layernorm" else 6  # of two norms: in, out, and RMSNorm's product
+        return (norms * self.shape.n_embd + attention + self.mlp) * self.b
 
     def gathered(self, ends):
-        """Parameters that are whole while others read them. What has just been gathered is there twice for a
-        moment: as it came, and as it is used. fsdp gathers a block ahead."""
+        """fsdp: bytes of the parameters that are whole while they are used, with the block that is gathered
+        ahead. For a moment the last piece exists twice, as it was received and as it is used."""
         if not self.is_sharded:
             return 0
         return (max(ends, self.trained[0].block) + ends + self.trained[0].block) * self.b
 
     def backward(self, net, earlier):
-        """The most that a network's forward and backward pass needs, apart from the rest of the state:
-        gradients too. earlier: those that are there before."""
-        cfg, shape, b = self.cfg, self.shape, self.b
-        tokens = cfg.micro_batch * cfg.length
-        of_block, recomputed = tokens * self.activations(), 0
-        if cfg.checkpoint_blocks:                                   # its input alone
-            of_block, recomputed = tokens * shape.n_embd * b, of_block
-        # In a block's backward pass: gradients of what is inside; under fsdp its parameters' gradients, and
+        """Peak bytes of a network's forward and backward pass, gradients included, the rest of the state not.
+        earlier: the gradients of the networks before it."""
+        cfg, C, L, b = self.cfg, self.shape.n_embd, self.shape.n_layer, self.b
+        tokens, embedding, half = cfg.micro_batch * cfg.length, self.shape.vocab_size * C * b, 0
+        kept, recomputed = tokens * self.activations(), 0                           # of each block
+        if cfg.checkpoint_blocks:
+            kept, recomputed = tokens * C * b, kept
+        # In a block's backward pass: the gradients of its activations; under fsdp also of its parameters, and
         # in float32 those of the block before, in transit.
-        inside = recomputed + tokens * (self.mlp / 2 + 2 * shape.n_embd) * b
-        if self.is_sharded:
-            inside += net.block * (b + 4)
-        gradients, half, moments = 4 * net.all / self.shards, 0, []
-        if self.passes > 1:                                         # its own are there from the first on
-            earlier, gradients = earlier + gradients, 0
+        inside = recomputed + tokens * (self.mlp / 2 + 2 * C) * b
+        inside += net.block * (b + 4) if self.is_sharded else 0
+        own, moments = 4 * net.all / self.shards, []
+        before, new = (earlier, own) if self.passes == 1 else (earlier + own, 0)
         if net.head == "lm":
-            logits = min(tokens * cfg.learnt * shape.vocab_size, CHUNK) * 4
-            if shape.tied:
-                half = self.embedding                               # its gradient waits for its other half
-            moments.append(shape.n_layer * of_block + 3 * logits + self.embedding - half)   # the head's
-        moments.append((shape.n_layer - 1) * of_block + inside + half)              # in the last block
-        moments.append(gradients + inside + half)                                   # in the first block
-        return earlier + self.gathered(net.ends) + max(moments)
-
-    def end_of_backward(self, net, earlier):
-        """When the embedding's gradient is made: both halves of a tied one and their sum, or that of the
-        lookup alone; under fsdp also all that is in transit."""
-        need = self.embedding * (3 if self.shape.tied and net.head == "lm" else 1)
+            logits = min(tokens * cfg.learnt * self.shape.vocab_size, CHUNK) * 4
+            half = embedding if self.shape.tied else 0          # the head's part of a tied gradient waits
+            moments.append(L * kept + 3 * logits + embedding - half)                            # in the head
+        moments += [(L - 1) * kept + inside + half, new + inside + half]        # in the last block, the first
+        # At the end comes the embedding's gradient: both parts of a tied one and their sum, or one alone;
+        # under fsdp also all that is in transit.
+        end = embedding * (3 if half else 1)
         if self.is_sharded:
-            need = max(need + (net.ends + net.block) * self.b, net.ends * (self.b + 4 + 4 / self.shards))
-        return earlier + 4 * net.all / self.shards + need
+            end = max(end + (net.ends + net.block) * b, net.ends * (b + 4 + 4 / self.shards))
+        return max(before + self.gathered(net.ends) + max(moments), earlier + own + end)
 
     def sampling(self):
-        """The most that sampling needs, apart from the state: weights, cache, activations of one token."""
+        """Peak bytes of sampling apart from the state: weights, cache, and the activations of the prompts or
+        the logits of one token. sft.py samples a few answers one by one, reward_model.py those of the SFT
+        network that set its scale."""
         cfg, shape, b = self.cfg, self.shape, self.b
-        lm, prompt, extra, weights = network(shape), cfg.length * (1 - cfg.learnt), 0, 0
+        lm, prompt, answer, extra, weights = network(shape), cfg.length * (1 - cfg.learnt), 64, 0, 0
         if self.is_sharded:
             weights = (lm.all + 2 * lm.block) * b if cfg.gather_at_once else self.gathered(lm.ends)
-        if cfg.stage == "sft":                                          # a few answers, one at a time
+        if cfg.stage == "sft":
             return weights
         if cfg.stage == "ppo":
-            rows, answer = min(cfg.sample_batch, cfg.batch / self.N), cfg.length * cfg.learnt
-        elif cfg.stage == "reward_model" and cfg.normalize:             # its SFT network is there only now
-            rows, answer = min(cfg.sample_batch, cfg.normalize / self.N), 64
-            extra = 4 * lm.all / self.shards if self.is_sharded else b * lm.all
+            rows, answer = cfg.batch, cfg.length * cfg.learnt
+        elif cfg.stage == "reward_model" and cfg.normalize:
+            rows, extra = cfg.normalize, 4 * lm.all / self.shards if self.is_sharded else b * lm.all
         else:
             return 0
-        cache = rows * (prompt + answer) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * b
-        reading = rows * prompt * (self.mlp + 4 * shape.n_embd) * b
-        return weights + extra + cache + max(reading, LOGITS * rows * shape.vocab_size * 4)
+        rows = min(cfg.sample_batch, rows / cfg.processes)
+        cache = rows * (prompt + answer) * 2 * shape.n_layer * self.kv * b
+        reading = rows * prompt * (self.mlp + 2 * shape.n_embd + 2 * self.q) * b
+        return weights + extra + cache + max(reading, SAMPLING_LOGITS * rows * shape.vocab_size * 4)
 
     def sent(self):
-        """Bytes that each process sends per step: a rollout with its updates, in ppo."""
-        cfg, b, share = self.cfg, self.b, (self.N - 1) / self.N
-        updates = self.epochs * self.minibatches
+        """Bytes that each process sends per step; of ppo, per rollout with its updates."""
+        cfg, b, share = self.cfg, self.b, (self.cfg.processes - 1) / self.cfg.processes
+        updates = ppo.Config.epochs * self.minibatches if cfg.stage == "ppo" else 1
         if not self.is_sharded:
             return 8 * self.P_trained * share * updates
         sent = self.P_trained * (2 * b + 4) * share * self.passes * updates
-        if cfg.stage == "ppo":                  # answers are sampled, then read by the other networks ...
-            policy = self.trained[0].all
-            readers = self.P_trained + self.P_frozen
-            if b == 4:                          # in bfloat16 the policy reads its own answers once more
+        if cfg.stage == "ppo":                  # the answers are sampled, then all networks read them
+            policy, readers = self.trained[0].all, self.P_trained + self.P_frozen
+            if b == 4:                          # only in bfloat16 the policy reads its own answers once more
                 readers -= policy
             times = 1 if cfg.gather_at_once else int(cfg.length * cfg.learnt)
-            micro_batches = math.ceil(cfg.batch / self.N / cfg.micro_batch)
+            micro_batches = math.ceil(cfg.batch / cfg.processes / cfg.micro_batch)
             sent += b * share * (policy * times + readers * micro_batches)
         return sent
 
@@ -226,33 +200,30 @@ def in_words(size):
     return f"{size / GB:.0f} GB" if size >= 10 * GB else f"{size / GB:.1f} GB"
 
 
-def table():
+def table(counts=(1, 8, 16, 64)):
     """Lines of Markdown for SFT and PPO under fsdp, in bfloat16 with recomputed blocks: what each device
     holds, and what it sends per step on eight of them. Eight sequences of 1,024 tokens per device, one per
     forward pass; the policy is gathered at once to sample if that is less than 40 GB."""
-    counts = (1, 8, 16, 64)
     heads = " | ".join("1 GPU" if n == 1 else f"{n} GPUs" for n in counts)
     lines = [f"| model | stage | {heads} | each of 8 sends per step |", "|---" * (3 + len(counts)) + "|"]
     for name, shape in MODELS.items():
         for stage in ("sft", "ppo"):
-            found = {}
+            plans = {}
             for n in counts:
                 cfg = Config(stage, n, batch=8 * n, micro_batch=1, checkpoint_blocks=True, **shape)
                 cfg.gather_at_once = network(cfg.shape).all * cfg.bytes < 40 * GB
-                found[n] = Plan(cfg).numbers()
-            peaks = " | ".join(in_words(found[n]["peak"]) for n in counts)
-            lines.append(f"| {name} | {stage} | {peaks} | {in_words(found[8]['sent per step'])} |")
+                plans[n] = Plan(cfg).numbers()
+            peaks = " | ".join(in_words(plans[n]["peak"]) for n in counts)
+            lines.append(f"| {name} | {stage} | {peaks} | {in_words(plans[8]['sent per step'])} |")
     return lines
 
 
 def show(cfg):
     if cfg.table:
-        print("\n".join(table()))
-        return
-    numbers = (f"{what} {size / GB:.2f} GB" for what, size in Plan(cfg).numbers().items())
-    billions = network(cfg.shape).all / 1e9
-    print(f"{cfg.stage} of {billions:.2f} B parameters, {cfg.parallel} on {cfg.processes}:  "
-          + "  ".join(numbers))
+        return print("\n".join(table()))
+    numbers = "  ".join(f"{name} {size / GB:.2f} GB" for name, size in Plan(cfg).numbers().items())
+    size = f"{network(cfg.shape).all / 1e9:.2f} B parameters"
+    print(f"{cfg.stage} of {size}, {cfg.parallel} on {cfg.processes}:  {numbers}")
 
 
 if __name__ == "__main__":

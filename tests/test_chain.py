@@ -57,12 +57,6 @@ def test_a_report_goes_to_a_folder_that_is_not_there_yet(chain):
     assert done.returncode == 0 and (chain[0] / "out/new/place/report.json").exists(), done.stderr
 
 
-def test_chat_answers_several_turns(chain):
-    questions = "What is the capital of Peru?\nAnd Italy?\n\n"
-    done = script("lab.chat", "out/sft --device cpu --max_new_tokens 8", chain[0], questions)
-    assert done.returncode == 0 and done.stdout.count("sft> ") == 2, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("stage, first", [
     ("reward_model", "sft.py"), ("ppo", "sft.py"), ("dpo", "sft.py"), ("evaluate", "sft.py")])
 def test_a_stage_without_its_input_says_what_to_run_first(tmp_path, stage, first):

@@ -2,6 +2,7 @@
 import io
 
 import pytest
+from helpers.start import script
 
 from lab import chat
 
@@ -24,3 +25,9 @@ def test_a_conversation_that_no_longer_fits_starts_anew(trained, capsys, monkeyp
 def test_nobody_talks_to_a_reward_model(trained):
     with pytest.raises(ValueError, match="out/reward_model is a reward model: it gives scores, not answers"):
         chat.chat(chat.Config(models=("out/reward_model",), device="cpu"))
+
+
+def test_chat_answers_several_turns(chain):
+    questions = "What is the capital of Peru?\nAnd Italy?\n\n"
+    done = script("lab.chat", "out/sft --device cpu --max_new_tokens 8", chain[0], questions)
+    assert done.returncode == 0 and done.stdout.count("sft> ") == 2, done.stdout + done.stderr

@@ -10,6 +10,7 @@ from test_run import a_run, a_step, steps
 import ppo
 from runtime import checkpoints as checkpoints_module
 from runtime.checkpoints import Checkpoints
+from runtime.optimizer import make_optimizer
 from runtime.safetensors import save_tensors
 
 
@@ -98,6 +99,27 @@ def test_a_part_of_plain_numbers_is_remembered(tmp_path):
     checkpoints.wait()
     fresh = ppo.AdaptiveKL(0.1, 3.0, 1000)
     assert checkpoints.load({"controller": fresh}) == 5 and vars(fresh) == vars(controller)
+
+
+def test_an_optimiser_takes_its_next_step_as_if_it_had_never_stopped(tmp_path):
+    def start():
+        model = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        return {"model": model, "optimizer": make_optimizer(model, 0.1)}
+
+    def take_step(model, optimizer):
+        model(torch.tensor([1.0, model.weight[0, 0].item()])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parts, fresh, checkpoints = start(), start(), Checkpoints(str(tmp_path))
+    for _ in range(3):
+        take_step(**parts)
+    checkpoints.save(parts, 3)
+    checkpoints.wait()
+    assert checkpoints.load(fresh) == 3
+    for _ in range(2):
+        take_step(**parts), take_step(**fresh)
+    assert torch.equal(parts["model"].weight, fresh["model"].weight)
 
 
 def test_what_is_written_in_the_background_is_as_it_was_when_the_save_began(tmp_path, monkeypatch):

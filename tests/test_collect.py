@@ -3,7 +3,6 @@ import itertools
 import json
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -51,25 +50,29 @@ def test_sampled_rows_are_k_answers_to_each_prompt(run):
         assert a.ended == (a.ids[-1] == tokenizer.end)
 
 
-def test_answers_to_a_prompt_are_different_and_prompts_come_again_only_when_all_have_come(run, tmp_path):
+def test_equal_answers_to_a_prompt_count_once_and_blank_ones_not_at_all(run, tmp_path):
     tokenizer = Tokenizer.load("out/sft")
-    prompts = [{"prompt": f"What is {i} plus {i}?"} for i in range(5)]
-    records.write(tmp_path / "prompts.jsonl", prompts * 2)          # of which a tenth is held out
-    cfg = settings(tmp_path, data=str(tmp_path / "prompts.jsonl"), prompts=4, answers=9, max_new_tokens=3)
-    found = collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
-    assert found == collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
-    for prompt, some in found:
-        assert len({a.text for a in some}) == len(some) > 1 and all(a.text.strip() for a in some)
-    assert any(len(some) < 9 for _, some in found), "none was equal or blank: this tests nothing"
+    texts = ["Yes.", "Yes.", " ", "No.", "Yes.", " ", "", "Yes.", "No.", "Yes.", "Well.", "No."]
 
-    asked = []
-    cfg = replace(cfg, prompts=22, answers=2)
-    sample = run.sample
+    def sample(model, rows, *args, **how):
+        batch = run.batch([tokenizer.response(text) for text in texts])
+        return batch | {"ended": torch.ones(len(texts), dtype=torch.bool)}
+    run.sample = sample
+    found = collect.answer_prompts(settings(tmp_path, prompts=3, answers=4), run, tokenizer, random.Random(1))
+    assert [[a.text for a in some] for _, some in found] == [["Yes.", "No."], ["No.", "Yes.", "Well."]]
+    assert [a.ids for _, some in found for a in some][1] == tokenizer.response("No.")
+
+
+def test_prompts_come_again_only_when_all_have_come(run, tmp_path):
+    asked, sample, tokenizer = [], run.sample, Tokenizer.load("out/sft")
+    records.write(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i} plus {i}?"} for i in range(10)])
     run.sample = lambda model, rows, *args, **how: asked.extend(rows) or sample(model, rows, *args, **how)
+    cfg = settings(tmp_path, data=str(tmp_path / "prompts.jsonl"), prompts=22, answers=2, max_new_tokens=3)
     collect.answer_prompts(cfg, run, tokenizer, random.Random(1))
     assert asked[::2] == asked[1::2] and len(asked) == 44
-    first, second, rest = (sorted(asked[i:j:2]) for i, j in ((0, 18), (18, 36), (36, 44)))
-    assert first == second and len(first) == 9 and len(rest) == 4 and asked[:18] != asked[18:36]
+    first, second, rest = asked[:18:2], asked[18:36:2], asked[36::2]
+    assert sorted(first) == sorted(second) and first != second and len(set(map(tuple, first))) == 9
+    assert len(set(map(tuple, rest))) == 4
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -13,7 +13,6 @@ from data.tokenizer import Tokenizer
 from dpo import dpo_loss
 from model import GPT
 from runtime.compute import Compute
-from variants import online_dpo
 
 
 def loops(kind, smoothing, beta, pc, pr, rc, rr):
@@ -99,18 +98,19 @@ CASES = [                                       # each flag of the stage is set 
       for kind in plainly.DPO_LOSSES),
     dict(data="rankings.jsonl", batch=7, micro_batch=5, length_normalize=True),
     dict(data="pairs.jsonl", batch=9, micro_batch=4, label_smoothing=0.1),               # soft labels
-    dict(by="out/reward_model", data="rankings.jsonl", batch=9, max_new_tokens=9, epochs=2, nll_coef=0.5),
 ]
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, settings):
-    stage = online_dpo if "by" in settings else dpo
-    cfg, model, lines, about = trained(stage, **SHARED | settings)
+    assert_learns_as_plain_loop(trained, dpo, SHARED | settings)
+
+
+def assert_learns_as_plain_loop(trained, stage, settings, scorer=None):
+    cfg, model, lines, about = trained(stage, **settings)
     plain, reference, tokenizer = GPT.load("out/sft"), GPT.load("out/sft"), Tokenizer.load("out/sft")
     preferences, held_out = loading.load("preferences", cfg.data, max_dropped=1.0)
     held_out = plainly.comparisons_that_fit(plain, tokenizer, held_out)
-    scorer = GPT.load("out/reward_model") if stage is online_dpo else None
     expected = plainly.dpo(cfg, plain, reference, tokenizer, preferences, scorer)
     for line in (lines[0], expected[0]):
         del line["accuracy"]                                # the policy is the reference: rounding decides
@@ -118,14 +118,3 @@ def test_the_stage_learns_logs_and_reports_what_a_plain_loop_does(trained, setti
     plainly.assert_same_weights(model, plain)
     found = plainly.dpo_numbers(cfg, plain, reference, tokenizer, held_out)
     assert about["held_out"] == pytest.approx(found | {"loss": found["loss"].item()}, abs=1e-6)
-
-
-def test_where_all_fresh_answers_tie_the_old_ones_teach_and_a_warning_says_so(trained, monkeypatch, capsys):
-    def labeller(*_):
-        return lambda prompts, answers, rng: [[1] * len(some) for some in answers]
-    monkeypatch.setattr(online_dpo, "labeller", labeller)
-    settings = SHARED | dict(data="rankings.jsonl", batch=20, epochs=2)
-    _, model, *_ = trained(online_dpo, **settings, max_new_tokens=5)
-    assert capsys.readouterr().err.count("all fresh answers to a prompt tie") == 1
-    _, without, *_ = trained(dpo, **settings)
-    plainly.assert_same_weights(model, without)

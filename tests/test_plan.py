@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from data.tokenizer import Tokenizer
 from lab import plan
 from model import GPT
+from runtime import flags
 from runtime.optimizer import make_optimizer
 from runtime.safetensors import load_tensors, save_tensors
 
@@ -25,13 +26,16 @@ SHAPES = {
     "llama": dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=384, mlp_hidden=1024, vocab_size=8192,
                   mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, tied=False),
 }
+# Heads that together are wider than the network, as Qwen 3's small ones are.
+WIDE_HEADS = dict(n_layer=6, n_head=8, n_kv_head=4, head_dim=96, n_embd=256, mlp_hidden=512, vocab_size=2048,
+                  mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False)
 PROMPT = "When is a good time to go to bed and what is the capital of France and what colour is a cat?"
 ANSWERS = ("Paris is the capital of France, and eight is a good time.",
            "London is the capital of Spain, and nine is a good time.")
 FLAGS = {                                           # two and more micro-batches of four rows in each process
     "sft": "--data data.jsonl --init {shape}/lm --batch 16 --micro_batch 4 --evals 1",
     "reward_model": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --normalize 64",
-    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4 --records 16 --looks 0",
+    "dpo": "--data data.jsonl --init {shape}/lm --batch 8 --micro_batch 4",
     "ppo": "--data data.jsonl --init {shape}/lm --reward {shape}/scalar --batch 16 --micro_batch 4 --steps 2 "
            "--update_kl 0 --max_new_tokens {n}",
 }
@@ -141,20 +145,30 @@ def peak(function):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE_HEADS], ids=[*SHAPES, "wide heads"])
 def test_a_plan_is_within_a_tenth_of_what_tensors_fill(shape, again):
     cfg = plan.Config(stage="sft", processes=1, batch=8, micro_batch=4, length=128, bytes=4,
-                      checkpoint_blocks=again, **SHAPES[shape])
+                      checkpoint_blocks=again, **shape)
     assert plan.Plan(cfg).numbers()["peak"] == pytest.approx(peak(lambda: steps(cfg, "cpu")), rel=0.1)
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE_HEADS, dict(qk_norm=True, bias=False)])
 def test_a_plan_counts_every_parameter(shape, head):
-    cfg = plan.Config(**SHAPES[shape])
+    cfg = plan.Config(**shape)
     assert plan.network(cfg.shape, head).all == sum(p.numel() for p in GPT(cfg.shape, head).parameters())
 
 
 def test_the_table_is_that_of_the_readme():
     with open(os.path.join(ROOT, "docs/gpus.md"), encoding="utf-8") as f:
         assert "\n".join(plan.table()) in f.read()
+
+
+def test_a_flag_of_the_shape_is_refused_in_one_line(capsys):
+    for argv, said in ((["--mlp", "relu"], "GPTConfig.mlp must be one of"),
+                       (["--n_layer", "0"], "GPTConfig.n_layer must be"),
+                       (["--head_dim", "-1"], "GPTConfig.head_dim must be")):
+        with pytest.raises(SystemExit) as e:
+            flags.parse(plan.Config, "", argv)
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and said in error and error.count("\n") == 1

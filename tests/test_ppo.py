@@ -18,7 +18,6 @@ from runtime import compute, sharding
 from runtime.models import load
 from runtime.rewards import load_function
 from sft import sft_loss
-from variants import cautious, grpo, ppo_ptx
 
 # -------------------------------------------------------------------------------------------- means
 
@@ -260,7 +259,7 @@ def test_a_collapsing_policy_is_warned_about_with_the_flag_to_change(trained, ca
         assert warnings.count("warning") == warnings.count(flag) == 1, warnings
     for settings, count in (({}, 1), ({"adaptive_kl": False}, 0)):
         trained(ppo, **SHARED | dict(kl_target=1e-3, lr=0.3, update_kl=0.0, **settings))
-        assert capsys.readouterr().err.count("four times its target: lower --lr") == count
+        assert capsys.readouterr().err.count("far above its target: lower --lr") == count
 
 
 def test_with_a_program_alone_the_critic_starts_from_the_policy(trained, monkeypatch):
@@ -294,38 +293,31 @@ def test_the_first_and_the_last_rollout_are_written_token_by_token(trained, tmp_
 # ------------------------------------------------------------------------------------------- the whole stage
 
 SHARED = dict(batch=12, max_new_tokens=6, steps=3, warmup=1, lr=1e-2, critic_lr=2e-2)
-CASES = [                                       # each flag of the stages is set in one of them, or in SHARED
-    (ppo, dict()),
-    (ppo, dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05,
-               no_end_score=-1.5)),
-    (ppo, dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
-               minibatches=3, seed=4)),
-    (ppo, dict(micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1)),
-    (ppo, dict(update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
-               steps=4)),
-    (ppo, dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150)),
-    (ppo, dict(precision="bfloat16", temperature=0.7, update_kl=0.01)),
-    (ppo, dict(reward="0.3*out/reward_model,program.py:words")),
-    (grpo, dict(advantage="rloo", group=3)),
-    (grpo, dict(micro_batch=5, entropy_coef=0.05)),
-    (grpo, dict(group=2, divide_by_std=False, divide_by_length=False)),
-    (grpo, dict(advantage="rloo", reward="program.py:words", update_kl=0.002, epochs=3)),
-    (ppo_ptx, dict(ptx_coef=0.7, ptx_batch=5, micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40,
-               epochs=1)),
-    (ppo_ptx, dict(ptx_coef=0.2, update_kl=0.0, kl_target=0.5, kl_horizon=30)),
-    (cautious, dict(pessimism="deviation", pessimism_coef=0.7, ood_penalty=2.0, micro_batch=5, heads=3,
-                    preferences="rankings.jsonl")),
-    (cautious, dict(pessimism="worst", heads=2, preferences="pairs.jsonl", seed=5)),
+CASES = [                                       # each flag of the stage is set in one of them, or in SHARED
+    dict(),
+    dict(temperature=0.7, gamma=0.9, lam=0.6, clip=0.05, value_clip=0.1, entropy_coef=0.05,
+          no_end_score=-1.5),
+    dict(whiten_rewards=True, whiten_advantages=False, adaptive_kl=False, kl_coef=0.4, decay="cosine",
+          minibatches=3, seed=4),
+    dict(micro_batch=2, sample_batch=5, max_norm=0.1, kl_horizon=40, epochs=1),
+    dict(update_kl=0.0, decay="constant", warmup=0, max_norm=0.0, kl_target=0.5, kl_horizon=30,
+          steps=4),
+    dict(update_kl=0.002, epochs=3, kl_target=0.01, micro_batch=5, micro_tokens=150),
+    dict(precision="bfloat16", temperature=0.7, update_kl=0.01),
+    dict(reward="0.3*out/reward_model,program.py:words"),
 ]
 
 
-@pytest.mark.parametrize("stage, settings", CASES, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settings, monkeypatch):
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, monkeypatch):
+    assert_learns_as_plain_loop(trained, ppo, settings, monkeypatch)
+
+
+def assert_learns_as_plain_loop(trained, stage, settings, monkeypatch, doubts=None):
     """In the case of bfloat16 without the precision itself: what is left is that old log-probabilities are
     computed anew."""
     monkeypatch.setattr(compute, "Bfloat16Copies", lambda model: SimpleNamespace(enter=int, leave=int))
     monkeypatch.setattr(sharding, "placed_dtype", lambda *_: torch.float64)
-    known = None
     shared = {k: x for k, x in SHARED.items() if hasattr(stage.Config, k)}
     cfg, model, lines, _ = trained(stage, **shared | settings)
     nets = {"policy": GPT.load("out/sft"), "reference": GPT.load("out/sft"),
@@ -335,9 +327,7 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settin
     program = load_function("program.py:words") if "words" in cfg.reward else None
     if "reward_model" not in cfg.reward:
         del nets["reward"]
-    if stage is cautious:
-        preferences = loading.load("preferences", cfg.preferences, max_dropped=1.0)
-        known = plainly.uncertainty(cfg, nets["reward"], Tokenizer.load("out/sft"), *preferences)
+    known = doubts(cfg, nets["reward"]) if doubts else None
     cfg.reward_model_coef = 0.3 if "0.3*" in cfg.reward else 1.0
     expected = plainly.ppo(cfg, nets, Tokenizer.load("out/sft"), prompts, demonstrations, program, known)
     plainly.assert_same_lines(lines, expected)
@@ -349,3 +339,18 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, stage, settin
     if settings.get("clip") == 0.05:
         clipped = [line["clip_fraction"] > 0 and line["value_clip_fraction"] > 0 for line in lines]
         assert all(clipped), "some of all is clipped"
+
+
+def test_the_worked_example_in_gaes_docstring_is_what_its_functions_compute():
+    """At β = 0.1, γ = 1, λ = 0.95, with score 2: log-ratio, r, V, δ, A and return of three tokens."""
+    rows = [line.split() for line in ppo.gae.__doc__.splitlines()]
+    table = torch.tensor([[float(x) for x in row] for row in rows if len(row) == 6 and row[0][-1].isdigit()],
+                         dtype=torch.float64)
+    log_ratio, r, values, delta, advantages, returns = table.T
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards = kl_rewards(torch.tensor([2.0]).double(), log_ratio[None], torch.zeros(1, 3), mask, 0.1)
+    torch.testing.assert_close(rewards[0], r, rtol=0, atol=1e-9)
+    found, targets = gae(rewards, values[None], mask, 1.0, 0.95)
+    torch.testing.assert_close(found[0], advantages, rtol=0, atol=5e-4)
+    torch.testing.assert_close(targets[0], returns, rtol=0, atol=5e-4)
+    torch.testing.assert_close(gae(rewards, values[None], mask, 1.0, 0.0)[0][0], delta, rtol=0, atol=1e-9)

@@ -235,20 +235,6 @@ def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
     assert_ends_as_uninterrupted(stage, chain, f"out/killed_{stage}")
 
 
-@pytest.mark.parametrize("stage, more", [("variants.grpo", "--advantage rloo"),
-                                         ("variants.online_dpo", "--max_new_tokens 12")])
-def test_a_killed_run_without_a_critic_or_with_fresh_labels_resumes_too(chain, stage, more):
-    command = f"{SMALL[stage]} {more} --save_seconds 0 --out"
-    whole, killed = (chain[0] / f"out/{name}_{stage}_more" for name in ("whole", "killed"))
-    assert script(stage, f"{command} {whole}", chain[0]).returncode == 0
-    process = started(stage, f"{command} {killed}", chain[0], killed)
-    process.kill()
-    process.wait()
-    done = script(stage, f"{command} {killed}", chain[0])
-    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
-    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):

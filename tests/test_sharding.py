@@ -1,6 +1,5 @@
 """Two and four processes (gloo on the CPU) end in what one does, under DDP and FSDP."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -71,31 +70,6 @@ def test_several_processes_write_the_report_of_one(together, kind):
         for key, value in model.items():
             if key != "curve":
                 assert value == pytest.approx(theirs["models"][name][key], abs=2e-3), (name, key)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", [
-    "variants/grpo.py --steps 3 --batch 15 --group 3 --max_new_tokens 12 --micro_batch 4",
-    "variants/ppo_ptx.py --steps 3 --batch 15 --max_new_tokens 12 --micro_batch 4 --ptx_batch 9",
-    "variants/online_dpo.py --batch 20 --max_new_tokens 12 --micro_batch 5 --warmup 2"])
-def test_answers_that_are_compared_may_be_spread_over_processes(alone, kind, command):
-    """Rows that two do not divide: answers to one prompt are compared as they are alone."""
-    stage = os.path.basename(command.split(".py")[0])
-    command, out = f"{command} --device cpu", alone / f"out/compared_{stage}"
-    if not out.exists():
-        in_float64([f"{command} --out {out}"], alone)
-    in_float64([f"{command} --parallel {kind} --out {out}_{kind}"], alone, 2)
-    assert_close(alone / f"{out}_{kind}", out)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_ensemble_is_fitted_and_used_alike_by_several_processes(alone, kind):
-    command = (f"variants/cautious.py {FLAGS['ppo']} --reward out/alone/reward_model --heads 3 "
-               "--pessimism deviation --ood_penalty 2 --out out/cautious")
-    if not (alone / "out/cautious").exists():
-        in_float64([command], alone)
-    in_float64([f"{command}_{kind} --parallel {kind}"], alone, 2)
-    assert_close(alone / f"out/cautious_{kind}", alone / "out/cautious")
 
 
 def test_only_the_first_process_speaks(together):

@@ -5,8 +5,8 @@
     python -m variants.grpo --no-divide_by_std --no-divide_by_length        Dr. GRPO (Liu et al. 2025)
 
 There are three networks: policy, reference and reward model. The whole answer is one action: all its tokens
-share one advantage, and no critic is needed to predict what single tokens lead to. Rollout, KL penalty,
-clipped loss and β are those of ppo.py. The five steps are the same; the third one is what differs.
+share one advantage, and no critic is needed to predict the value of single tokens. Rollout, KL penalty,
+clipped loss and β are taken from ppo.py, and so are the five parts of a step; the third one differs.
 """
 from dataclasses import dataclass
 
@@ -30,8 +30,8 @@ class Config(ppo.OnPolicy):
     out: str = flag("out/grpo", "folder that the run writes")
     advantage: str = flag("grpo", "how an answer is compared with its group", choices=("grpo", "rloo"))
     group: int = flag(4, "answers per prompt", 2)
-    divide_by_std: bool = flag(True, "divide advantages by their group's standard deviation (grpo)")
-    divide_by_length: bool = flag(True, "let each answer count alike, not each token (grpo)")
+    divide_by_std: bool = flag(True, "with grpo: divide advantages by their group's standard deviation")
+    divide_by_length: bool = flag(True, "with grpo: give each answer the same weight, not each token")
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,37 +42,37 @@ class Config(ppo.OnPolicy):
 
 
 def rloo(returns, group):
-    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024): how much more an answer earned than
-    the other answers to its prompt did on average,
+    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024): an answer's return minus the mean
+    return of the other answers to its prompt,
 
         A_i = R_i − (Σ_{j≠i} R_j) / (k − 1)
 
-    returns (B,): the sum of each answer's rewards; the k = group answers to one prompt stand together.
-    Returns (B,).
+    returns (B,): the sum of each answer's rewards; the k = group answers to one prompt are adjacent. Returns
+    (B,).
 
-    A baseline that does not depend on the action leaves the mean of the policy gradient unchanged and reduces
-    its noise. The mean of the others is such a baseline. With the answer's own return in it, the gradient
-    would be too small by the factor (k − 1)/k."""
+    A baseline that does not depend on the answer leaves the expected policy gradient unchanged and reduces
+    its noise. The mean of the others is such a baseline, because answers are sampled independently. With the
+    answer's own return in it, as in `grpo`, the gradient is smaller by the factor (k − 1)/k."""
     R = returns.view(-1, group)
     return (R - (R.sum(1, keepdim=True) - R) / (group - 1)).flatten()
 
 
 def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
     """Group-relative advantages (Shao et al. 2024, section 4.1.2): A_i = (R_i − mean R) / std R over the
-    answers to one prompt. returns, lengths (B,): as in `rloo`, and the tokens of each answer. Returns (B,).
+    answers to one prompt. returns (B,): as in `rloo`; lengths (B,): tokens of each answer. Returns (B,).
 
-    Two biases are part of it; without both it is "Dr. GRPO" (Liu et al. 2025). Dividing by the standard
-    deviation lets prompts whose answers earn almost the same count as much as those with something to learn.
-    GRPO averages the loss over each answer's own tokens first: so each token of a long bad answer is punished
-    less than one of a short bad answer, and bad answers grow longer.
+    GRPO has two biases; without both it is "Dr. GRPO" (Liu et al. 2025). Dividing by the standard deviation
+    gives prompts with nearly equal returns the same weight as prompts whose returns differ much. And GRPO
+    averages the loss over each answer's own tokens first: a token of a long bad answer is then punished less
+    than a token of a short one, and bad answers grow longer.
 
-    As published, the KL is a term of the loss, estimated by k3, whose gradient is that of the reverse
-    KL(π_ref ‖ π). Here it is part of the reward for every kind of advantage, as in ppo.py."""
+    In the paper the KL is a term of the loss, the mean of ρ − log ρ − 1 with ρ = π_ref/π (k3). Its expected
+    gradient is that of KL(π_ref ‖ π), not of KL(π ‖ π_ref). Here the KL is in the reward, as in ppo.py."""
     R = returns.view(-1, group)
     advantages = R - R.mean(1, keepdim=True)
     if divide_by_std:
         advantages = advantages / (R.std(1, keepdim=True) + 1e-4)
-    if divide_by_length:                # the loss is a mean over all tokens; so each answer counts alike
+    if divide_by_length:                # in a mean over all tokens of the batch, each answer counts alike
         lengths = lengths.to(R.dtype)
         advantages = advantages * (lengths.mean() / lengths).view(-1, group)
     return advantages.flatten()
@@ -94,7 +94,7 @@ def train(cfg, reward=None):
         # 1. Rollout: the answers to one prompt stand together.
         asked = run.rng.choices(prompts, k=cfg.batch // cfg.group)
         asked = [prompt for prompt in asked for _ in range(cfg.group)]
-        batch, answers = ppo.rollout(run, tokenizer, asked, policy, reference)
+        answers, batch = ppo.rollout(run, tokenizer, asked, policy, reference)
         mask = batch["mask"]
 
         # 2. Rewards
@@ -131,16 +131,17 @@ def train(cfg, reward=None):
             run.optimizer_step(optimizer, cfg.lr * factor, loss, f"rows {rows.tolist()}")
             updates += 1
 
-        # 5. β
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
                    **{name: sum(m[name] for m in history) / len(history) for name in means},
                    "updates": updates, **answer_metrics(batch, asked, answers)}
-        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
         run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
+
+        # 5. β
+        if cfg.adaptive_kl:
+            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
         run.log(metrics)
     run.finish(policy, tokenizer)
 

@@ -18,14 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 ADAPT = """        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves what a resume reads
+            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
 """
 LOG = """        run.log(metrics)
 """
 
 
 def adapts_late(path):
-    """β adapts after run.log: (the right code, the wrong code) in a file."""
+    """β adapts after run.log: (the right code, the wrong code) in a file, if it is there."""
+    if not os.path.exists(os.path.join(ROOT, path)):
+        return "", ""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         code = f.read()
     start = code.index(ADAPT)
@@ -351,8 +353,8 @@ MISTAKES = {
         ("learning rate without its schedule", "cfg.lr * factor", "cfg.lr"),
         ("rewards shifted too", "whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)"),
         ("minibatches weighed by rows",
-         "weights = minibatch[\"mask\"].sum(1) ",
-         "weights = [1] * len(rows) "),
+         "            weights = minibatch[\"mask\"].sum(1)\n",
+         "            weights = minibatch[\"mask\"].any(1).int()\n"),
         ("explained variance of the advantages",
          "errors = returns - batch[\"old_values\"]",
          "errors = advantages - batch[\"old_values\"]"),
@@ -421,9 +423,6 @@ MISTAKES = {
          "                critic_optimizer.zero_grad()\n",
          "                pass\n"),
         ("clip fraction of one side alone", "(ratio - 1).abs() > clip", "(ratio - 1) > clip"),
-        ("the entropy term is not checked",
-         "means[\"policy_loss\"] - cfg.entropy_coef * means[\"entropy\"]",
-         "means[\"policy_loss\"]"),
         ("KL logged per token",
          "batch[\"ref_logprobs\"]).sum(1).mean().item()",
          "batch[\"ref_logprobs\"]).mean().item()"),

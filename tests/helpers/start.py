@@ -18,8 +18,6 @@ SMALL = {
     "reward_model": "--normalize 32 --warmup 5",
     "dpo": "--warmup 2",
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --whiten_rewards",
-    "variants.online_dpo": "--warmup 2 --max_new_tokens 12",
-    "variants.grpo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8",
     "evaluate": "--samples 2 --best_of 4 --show 1 --max_new_tokens 12",
 }
 # The same with rows that do not divide by the processes, of very different lengths, in several micro-batches
