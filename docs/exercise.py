@@ -38,28 +38,32 @@ EXERCISES = {
 }
 # The functions to write where there are several, and other functions whose body would give the answer away.
 PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"]}
-SPOILERS = {"pairwise_loss": ["ranking_loss", "evaluate"]}
+SPOILERS = {"pairwise_loss": [("reward_model.py", "ranking_loss"), ("reward_model.py", "evaluate")],
+            "Linear": [("runtime/nf4.py", "PackedLinear.forward")]}
 
 
 # ------------------------------------------------------------------------------------------ the copy
 
 def find(code, name):
-    """The ast node of a function or class ("gae", "AdaptiveKL.update") in a file's code. StopIteration if it is
-    not there."""
+    """The ast node of a function ("gae", "AdaptiveKL.update") in a file's code, or StopIteration."""
     node = ast.parse(code)
     for part in name.split("."):
         node = next(n for n in node.body if getattr(n, "name", None) == part)
     return node
 
 
-def without_body(code, name, message):
-    """A file's code in which the function's body is its docstring and an error: the message, with its line."""
-    function, lines = find(code, name), code.splitlines(keepends=True)
+def empty(file, name, message):
+    """Put an error in the place of a function's body in homework/, after its docstring. Returns the place, as
+    in "homework/ppo.py, line 140"."""
+    lines = (HOMEWORK / file).read_text("utf-8").splitlines(keepends=True)
+    function = find("".join(lines), name)
     first = function.body[0]
     start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
-    error = f'raise NotImplementedError("{message}, line {start + 1}")'
+    place = f"homework/{file}, line {start + 1}"
+    error = f'raise NotImplementedError("{message}: {place}")'
     lines[start:function.end_lineno] = [f"{' ' * first.col_offset}{error}\n"]
-    return "".join(lines)
+    (HOMEWORK / file).write_text("".join(lines), "utf-8")
+    return place
 
 
 def make(name):
@@ -74,17 +78,13 @@ def make(name):
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ("model.py", "evaluate.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)
-    code, parts = (ROOT / file).read_text("utf-8"), PARTS.get(name, [name])
-    for part in parts:                                  # from top to bottom: each changes the lines below it
-        code = without_body(code, part, f"{part} is still to be written: homework/{file}")
-    for part in SPOILERS.get(name, []):
-        code = without_body(code, part, f"left out, because it would give {name} away: homework/{file}")
-    (HOMEWORK / file).write_text(code, "utf-8")
+    for part in PARTS.get(name, [name]):            # from top to bottom: each moves the lines below it
+        print(f"Write {part}: {empty(file, part, f'{part} is still to be written')}.")
+    for other, part in SPOILERS.get(name, []):
+        empty(other, part, f"left out, because it would give {name} away")
     sections = (ROOT / "docs/exercises.md").read_text("utf-8").split("\n## ")
     [section] = [text.strip() for text in sections if text.split()[1] == name]
     (HOMEWORK / "exercise.md").write_text(f"## {section}\n", "utf-8")
-    for part in parts:
-        print(f"Write {part}: homework/{file}, line {find(code, part).end_lineno}.")
     print("What to read first, and a hint, are in homework/exercise.md. To think about:\n\n"
           f"  {section.partition('**Think** ')[2]}\n\nmake grade says what holds, and what does not yet.")
 
@@ -92,21 +92,26 @@ def make(name):
 # ----------------------------------------------------------------------------------------- the grade
 
 class Results:
-    """A plugin of pytest that collects {test, as a sentence: [for each case why it fails, None if it holds]}."""
+    """A pytest plugin that collects {sentence: [why a case of that test fails; None if it passes]}."""
 
     def __init__(self):
         self.reasons = {}
 
     def pytest_runtest_makereport(self, item, call):
         if call.when == "call" or call.excinfo:
-            words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
-                     for word in item.originalname.split("_")[1:]]
-            sentence = words[0][0].upper() + " ".join(words)[1:]
-            self.reasons.setdefault(sentence, []).append(call.excinfo and reason(call.excinfo))
+            why = reason(call.excinfo) if call.excinfo else None
+            self.reasons.setdefault(sentence(item.originalname), []).append(why)
 
     def pytest_collectreport(self, report):
         if report.failed:
             self.reasons["The tests can import it"] = [str(report.longrepr).splitlines()[-1]]
+
+
+def sentence(test):
+    """The name of a test as a sentence."""
+    words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
+             for word in test.split("_")[1:]]
+    return words[0][0].upper() + " ".join(words)[1:]
 
 
 def reason(error):
@@ -116,13 +121,15 @@ def reason(error):
         if "not close" in lines[0]:
             return lines[1]                                     # the expected and the actual number
         return "" if lines[0].startswith("assert ") else lines[0]
+    if error.typename == "NotImplementedError":
+        return lines[0]
     mine = [entry for entry in error.traceback if HOMEWORK in Path(entry.path).parents]
     where = f", {mine[-1].path.relative_to(ROOT)}, line {mine[-1].lineno + 1}" if mine else ""
-    return lines[0] if error.typename == "NotImplementedError" else f"{lines[0]} ({error.typename}{where})"
+    return f"{lines[0]} ({error.typename}{where})"
 
 
 def grade():
-    """Print what holds of the exercise in homework/. Returns an error message, 1 if something fails, else 0."""
+    """Print what holds of the exercise in homework/. Returns an error message, 1 if a test fails, else 0."""
     try:
         name = (HOMEWORK / "exercise.md").read_text("utf-8").split()[2]
         file, tests, which = EXERCISES[name]
@@ -136,18 +143,17 @@ def grade():
         return f"homework/{file} has no {part}"
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.dont_write_bytecode = True          # Python would use it for a file that changes within a second
+    sys.dont_write_bytecode = True      # for a file that changes twice in a second, it would be out of date
     import pytest
-    results, quiet = Results(), ["-p", "no:terminal", "-p", "no:cacheprovider"]
-    files = [f"tests/test_{test}.py" for test in tests.split()]
-    status = pytest.main([*quiet, "-o", "pythonpath=homework . tests", "-k", which, *files], [results])
-    holds = 0
-    for sentence, cases in results.reasons.items():
+    results, holds = Results(), 0
+    status = pytest.main(["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "pythonpath=homework . tests",
+                          "-k", which, *[f"tests/test_{test}.py" for test in tests.split()]], [results])
+    for test, cases in results.reasons.items():
         wrong = [why for why in cases if why is not None]
         holds += not wrong
         why = next((f": {line}" for line in wrong if line), "")
         count = f" [{len(wrong)} of {len(cases)} cases]" if wrong and len(cases) > 1 else ""
-        print(f"{'NOT YET' if wrong else 'holds  '}  {sentence}{why}{count}")
+        print(f"{'NOT YET' if wrong else 'holds  '}  {test}{why}{count}")
     print(f"{name}: {holds} of {len(results.reasons)} hold")
     return int(status != 0)
 
