@@ -73,16 +73,14 @@ class Contestant:
 # ------------------------------------------------------------------------------------------ numbers
 
 def distinct2(texts):
-    """The number of different word pairs, divided by the number of all (Li et al. 2016): low for a model
-    that says the same thing over and over."""
+    """Different word pairs divided by all (Li et al. 2016): low for a model that repeats itself."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 def win_rate(mine, theirs, n, resamples=2000):
-    """How often mine scores above theirs, answer by answer, where a tie counts half: (rate, low, high), with
-    a 95 % interval by the bootstrap. It resamples prompts (n answers each) and not answers, because answers
-    to one prompt are alike."""
+    """How often mine scores above theirs, where a tie counts half: (rate, low, high), with a 95 % interval by
+    the bootstrap over prompts (n answers each) and not over answers: those to one prompt are alike."""
     # The same answer scored in another batch may differ by rounding: such a difference is a tie.
     points = [0.5 if abs(a - b) < 1e-5 else float(a > b) for a, b in zip(mine, theirs)]
     wins = torch.tensor(points).view(-1, n).mean(1)
@@ -92,11 +90,11 @@ def win_rate(mine, theirs, n, resamples=2000):
 
 
 def best_of(scores, n, keep):
-    """The index of the highest score among n, `keep` times for each prompt. scores (P, M), M ≥ n·keep, of
-    answers that are numbered row by row. Returns a list of P·keep indices into them."""
+    """The answers with the highest score among n, `keep` for each prompt, as a list of indices. scores
+    (P, M), with M at least n·keep, of answers that are numbered row by row."""
     P, M = scores.shape
-    winners = scores[:, :n * keep].reshape(P, keep, n).argmax(-1)
-    return (torch.arange(P)[:, None] * M + torch.arange(keep) * n + winners.cpu()).flatten().tolist()
+    winners = scores[:, :n * keep].reshape(P, keep, n).argmax(-1).cpu()
+    return (torch.arange(P)[:, None] * M + torch.arange(keep) * n + winners).flatten().tolist()
 
 
 def best_of_n_kl(n):
@@ -121,8 +119,7 @@ class Sampler:
     """Samples answers from checkpoints that share a tokenizer."""
 
     def __init__(self, cfg, folders):
-        """cfg: a Sampling; folders: of all networks that will read the samples. The tokenizer is the first
-        one's; raises ValueError if another one has a different one."""
+        """cfg: a Sampling; folders: of all networks. Raises ValueError if their tokenizers differ."""
         self.cfg, self.run, self.tokenizer = cfg, Compute(cfg), Tokenizer.load(folders[0])
         for folder in folders[1:]:
             self.tokenizer.check_same(folder)
@@ -160,30 +157,23 @@ class Contest(Sampler):
         self.scorers = {role: load_reward_model(name).requires_grad_(False) for role, name in names.items()}
         self.reference = self.load(folders[0], *self.scorers.values())
         self.first = None                                           # its Contestant, once it has answered
-        block_size = self.reference.config.block_size
+        size = self.reference.config.block_size
         _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
-        self.prompts = fit_prompts(self.tokenizer, prompts, block_size - cfg.max_new_tokens,
-                                   "held-out prompts")
+        self.prompts = fit_prompts(self.tokenizer, prompts, size - cfg.max_new_tokens, "held-out prompts")
         self.asked = [p for p in self.prompts for _ in range(cfg.samples)]
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)
-        self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, block_size,
-                                                    "held-out demonstrations")
-
-    def scores(self, name, answers):
-        """Scores (B,) of a batch of answers by the reward model called "reward" or "judge"."""
-        return self.run.score(self.scorers[name], answers)
+        self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, size, "demonstrations")
 
     def contestant(self, name, answers, kl, sft_loss):
         """The Contestant that gave these answers. kl: nats per answer from the first model; sft_loss: nats
         per token on held-out demonstrations."""
-        texts, seen = self.texts(answers), {}
-        if "judge" in self.scorers:
-            judge = self.scores("judge", answers).tolist()
-        else:
+        texts, more = self.texts(answers), {}
+        scores = {role: self.run.score(scorer, answers).tolist() for role, scorer in self.scorers.items()}
+        judge, reward = scores.get("judge"), scores.get("reward", [])
+        if judge is None:
             judge = [world.judge(prompt, text) for prompt, text in zip(self.asked, texts)]
             families = [world.find(prompt).family for prompt in self.asked]
-            seen = world.mean_parts(self.asked, texts) | {"families": world.means_by(families, judge)}
-        reward = self.scores("reward", answers).tolist() if "reward" in self.scorers else []
+            more = world.mean_parts(self.asked, texts) | {"families": world.means_by(families, judge)}
         rate, low, high = win_rate(judge, self.first.judge if self.first else judge, self.cfg.samples)
         return Contestant(name, texts, judge, reward, {
             "judge": world.mean(judge), "reward": world.mean(reward) if reward else None,
@@ -191,7 +181,7 @@ class Contest(Sampler):
             "kl": round(kl, 3) + 0.0,                               # -0.0 becomes 0.0
             "length": world.mean(answers["mask"].sum(1).tolist()),          # in tokens, with the end token
             "ended": world.mean(answers["ended"].tolist()),
-            "distinct2": round(distinct2(texts), 4), "sft_loss": round(sft_loss, 4)} | seen)
+            "distinct2": round(distinct2(texts), 4), "sft_loss": round(sft_loss, 4)} | more)
 
     def enter(self, number, name, folder):
         """Let a checkpoint answer: a Contestant. number: its own, from 0; it names the sampling noise.
@@ -210,28 +200,16 @@ class Contest(Sampler):
     def enter_best_of(self):
         """The first model's answers that the reward model scores highest among n: a Contestant. Its numbers
         hold a curve over n = 1, 2, 4, ..., with the same number of answers for every n, out of one pool."""
-        cfg, loss = self.cfg, self.first.numbers["sft_loss"]
-        many = cfg.samples * cfg.best_of
+        cfg, many, curve = self.cfg, self.cfg.samples * self.cfg.best_of, []
         print(f"best of {cfg.best_of}: {many} answers to each prompt ...", flush=True)
         answers = self.sample(self.reference, [p for p in self.prompts for _ in range(many)], "best_of_n")
-        scores, curve = self.scores("reward", answers).view(-1, many), []
+        scores = self.run.score(self.scorers["reward"], answers).view(-1, many)
         for n in [*(2 ** i for i in range(10) if 2 ** i < cfg.best_of), cfg.best_of]:
-            winners = select(answers, best_of(scores, n, cfg.samples))
-            entered = self.contestant("best_of_n", winners, best_of_n_kl(n), loss)
-            curve.append({"n": n, "kl": best_of_n_kl(n), "reward": entered.numbers["reward"],
-                          "judge": entered.numbers["judge"]})
+            winners, kl = select(answers, best_of(scores, n, cfg.samples)), best_of_n_kl(n)
+            entered = self.contestant("best_of_n", winners, kl, self.first.numbers["sft_loss"])
+            curve.append({"n": n, "kl": kl} | {key: entered.numbers[key] for key in ("reward", "judge")})
         entered.numbers |= {"n": n, "curve": curve}
         return entered
-
-
-def compare(cfg, checkpoints):
-    """Let all checkpoints ({name: folder}) answer the same prompts: (Contestants, prompts)."""
-    contest, contestants = Contest(cfg, list(checkpoints.values())), []
-    for number, (name, folder) in enumerate(checkpoints.items()):
-        contestants.append(contest.enter(number, name, folder))
-        if number == 0 and "reward" in contest.scorers and cfg.best_of:
-            contestants.append(contest.enter_best_of())
-    return contestants, contest.prompts
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -253,12 +231,12 @@ def read_steps(folder):
 def seconds(out, checkpoints):
     """Wall-clock seconds of each stage, by its run.json, and in all; time in which stages overlap counts
     once. checkpoints: {name: folder}; the stages before them are looked for in the folder `out`."""
-    spans, found, now = [(STARTED, time.time())], {}, time.time()
-    folders = {name: os.path.join(out, name) for name in ("world", "sft", "reward_model")} | checkpoints
-    for name, folder in folders.items():
-        run = read_run(folder)
+    now, found, folders = time.time(), {}, {"data": f"{out}/world"}
+    folders |= {name: f"{out}/{name}" for name in ("sft", "reward_model")} | checkpoints
+    spans = [(STARTED, now)]
+    for name, run in ((name, read_run(folder)) for name, folder in folders.items()):
         if run.keys() >= {"seconds", "started", "ended"}:
-            found["data" if name == "world" else name] = run["seconds"]
+            found[name] = run["seconds"]
             spans.append((run["started"], run["ended"]))
     total, reached = 0.0, 0.0
     for start, end in sorted(spans):
@@ -275,17 +253,17 @@ def plot(path, measured, runs):
 
     figure, models = Figure(figsize=(10, 4)), measured["models"]
     curve = models.get("best_of_n", {}).get("curve", [])
+    column = "judge" if measured["judge"] == "world" else ""                # a rollout knows no other judge
     panels = (("reward", "score", "What training sees: the learned reward"),
-              # A rollout's "judge" is the world's.
-              ("judge", "judge" if measured["judge"] == "world" else "", "What is true: the judge's score"))
-    for axis, (number, column, title) in zip(figure.subplots(1, 2, sharex=True), panels):
+              ("judge", column, "What is true: the judge's score"))
+    for axis, (key, column, title) in zip(figure.subplots(1, 2, sharex=True), panels):
         for i, (name, steps) in enumerate(runs.items()):
             steps = [s for s in steps if None not in (s.get("kl"), s.get(column))]      # null: not finite
-            axis.plot([root(s) for s in steps], [s[column] for s in steps], f"C{i}", alpha=0.6, linewidth=1.2)
-            if models[name][number] is not None:
-                axis.plot(root(models[name]), models[name][number], f"C{i}o", label=name)
+            axis.plot([root(s) for s in steps], [s[column] for s in steps], color=f"C{i}", alpha=0.6)
+            if models[name][key] is not None:
+                axis.plot(root(models[name]), models[name][key], "o", color=f"C{i}", label=name)
         if curve:
-            axis.plot([root(c) for c in curve], [c[number] for c in curve], "s-", color="#555555",
+            axis.plot([root(c) for c in curve], [c[key] for c in curve], "s-", color="#555555",
                       markersize=4, label=f"best of n, n up to {curve[-1]['n']}")
         axis.set(xlabel="√KL from the first model, KL in nats per answer", title=title)
         axis.grid(alpha=0.25)
@@ -299,25 +277,20 @@ def plot(path, measured, runs):
 def write_report(cfg, checkpoints, contestants, prompts):
     """Write report.json, report.md, report.html and the figure; print tables and answers."""
     measured = {"judge": cfg.judge, "prompts": len(prompts), "answers_each": cfg.samples, "seed": cfg.seed,
-                "models": {c.name: c.numbers for c in contestants}}
+                "models": {c.name: c.numbers for c in contestants}, "seconds": seconds(cfg.out, checkpoints)}
     if held_out := read_run(cfg.reward).get("held_out"):
         measured["reward_model"] = held_out
-    measured["seconds"] = seconds(cfg.out, checkpoints)
     write_json(os.path.join(cfg.out, "report.json"), measured)
-    runs = {name: read_steps(folder) for name, folder in checkpoints.items()}
+    runs, figure = {name: read_steps(folder) for name, folder in checkpoints.items()}, ""
     runs = {name: steps for name, steps in runs.items() if steps and steps[0].keys() >= {"kl", "score"}}
-    figure, lines = "", []
     if Figure and (runs or "best_of_n" in measured["models"]):
         figure = os.path.join(cfg.out, "overoptimization.png")
         plot(figure, measured, runs)
-        lines = ["", "![learned reward and judge's score against √KL](overoptimization.png)"]
     tables, facts = report.tables(measured["models"]), report.facts(measured)
     answers = report.examples(contestants, prompts, cfg.samples, 24)
-    lines = ["# Report", "", *report.markdown(tables), "", *map(report.literal, facts), *lines, "",
-             "## Side by side", *report.side_by_side(answers), ""]
     rollouts = {name: report.read_rollouts(folder) for name, folder in checkpoints.items()}
-    page = report.page(tables, facts, answers, rollouts, figure)
-    for name, text in (("report.md", "\n".join(lines)), ("report.html", page)):
+    for name, text in (("report.md", report.document(tables, facts, answers, figure)),
+                       ("report.html", report.page(tables, facts, answers, rollouts, figure))):
         Path(cfg.out, name).write_text(text, encoding="utf-8", errors="replace")
     shown = report.examples(contestants, prompts, cfg.samples, cfg.show)
     print("\n".join([*report.side_by_side(shown, show=str), "", *report.markdown(tables[:2]), "", *facts]))
@@ -333,9 +306,14 @@ def evaluate(cfg):
         raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
     checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
-    contestants, prompts = compare(cfg, checkpoints)
+    contest, contestants = Contest(cfg, list(checkpoints.values())), []
+    for number, (name, folder) in enumerate(checkpoints.items()):
+        contestants.append(contest.enter(number, name, folder))
+        if number == 0 and "reward" in contest.scorers and cfg.best_of:
+            contestants.append(contest.enter_best_of())
     if is_first():
-        write_report(cfg, checkpoints, contestants, prompts)
+        write_report(cfg, checkpoints, contestants, contest.prompts)
+    return contestants
 
 
 if __name__ == "__main__":

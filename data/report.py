@@ -102,6 +102,13 @@ def side_by_side(examples, show=literal):
     return lines
 
 
+def document(tables, facts, examples, image=""):
+    """The text of report.md. image: the path of a figure beside it."""
+    figure = ["", f"![learned reward and judge's score against √KL]({Path(image).name})"] if image else []
+    return "\n".join(["# Report", "", *markdown(tables), "", *map(literal, facts), *figure, "",
+                      "## Side by side", *side_by_side(examples), ""])
+
+
 # ----------------------------------------------------------------------------------------- rollouts
 
 def read_rollouts(folder):

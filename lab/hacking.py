@@ -143,7 +143,8 @@ def auroc(signal, positive):
 def detect(contest, start):
     """Take the undefended policy's answers that the reward model likes better than the SFT model's average:
     hacked are those that the judge likes less. Print how well each sign tells them from the others."""
-    reward = cautious.Cautious(cautious.Config(), contest.tokenizer)
+    cfg = cautious.Config(reward=contest.cfg.reward, max_dropped=contest.cfg.max_dropped)
+    reward = cautious.Cautious(cfg, contest.tokenizer)
     contest.run.place(*reward.networks)
     known = cautious.fit(contest.run, reward.model, reward.comparisons, reward.held_out, count=5)
     answers, judge = judged_answers(contest, contest.load("out/no_defence"), contest.prompts, 8, "no_defence")

@@ -229,15 +229,16 @@ def test_two_checkpoints_are_compared_on_the_prompts_of_a_file(trained, other, t
     low, high = report["models"][b]["win_rate_interval"]
     assert low <= report["models"][b]["win_rate"] <= high and low < high
     assert f"| {b} |" in text and "helpful" not in report["models"][b]
-    contestants, _ = evaluate.compare(cfg, evaluate.named(models))
+    contestants = evaluate.evaluate(cfg)
     wins = [float(x > y) for x, y in zip(contestants[1].judge, contestants[0].judge)]
     assert report["models"][b]["win_rate"] == plainly.mean(wins)
 
 
 def test_top_k_and_top_p_reach_the_sampler(trained, tmp_path):
     def texts(**settings):
-        cfg = evaluate.Config(device="cpu", samples=2, best_of=0, max_new_tokens=5, **settings)
-        [contestant], _ = evaluate.compare(cfg, {"sft": "out/sft"})
+        cfg = evaluate.Config(models=("out/sft",), out=str(tmp_path), device="cpu", samples=2, best_of=0,
+                              max_new_tokens=5, **settings)
+        [contestant] = evaluate.evaluate(cfg)
         return contestant.texts
 
     greedy = texts(temperature=0)
