@@ -198,7 +198,7 @@ class Compute:
     @contextlib.contextmanager
     def computing(self):
         """Open a context in which networks run in the chosen precision. Contexts can be nested. When the
-        outermost one ends, trained networks get their float32 weights back, and fetched ones leave the GPU."""
+        outermost one ends, trained networks get back float32 weights, and fetched ones go to the CPU."""
         if self.depth == 0:
             for copies in self.copies:
                 copies.enter()
