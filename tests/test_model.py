@@ -72,7 +72,7 @@ def test_the_file_alone_in_an_empty_folder_trains_and_samples(tmp_path):
 
 
 def test_the_config_line_of_a_llama_builds_llama_2_7b():
-    line = re.search(r"GPTConfig\(32000.*?\)", sys.modules["model"].__doc__, re.DOTALL)[0]
+    line = re.search(r"GPTConfig\(vocab_size=32000.*?\)", sys.modules["model"].__doc__, re.DOTALL)[0]
     with torch.device("meta"):
         model = GPT(eval(line))
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
