@@ -434,7 +434,7 @@ def sample(p, top_k, top_p, u):
     """Sample one token per row, (b,), from probabilities p (b, V) and u (b,), uniform in (0, 1): cut (0, 1)
     into intervals of length p[i]; the interval that holds u is the sample (the inverse CDF). top_k keeps the
     k likeliest tokens; of these, top_p keeps the fewest with that share of p (Holtzman et al. 2020). u comes
-    from the row's seed: torch.multinomial has one generator for the batch, and rows would depend on others."""
+    from the row's seed: torch.multinomial has one generator for all rows, which would then be dependent."""
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
         if top_k:

@@ -249,8 +249,9 @@ def test_the_precision_is_that_of_matrix_products():
         device, model = small(precision=precision), tiny("lm").float()
         device.cfg.checkpoint_blocks = False
         device.place(model)
-        found = device.map(lambda some: {"y": model(torch.ones(1, 2, dtype=torch.long))[:, 0]}, [0], [2])
-        assert found["y"].dtype == dtype
+        tokens = torch.ones(1, 2, dtype=torch.long)
+        found = device.map(lambda some: {"x": model.hidden(tokens)[:, 0], "logits": model(tokens)[:, 0]}, [0], [2])
+        assert found["x"].dtype == dtype and found["logits"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(positions="rotary", n_kv_head=1)],
