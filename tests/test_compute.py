@@ -250,7 +250,8 @@ def test_the_precision_is_that_of_matrix_products():
         device.cfg.checkpoint_blocks = False
         device.place(model)
         tokens = torch.ones(1, 2, dtype=torch.long)
-        found = device.map(lambda some: {"x": model.hidden(tokens)[:, 0], "logits": model(tokens)[:, 0]}, [0], [2])
+        found = device.map(lambda some: {"x": model.hidden(tokens)[:, 0], "logits": model(tokens)[:, 0]},
+                           [0], [2])
         assert found["x"].dtype == dtype and found["logits"].dtype == torch.float32
 
 
