@@ -550,7 +550,7 @@ MISTAKES = {
         ("a filler counts", "share = 0.0 if is_filler else", "share ="),
         ("every micro-batch counts alike",
          "sum(weights[i] for i in indices) / sum(weights)",
-         "1 / len(passes)"),
+         "1 / len(weights)"),
         ("rows of a map in the order of their lengths",
          "for part in parts])[inverse].to(self.device)",
          "for part in parts]).to(self.device)"),
