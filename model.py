@@ -5,17 +5,17 @@
     logprobs = model.logprobs(tokens, mask)                 # (B, T), 0 where mask is false
     tokens, mask, logprobs = model.generate(prompts, lengths, 64, stop_token=end)
 
-The defaults are GPT-2 (Radford et al. 2019). Other values make the same code a Llama, a Mistral or a Qwen:
+The defaults are GPT-2 (Radford et al. 2019). Others give a Llama (Touvron et al. 2023), a Mistral or a Qwen:
 
-    GPTConfig(32000, 4096, 32, 32, 4096, mlp_hidden=11008, positions="rotary", norm="rmsnorm", mlp="swiglu",
-              bias=False, tied=False)                       # Llama 2 7B (Touvron et al. 2023)
+    GPTConfig(vocab_size=32000, block_size=4096, n_layer=32, n_head=32, n_embd=4096, mlp_hidden=11008,
+              positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False)         # Llama 2 7B
 
-All `tokens` (B, T) are padded on the right. Attention is causal, so no token sees the padding that follows
-it, and no padding mask is needed. There is no dropout: the data is read only a few times, and in PPO the new
-log-probabilities must differ from the old ones by the update alone.
+All `tokens` (B, T) are padded on the right. Attention is causal, so no token attends to the padding after it,
+and no padding mask is needed. There is no dropout. The training data is used only a few times, and in PPO the
+new log-probabilities must differ from the old ones only because of the update, not because of dropout noise.
 
-Shapes: B rows, T tokens, V vocabulary, C channels, H heads, D channels per head, S positions in the cache,
-b rows that are still being sampled, n positions where a mask is true.
+Shapes: B rows, T tokens (T' with answers), V vocabulary, C channels, H heads (H_kv of keys and values), D
+channels per head, S cached positions, r an adapter's rank, b rows still being sampled, n tokens in a mask.
 """
 import math
 from dataclasses import dataclass, field, fields
@@ -29,27 +29,27 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The shape of a network. Raises ValueError naming the first field whose value is impossible."""
-    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64; the chat tokens live in the padding
+    """The shape of a network. A value that is impossible raises ValueError, which names its field."""
+    vocab_size: int = 50304  # GPT-2's 50,257 rounded up to a multiple of 64; chat tokens use some extra ids
     block_size: int = 1024         # longest sequence
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0             # grouped-query attention: key and value heads; 0 means as many as n_head
+    n_kv_head: int = 0             # key/value heads (fewer than n_head: grouped-query attention); 0 is n_head
     head_dim: int = 0              # channels per head; 0 means n_embd / n_head
     mlp_hidden: int = 0            # width inside the MLP; 0 means 4·n_embd
     positions: Literal["learned", "rotary"] = "learned"         # rotary: Su et al. 2021
     rope_theta: float = 10000.0    # base of the rotary frequencies
-    rope_scaling: dict = None      # Llama 3's, for sequences longer than those of its first training
+    rope_scaling: dict = None      # Llama 3's frequency scaling for contexts longer than in pretraining
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"         # rmsnorm: Zhang & Sennrich 2019
     norm_eps: float = 1e-5
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"   # GPT-2's approximation; swiglu: Shazeer 2020
     bias: bool = True              # in linear layers and LayerNorm
-    qkv_bias: bool = False         # in queries, keys and values alone (Qwen 2), where bias is off
+    qkv_bias: bool = False         # in the query, key and value layers even if bias is False (Qwen 2)
     qk_norm: bool = False          # RMSNorm of each head's queries and keys (Qwen 3)
-    tied: bool = True              # the token embedding doubles as the output layer
+    tied: bool = True              # the output layer uses the weights of the token embedding
     folder: str = field(default="", compare=False, repr=False)      # where the weights come from
-    source: dict = field(default=None, compare=False, repr=False)   # its config.json, which save() keeps
+    source: dict = field(default=None, compare=False, repr=False)   # the config.json there; save() keeps it
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -80,38 +80,37 @@ def make_norm(config):
 
 
 def rotation(config, positions, dtype):
-    """cos and sin of the angles position·theta^(-2i/D), i = 0 .. D/2 − 1 (Su et al. 2021): (T, D/2) for
-    positions (T,), or (B, 1, 1, D/2) for positions (B, 1), one per row. In float32 or finer: bfloat16 cannot
-    tell late positions apart. rope_scaling adapts the frequencies to longer sequences, as Llama 3.1 does:
-    waves that repeat more than `high_freq_factor` times within the context of the first training are kept,
-    those that repeat less than `low_freq_factor` times are slowed down by `factor`, others interpolated."""
+    """cos and sin of the angles position·theta^(-2i/D), i = 0 .. D/2 − 1 (Su et al. 2021): each (..., D/2)
+    for positions (...), in float32 or finer, because bfloat16 cannot tell late positions apart. rope_scaling
+    adapts the frequencies to longer contexts, as Llama 3.1 does: frequencies with more than high_freq_factor
+    periods in the original context are unchanged, those with fewer than low_freq_factor are divided by
+    factor, and those between are interpolated."""
     half, dtype = config.head_dim // 2, torch.promote_types(dtype, torch.float32)
     f = config.rope_theta ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
     if config.rope_scaling:
         s = config.rope_scaling
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        repeats = s["original_max_position_embeddings"] * f / (2 * math.pi)
-        kept = ((repeats - low) / (high - low)).clamp(0, 1)
-        f = kept * f + (1 - kept) * f / s["factor"]
+        periods = s["original_max_position_embeddings"] * f / (2 * math.pi)
+        unchanged = ((periods - low) / (high - low)).clamp(0, 1)
+        f = unchanged * f + (1 - unchanged) * f / s["factor"]
     angles = positions.to(dtype)[..., None] * f
-    if angles.dim() == 3:
-        angles = angles[:, None]                                                # the same for every head
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by their angles (Su et al. 2021, eq. 34)."""
+    """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D) by their angles (Su et al. 2021, eq. 34)."""
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)             # (1, T, D/2) or (B, 1, T, D/2), for all heads
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """y = W·x + b; with an adapter y = W·x + b + (α/r)·B·A·x, where only A (r, C_in) and B (C_out, r) are
-    trained: LoRA (Hu et al. 2021, eq. 3).
+    """y = W·x + b, or with a LoRA adapter y = W·x + b + (α/r)·B·A·x, where only A (r, C_in) and B (C_out, r)
+    are trained (Hu et al. 2021, eq. 3). alpha (α) sets the scale of what the adapter adds.
 
-    What fine-tuning adds to W is close to a matrix of low rank. As B·A it has r·(C_in + C_out) numbers, and
-    only these need gradients and Adam's moments. B starts at 0, so that training starts from W. The sum over
-    r terms grows with r; divided by r, the same learning rate serves for every rank."""
+    LoRA assumes that fine-tuning changes W by a matrix of low rank. B·A has only r·(C_in + C_out) numbers to
+    train. B starts at 0, so that training starts from W. If A were 0 too, neither would get a gradient. B·A
+    is a sum of r terms, and is divided by r so that one learning rate suits every rank."""
     scale = 0.0                                                 # α/r; 0 without an adapter
 
     def add_adapter(self, rank, alpha):
@@ -124,21 +123,21 @@ class Linear(nn.Linear):
         return y + F.linear(self.scale * F.linear(x, self.A), self.B) if self.scale else y
 
     def matrix(self, whole=lambda x: x):
-        """W + (α/r)·B·A. whole: a function that gathers a tensor which is sharded over processes."""
+        """W + (α/r)·B·A. If tensors are sharded over processes, whole(tensor) must return the full tensor."""
         W = whole(self.weight)
         return W + self.scale * whole(self.B) @ whole(self.A) if self.scale else W
 
     def merge(self):
-        """Make W + (α/r)·B·A the weight, and drop the adapter."""
+        """Make W + (α/r)·B·A the weight, and remove the adapter."""
         self.weight = nn.Parameter(self.matrix().detach())
         self.scale, self.A, self.B = 0.0, None, None
 
 
 class Positions(NamedTuple):
-    """The positions of a forward pass's tokens, as all layers use them."""
-    index: torch.Tensor             # (T,) for whole sequences; (B, 1) for one new token per row
-    rotation: tuple = None          # their cos and sin, if positions are rotary
-    visible: torch.Tensor = None    # (B, 1, 1, S) for new tokens: 0 up to their own position, −∞ beyond it
+    """The positions of the tokens in one forward pass, computed once for all layers."""
+    index: torch.Tensor                 # (T,) for whole sequences; (B, 1) for one new token per row
+    rotation: tuple = None              # (cos, sin), if positions are rotary
+    additive_mask: torch.Tensor = None  # (B, 1, 1, S) for new tokens: 0 up to their own position, −∞ after it
 
 
 class Attention(nn.Module):
@@ -155,23 +154,25 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
 
     def forward(self, x, positions, cache=None):
-        """x (B, T, C) to (B, T, C): whole sequences, which write their keys and values into the cache (2, B,
-        H_kv, S, D) if there is one, or one new token per row (T = 1), which attends to its row's cache."""
-        B, T, _ = x.shape
+        """x (B, T, C) to (B, T, C). Whole sequences attend to themselves, and store their keys and values in
+        the cache (2, B, H_kv, S, D) if there is one. With an additive mask, x is one new token per row. It
+        stores its key and value in its row of the cache, and attends to this row."""
+        (B, T, _), mask = x.shape, positions.additive_mask
         q, k, v = (y.view(B, T, -1, self.config.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                    # (B, H, T, D)
         if positions.rotation:
             q, k = rotate(q, *positions.rotation), rotate(k, *positions.rotation)
-        if positions.visible is not None:
-            here = torch.arange(B, device=x.device), slice(None), positions.index[:, 0]
-            cache[0][here], cache[1][here] = k[:, :, 0], v[:, :, 0]
+        if mask is not None:
+            slots = torch.arange(B, device=x.device), slice(None), positions.index[:, 0]
+            cache[0][slots], cache[1][slots] = k[:, :, 0], v[:, :, 0]
             k, v = cache
-        elif cache is not None:         # padding's too: no token sees them before its own overwrite them
+        elif cache is not None:
+            # This also stores keys and values of padding. It is harmless: a new token overwrites the slot at
+            # its position before any query may attend to it.
             cache[0, :, :, :T], cache[1, :, :, :T] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=positions.visible, enable_gqa=self.is_grouped,
-                                           is_causal=positions.visible is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.is_grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -197,15 +198,15 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x, positions, cache=None, recompute=False):
-        if recompute:   # in here, so that the hooks of a wrapped block (FSDP, torch.compile) run only once
+        if recompute:   # inside the block: around it, FSDP's hooks would run again in the backward pass
             return checkpoint(self.forward, x, positions, use_reentrant=False)
         x = x + self.attention(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """head="lm" gives logits of the next token; head="scalar" one number per position (a reward or a value).
-    checkpoint_blocks = True recomputes each block's activations in the backward pass, to save memory."""
+    """head="lm" gives logits of the next token; head="scalar" gives one number per position (a reward or a
+    value). checkpoint_blocks = True saves memory: the backward pass recomputes each block's activations."""
 
     def __init__(self, config, head="lm"):
         super().__init__()
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         elif not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init)
-        for block in self.blocks:       # GPT-2: the residual stream is a sum of 2L terms; keep its size at 1
+        for block in self.blocks:   # as in GPT-2, so that the residual variance does not grow with the depth
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -232,14 +233,13 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if self.head_kind == "scalar" and module is self.head:
-            # The final norm gives C channels of variance 1, so that w·x has variance C·std². With this std
-            # scores start with a standard deviation of about 1 (Stiennon et al. 2020): large enough to tell
-            # answers apart, small enough that no comparison starts as a near certainty.
+            # As in Stiennon et al. 2020 (+ 1 matters little). The norm gives C channels of variance 1, so
+            # scores start with variance 1. This tells answers apart, but makes no comparison nearly certain.
             nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))
 
     def add_adapters(self, rank, alpha, targets):
-        """Freeze the network except for a scalar head, and give an adapter (see Linear) to each linear layer
-        named in targets: "q", "k", "v", "out", "gate", "up", "down"."""
+        """Freeze the network except for a scalar head, and add an adapter (see Linear) to each linear layer
+        that targets names: "q", "k", "v", "out", "gate", "up", "down"."""
         self.requires_grad_(False)
         for name, module in self.blocks.named_modules():
             if name.split(".")[-1] in targets:
@@ -248,81 +248,80 @@ class GPT(nn.Module):
             self.head.requires_grad_(True)
 
     def adapted(self):
-        """{name: Linear} of the layers that have an adapter."""
+        """Return {name: Linear} of the layers that have an adapter."""
         return {name: module for name, module in self.named_modules() if getattr(module, "scale", 0)}
 
     def hidden(self, tokens, index=None, cache=None):
-        """States (B, T, C) under the head, of tokens (B, T). index: see Positions; cache: see prefill."""
+        """Hidden states before the head (B, T, C), of tokens (B, T). index: see Positions; cache: prefill."""
         T = tokens.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         if index is None:
             index = torch.arange(T, device=tokens.device)
-        x, turns, visible = self.token_embedding(tokens), None, None
+        x, cos_sin, mask = self.token_embedding(tokens), None, None
         if self.config.positions == "learned":
             x = x + self.position_embedding(index)
         else:
-            turns = rotation(self.config, index, x.dtype)
-        if index.dim() == 2:
-            ahead = torch.arange(cache[0].shape[3], device=tokens.device) > index               # (B, S)
-            visible = x.new_zeros(ahead.shape).masked_fill_(ahead, -torch.inf)[:, None, None]
+            cos_sin = rotation(self.config, index, x.dtype)
+        if index.dim() == 2:                                                # one new token per row
+            later = torch.arange(cache[0].shape[3], device=tokens.device) > index               # (B, S)
+            mask = x.new_zeros(later.shape).masked_fill_(later, -torch.inf)[:, None, None]
         recompute = self.checkpoint_blocks and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, Positions(index, turns, visible), cache[i] if cache else None, recompute)
+            x = block(x, Positions(index, cos_sin, mask), cache[i] if cache else None, recompute)
         return self.norm(x)
 
     def unembed(self, x):
-        """Hidden states (..., C) to logits (..., V), in float32 or finer."""
+        """Compute logits (..., V), in float32 or finer, from hidden states (..., C)."""
         if self.head_kind != "lm":
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         W = self.token_embedding.weight if self.config.tied else self.head.weight
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if x.is_cuda:       # as TF32, which holds bfloat16 exactly: sums in float32, not rounded at the end
+        if x.is_cuda:   # multiply in TF32: exact for bfloat16 inputs, and no result is rounded to bfloat16
             x, W = x.to(dtype), W.to(dtype)
         return F.linear(x, W).to(dtype)
 
     def forward(self, tokens):
-        """tokens (B, T) int64, right-padded: logits (B, T, V), or one scalar per position (B, T)."""
+        """Logits (B, T, V), or with a scalar head scores (B, T), for tokens (B, T) int64, right-padded."""
         x = self.hidden(tokens)
         if self.head_kind == "lm":
             return self.unembed(x)
         return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
-        """The scalar at each row's last token, the only one that has seen the whole row: (B,)."""
-        return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]
+        """The scalar at each row's last token, the only one that attends to the whole row: (B,)."""
+        return self(tokens).gather(1, lengths[:, None] - 1)[:, 0]       # a scalar head at all tokens is cheap
 
-    def last_state(self, tokens, lengths, cache=None):
-        """The hidden state at each row's last token, (B, C). cache: see prefill."""
-        x = self.hidden(tokens, cache=cache)
-        return x[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    def last_state(self, tokens, lengths):
+        """The hidden state at each row's last token, (B, C)."""
+        return self.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False):
         """The log-probability of each token where the mask is true, given the tokens before it.
 
-        tokens (B, T) int64; mask (B, T) bool, whose first column is ignored (nothing precedes it). Returns
-        (B, T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With entropy=True
-        also the entropies of these distributions, (B, T), which have a gradient only if entropy_grad is True:
-        it costs memory. Logits are by far the largest tensor, V numbers per token, and nobody needs those of
-        prompts and padding. So they are computed only where the mask is true, and at most 16 million numbers
-        at a time, which the backward pass computes again."""
+        tokens (B, T) int64; mask (B, T) bool, whose first column is ignored, because no token precedes it.
+        Returns (B, T) in nats: column t is log p(tokens[:, t] | tokens[:, :t]), 0 outside the mask. With
+        entropy=True also returns the entropies of these distributions, (B, T). They have a gradient only with
+        entropy_grad=True, because it costs memory. Logits are by far the largest tensor, V numbers per token.
+        So they are computed only where the mask is true, in parts of at most 16 million numbers. If there are
+        several parts, the backward pass recomputes the logits of each part."""
         mask = mask.clone()
         mask[:, 0] = False
-        # The state at column t − 1 has read tokens[:, :t], and predicts column t: hence the shift by one.
+        # The hidden state at column t − 1 depends on tokens[:, :t] and predicts column t: hence the shift.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
-        rows = max(1, 2 ** 24 // self.config.vocab_size)
+        size = max(1, 2 ** 24 // self.config.vocab_size)                    # positions per part
         args, parts = (temperature, entropy, entropy_grad), []
-        for some, chosen in zip(x.split(rows), tokens[mask].split(rows)):
-            if len(x) > rows and torch.is_grad_enabled():
-                parts.append(checkpoint(self.read_logprobs, some, chosen, *args, use_reentrant=False))
+        for states, chosen in zip(x.split(size), tokens[mask].split(size)):
+            if len(x) > size and torch.is_grad_enabled():
+                parts.append(checkpoint(self.read_logprobs, states, chosen, *args, use_reentrant=False))
             else:
-                parts.append(self.read_logprobs(some, chosen, *args))
-        columns = [torch.cat(pieces) for pieces in zip(*parts)]
-        out = [column.new_zeros(tokens.shape).masked_scatter(mask, column) for column in columns]
+                parts.append(self.read_logprobs(states, chosen, *args))
+        results = [torch.cat(pieces) for pieces in zip(*parts)]             # (n,) each
+        out = [result.new_zeros(tokens.shape).masked_scatter(mask, result) for result in results]
         return out if entropy else out[0]
 
     def read_logprobs(self, x, chosen, temperature, entropy, entropy_grad):
-        """From states x (n, C): [log-probabilities of their chosen next tokens (n,), and entropies (n,)]."""
+        """[log-probabilities (n,) of the chosen next tokens, entropies (n,)], from hidden states x (n, C)."""
         logits = self.unembed(x)                                                            # (n, V)
         logp = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
         result = [logp.gather(-1, chosen[:, None])[:, 0]]
@@ -333,16 +332,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
-                 seeds=None, rows_left=int):
-        """Continue each prompt until stop_token (included) or for max_new_tokens.
+                 seeds=None, rows_left=int):                        # int returns a number as it is
+        """Sample an answer to each prompt, until stop_token (included) or for max_new_tokens.
 
-        prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy; top_k 0
-        and top_p 1 keep all tokens. seeds (B,) int64 give each row its own noise: its answer depends on its
-        prompt and its seed, not on its neighbours, the batch or the process. None draws them from torch's
-        generator. Returns tokens (B, T'): prompt, answer, zeros; mask (B, T') bool, true on the answer; and
-        logprobs (B, T') of the answer's tokens at this temperature (1 if greedy), before top_k and top_p.
-        Raises ValueError for settings out of range, and if the prompts leave no room for max_new_tokens.
-        rows_left: sums the running rows over processes, where none may stop before the others."""
+        prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy decoding.
+        top_k 0 and top_p 1 keep all tokens. seeds (B,) int64, by default random, give each row its own noise,
+        so that its answer depends on its prompt and its seed alone. rows_left: a function from this process's
+        number of unfinished rows to the sum over all processes, because with sharded networks no process may
+        stop before the others. Returns tokens (B, T'): prompt, answer, zeros; mask (B, T') bool, true on the
+        answer; and logprobs (B, T') of the answer at this temperature (1 if greedy), before top_k and top_p.
+        Raises ValueError if a setting is out of range or the prompts leave no room for max_new_tokens."""
         longest = int(lengths.max())
         S = longest + max_new_tokens
         self.check_sampling(prompts, lengths, S, temperature, top_k, top_p)
@@ -353,21 +352,21 @@ class GPT(nn.Module):
         logits, cache = self.prefill(tokens[:, :longest], lengths, S)
         logprobs, ends = logits.new_zeros(tokens.shape), lengths.clone()
         rows = torch.arange(len(tokens), device=tokens.device)          # (b,): the rows still in the batch
-        running = torch.ones_like(rows, dtype=torch.bool)               # (b,): whether they have not ended
+        running = torch.ones_like(rows, dtype=torch.bool)               # (b,): true until the row ends
         for step in range(max_new_tokens):
             chosen, logp = choose(logits, temperature, top_k, top_p, uniform(seeds[rows], step))
-            tokens[rows, lengths[rows] + step] = chosen * running
-            logprobs[rows, lengths[rows] + step] = logp * running
+            tokens[rows, lengths[rows] + step] = torch.where(running, chosen, 0)
+            logprobs[rows, lengths[rows] + step] = torch.where(running, logp, 0)
             ends[rows] += running
             if stop_token is not None:
                 running = running & (chosen != stop_token)
-            if (step + 1) % (8 if tokens.is_cuda else 1) == 0:          # seldom: a GPU has to be waited for
-                alive = int(running.sum())
-                if rows_left(alive) == 0:
+            if (step + 1) % (8 if tokens.is_cuda else 1) == 0:  # not every step: int() waits for the GPU
+                unfinished = int(running.sum())
+                if rows_left(unfinished) == 0:
                     break
-                # Rows that have ended leave when they are a fifth: copying the cache takes as long as a step.
-                if 0 < alive <= 0.8 * len(rows):
-                    for i, layer in enumerate(cache):           # one after the other, not all twice in memory
+                # Drop ended rows only when they are a fifth of b: copying the cache takes as long as a step.
+                if 0 < unfinished <= 0.8 * len(rows):
+                    for i, layer in enumerate(cache):           # one by one: only one is twice in memory
                         cache[i] = layer[:, running]
                     rows, chosen, running = rows[running], chosen[running], running[running]
             if step + 1 < max_new_tokens:
@@ -385,66 +384,66 @@ class GPT(nn.Module):
             raise ValueError(f"generate: a prompt and its answer exceed block_size {self.config.block_size}")
 
     def prefill(self, tokens, lengths, S):
-        """Read whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
+        """Run whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
-        return self.unembed(self.last_state(tokens, lengths, cache)), cache
+        x = self.hidden(tokens, cache=cache)     # not last_state, after which FSDP frees the head's weights
+        return self.unembed(x[torch.arange(len(tokens), device=tokens.device), lengths - 1]), cache
 
     def decode_one_token(self, token, position, cache, end):
-        """Read one more token per row, token (b,) at position (b,): the logits (b, V) of the next. All
-        positions are below end, so that the cache is not read beyond."""
+        """Run one more token per row, token (b,) at position (b,) < end: logits (b, V) of the next token."""
         x = self.hidden(token[:, None], position[:, None], [layer[:, :, :, :end] for layer in cache])
         return self.unembed(x[:, 0])
 
     def save(self, folder, **how):
         """Write the network as a Hugging Face model folder: see runtime/folders.py."""
-        from runtime import folders  # here, because the network itself needs nothing else of this project
+        from runtime import folders  # imported here, because the rest of this file works without the project
         folders.save(self, folder, **how)
 
     @classmethod
     def load(cls, folder, head=None, mapped=False):
-        """The network in a Hugging Face model folder: see runtime/folders.py. head: None keeps the folder's;
-        the other kind starts a new head on the same trunk (a reward model from a language model)."""
+        """Load the network of a Hugging Face model folder: see runtime/folders.py. head=None keeps its head;
+        the other kind starts anew on the same trunk (a reward model from a language model)."""
         from runtime import folders
         return folders.load(folder, head, mapped)
 
 
 def uniform(seeds, step):
     """One number in (0, 1) per row from seeds (b,) int64 and the step: the SplitMix64 finaliser (Steele et
-    al. 2014). It has no state: a row's noise does not depend on the batch, the process or the device."""
-    def shift(z, n):                                           # logical shift right: int64 has only the other
+    al. 2014). It has no state, so a row's noise does not depend on the batch, the process or the device."""
+    def shift(z, n):                                    # a logical shift: int64's >> copies the sign bit
         return (z >> n) & ((1 << (64 - n)) - 1)
-    z = seeds * -7046029254386353131 + (step + 1) * -7723592293110705685 % 2 ** 63
-    z = (z ^ shift(z, 30)) * -4658895280553007687
-    z = (z ^ shift(z, 27)) * -7723592293110705685
+    GOLDEN, MIX1, MIX2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+    z = seeds * GOLDEN + (step + 1) * MIX2 % 2 ** 63    # constants − 2 ** 64, because int64 is signed
+    z = (z ^ shift(z, 30)) * MIX1
+    z = (z ^ shift(z, 27)) * MIX2
     z = z ^ shift(z, 31)
-    if z.device.type == "mps":                                      # has no float64
+    if z.device.type == "mps":                          # which has no float64
         return (shift(z, 40).float() + 0.5) / 2 ** 24
-    return (shift(z, 11).double() + 0.5) / 2 ** 53
+    return (shift(z, 11).double() + 0.5) / 2 ** 53      # + 0.5, so that it is never exactly 0
 
 
 def choose(logits, temperature, top_k, top_p, u):
-    """Each row's next token, (b,), from logits (b, V) and noise u (b,), and its log-probability, (b,)."""
+    """The next token of each row (b,) and its log-probability (b,), from logits (b, V) and noise u (b,)."""
     p = (logits / (temperature or 1.0)).softmax(dim=-1)
     chosen = sample(p, top_k, top_p, u) if temperature > 0 else logits.argmax(dim=-1)
     return chosen, p.gather(-1, chosen[:, None])[:, 0].log()
 
 
 def sample(p, top_k, top_p, u):
-    """One token per row from probabilities p (b, V): the first at which their cumulative sum reaches u (b,),
-    uniform in (0, 1). top_k keeps the k likeliest tokens; top_p then the fewest that hold that share of their
-    probability (Holtzman et al. 2020).
-    This inverts the cumulative distribution function (CDF): token i's interval has length p[i]. It needs one
-    random number per row, which comes from the row's seed; torch.multinomial would draw from one generator
-    for the whole batch, and a row's answer would depend on its neighbours."""
+    """Sample one token per row, (b,), from probabilities p (b, V) and u (b,), uniform in (0, 1): cut (0, 1)
+    into intervals of length p[i]; the interval that holds u is the sample (the inverse CDF). top_k keeps the
+    k likeliest tokens; of these, top_p keeps the fewest with that share of p (Holtzman et al. 2020). u comes
+    from the row's seed: torch.multinomial has one generator for all rows, which would then be dependent."""
     if top_k or top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
         if top_k:
             ranked[:, top_k:] = 0
         beyond = ranked.cumsum(-1) - ranked >= top_p * ranked.sum(-1, keepdim=True)
-        beyond[:, 0] = False                                        # the likeliest always stays
+        beyond[:, 0] = False                                        # always keep the likeliest token
         p = torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(beyond, 0))
     cumulative = p.cumsum(dim=-1)
-    # Reaching u of the total, which rounding puts off 1, always lands on a token of probability above 0.
+    # Compare with u · total, because rounding makes the total differ from 1. Then a token of probability 0 is
+    # never chosen. Clamp, because a coarser dtype may round u to 0, which would choose token 0 in any case.
     u = u.to(cumulative.dtype).clamp(min=torch.finfo(cumulative.dtype).tiny)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]

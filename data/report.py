@@ -159,7 +159,8 @@ def token_cards(rollouts):
 # ----------------------------------------------------------------------------------------- the page
 
 def page(tables, facts, examples, rollouts, image=""):
-    """The text of report.html. rollouts: {model: answers from read_rollouts}; image: path of a PNG file."""
+    """The text of report.html, out of the template beside this file. rollouts: {model: answers from
+    read_rollouts}; image: path of a PNG file."""
     shown, answers, figure = [], "", ""
     for title, (heads, *rows) in tables:
         cells = "<th>" + "<th>".join(map(escape, heads))
@@ -175,50 +176,6 @@ def page(tables, facts, examples, rollouts, image=""):
     if image:
         figure = f'<img alt="" src="data:image/png;base64,{b64encode(Path(image).read_bytes()).decode()}">'
     inside = "".join(f"<h2>{escape(name)}</h2>{token_cards(r)}" for name, r in rollouts.items() if r)
-    return PAGE.substitute(facts=escape(" ".join(facts)), first=shown[0], figure=figure,
-                           tables="".join(shown[1:]), answers=answers, inside=inside)
-
-
-PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>How the models answer</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>
-  body { margin: auto; max-width: 64rem; padding: 0 1rem; color: #222; font: 17px/1.55 system-ui, sans-serif }
-  h2 { margin: 2.5rem 0 .5rem } h3 { font-size: 1rem; margin: 0 } img { width: 100% } div { overflow: auto }
-  small, ul { font-size: .85rem; color: #555; font-weight: normal } ul { columns: 22rem; padding: 0 1rem }
-  table { border-collapse: collapse; font-size: .9rem; white-space: nowrap }
-  th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; background: #fff }
-  th:first-child, td:first-child { position: sticky; left: 0; text-align: left; padding-left: 0 }
-  li { margin-right: 1rem; break-inside: avoid } dt { font-weight: 600 } dd { margin: 0 0 .3rem 1rem }
-  article { border: 1px solid #ddd; padding: .7rem 1rem; margin: 1rem 0; overflow-wrap: anywhere }
-  .tokens { font: 1rem/2 monospace; white-space: pre-wrap; margin: .4rem 0 }
-  .tokens span { background: rgb(var(--c) / calc(.7 * var(--s))); border-bottom: 2px solid rgb(var(--c)) }
-  .more { --c: 33 102 172 } .less { --c: 230 97 1; border-bottom-style: dotted !important }
-  .on { outline: 2px solid } output { display: flex; flex-wrap: wrap; gap: 0 1.2rem; min-height: 3.1rem }
-  output:empty::before { content: "Point at a token, tap it, or use Tab." }
-  i { display: inline-block; padding: .4rem 3rem; background: linear-gradient(90deg,#ee9040,#fff,#6494c5) }
-  section:not(:has(article, img)) { display: none }
-</style>
-<h1>How the models answer</h1>
-<p>Several language models were asked the same questions, which were not in their training. The first is what
-the others are compared with: mostly one that has only imitated people, while they learnt to answer as people
-prefer. In training a <em>reward model</em> stands for people, and can be fooled; here a <em>judge</em> says
-what is good. <p>$facts $first
-<section><h2>Pleasing, or being right?</h2><p>Where the reward rises and the judge's score falls, a model has
-learnt to please the reward model with answers that are no better: it hacks its reward.$figure</section>
-$tables<section><h2>Answers side by side</h2>$answers</section>
-<section><h1>Inside PPO</h1><p>Answers of training's first step and of its last. A blue token (solid line)
-did better than expected, and becomes likelier; an orange one (dotted line) did worse. log π is its
-log-probability, log π_ref the first model's, the KL reward the penalty for their difference. The value is
-what was expected from there on, the return what came, the advantage how much better it was.$inside</section>
-<script>
-const span = text => Object.assign(document.createElement("span"), {textContent: text})
-function show({target}) {
-  if (!target.dataset?.numbers) return
-  document.querySelector(".on")?.classList.remove("on")
-  target.classList.add("on")
-  target.closest("article").lastChild.replaceChildren(...target.dataset.numbers.split("|").map(span))
-}
-for (const kind of ["pointerover", "focusin", "click"]) document.addEventListener(kind, show)
-</script>
-""")
+    template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
+    return template.substitute(facts=escape(" ".join(facts)), first=shown[0], figure=figure,
+                               tables="".join(shown[1:]), answers=answers, inside=inside)

@@ -22,6 +22,7 @@ Bytes, for P parameters, N processes and b bytes per number in matrix products; 
 import math
 from collections import namedtuple
 from dataclasses import dataclass, fields, make_dataclass, replace
+from typing import get_args
 
 import torch
 
@@ -57,8 +58,9 @@ class Stage:
         self.shape = GPTConfig(**{name: getattr(self, name) for name, *_ in SHAPE}, block_size=self.length)
 
 
-SHAPE = [(f.name, f.type, flag(f.default, "as in model.GPTConfig")) for f in fields(GPTConfig)
-         if f.type in (int, str, bool) and f.name != "block_size"]
+SHAPE = [(f.name, str if get_args(f.type) else f.type,
+          flag(f.default, "as in model.GPTConfig", choices=get_args(f.type)))
+         for f in fields(GPTConfig) if f.compare and f.type not in (float, dict) and f.name != "block_size"]
 Config = make_dataclass("Config", SHAPE, bases=(Stage,))            # a flag for each field of the shape
 
 

@@ -9,10 +9,12 @@ import os
 import sys
 
 
-def flag(default, help, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line flag. low and high are inclusive. A field of type tuple
-    takes words that no flag's name precedes."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def flag(default, help, low=None, high=None, choices=None, needs=None):
+    """A dataclass field that is also a command-line flag. low and high are inclusive; needs: the name of a
+    flag without which this one does nothing. A field of type tuple takes words that no flag's name
+    precedes."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
+                                                            needs=needs))
 
 
 @dataclasses.dataclass
@@ -48,10 +50,11 @@ class Training(Settings):
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     lora_rank: int = flag(0, "r of LoRA: train adapters of this rank beside frozen weights; 0 trains all", 0)
-    lora_alpha: float = flag(32.0, "α of LoRA: an adapter's output is scaled by α/r", 1e-6)
-    lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters")
+    lora_alpha: float = flag(32.0, "α of LoRA: an adapter's output is scaled by α/r", 1e-6, needs="lora_rank")
+    lora_targets: str = flag("q,k,v,out,gate,up,down", "layers that get adapters", needs="lora_rank")
     nf4: bool = flag(False, "QLoRA: keep the frozen weights of all layers in 4 bits")
-    merge: bool = flag(True, "merge adapters into the saved weights; --no-merge saves them alone, for PEFT")
+    merge: bool = flag(True, "merge adapters into the saved weights; --no-merge saves them alone, for PEFT",
+                       needs="lora_rank")
     checkpoint_blocks: bool = flag(False, "recompute each block's activations in the backward pass: "
                                    "less memory, a third more time")
 
@@ -76,6 +79,11 @@ def parse(config, doc, argv=None):
         add_flag(shared if f.name in inherited else own, f)
     values = vars(parser.parse_args(argv))
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    argv = sys.argv[1:] if argv is None else argv
+    given = {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv}
+    for f in fields:
+        if f.name in given and f.metadata["needs"] and not values[f.metadata["needs"]]:
+            parser.error(f"--{f.name} does nothing without --{f.metadata['needs']}")
     try:
         return config(**values)
     except ValueError as e:                     # flags that do not go together

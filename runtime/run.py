@@ -211,7 +211,8 @@ class Run(Compute):
         terminal = sys.stdout.isatty()
         if not show and not terminal:
             return
-        numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}" for name, v in metrics.items())
+        numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}"
+                   for name, v in metrics.items() if name != "seconds")
         left = int((time.time() - self.clock) / (step - self.first_step) * (self.total - step))
         count = f"step {step:{len(str(self.total))}}/{self.total}"
         line = "  ".join([count, *numbers, f"{left // 60}:{left % 60:02} left"])

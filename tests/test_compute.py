@@ -9,7 +9,7 @@ from helpers.arrays import tiny
 
 from model import GPT, GPTConfig
 from runtime import compute
-from runtime.compute import Meter, deal, pad
+from runtime.compute import Meter, distribute, pad
 from runtime.flags import Settings
 
 
@@ -45,7 +45,7 @@ def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed
     rng = random.Random(seed)
     lengths = random_lengths(rng, rng.randrange(1, 40))
     size, tokens, ranks = rng.randrange(1, 12), rng.choice([0, 40, 90]), rng.randrange(1, 5)
-    everyone = deal(lengths, size, tokens, ranks)
+    everyone = distribute(lengths, size, tokens, ranks)
     assert len(everyone) == ranks
     assert sorted(i for pieces in everyone for piece in pieces for i in piece) == list(range(len(lengths)))
     for pieces in everyone:
@@ -61,15 +61,15 @@ def test_micro_batches_hold_every_row_once_and_never_more_than_their_bounds(seed
 
 
 def test_micro_batches_are_as_large_as_their_bounds_allow():
-    assert deal([5, 5, 5, 5, 5], 2, 0, 1) == [[[0, 1], [2, 3], [4]]]
-    assert deal([5, 5, 5, 5, 5], 9, 10, 1) == [[[0, 1], [2, 3], [4]]]
-    assert deal([[5, 4], [5], [1, 2]], 3, 0, 1) == [[[2], [0, 1]]]
-    assert deal([[5, 4], [5], [1, 2]], 9, 12, 1) == [[[2], [0], [1]]]
+    assert distribute([5, 5, 5, 5, 5], 2, 0, 1) == [[[0, 1], [2, 3], [4]]]
+    assert distribute([5, 5, 5, 5, 5], 9, 10, 1) == [[[0, 1], [2, 3], [4]]]
+    assert distribute([[5, 4], [5], [1, 2]], 3, 0, 1) == [[[2], [0, 1]]]
+    assert distribute([[5, 4], [5], [1, 2]], 9, 12, 1) == [[[2], [0], [1]]]
 
 
 def test_neighbours_in_length_go_together_and_equal_lengths_keep_their_order():
-    assert deal([9, 1, 8, 1, 9, 2], 2, 0, 1) == [[[1, 3], [5, 2], [0, 4]]]
-    assert deal([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
+    assert distribute([9, 1, 8, 1, 9, 2], 2, 0, 1) == [[[1, 3], [5, 2], [0, 4]]]
+    assert distribute([9, 1, 8, 1, 9, 2], 2, 0, 2) == [[[1, 5], [0]], [[3, 2], [4]]]
 
 
 # --------------------------------------------------------------------------------------- on several processes
@@ -249,8 +249,10 @@ def test_the_precision_is_that_of_matrix_products():
         device, model = small(precision=precision), tiny("lm").float()
         device.cfg.checkpoint_blocks = False
         device.place(model)
-        found = device.map(lambda some: {"y": model(torch.ones(1, 2, dtype=torch.long))[:, 0]}, [0], [2])
-        assert found["y"].dtype == dtype
+        tokens = torch.ones(1, 2, dtype=torch.long)
+        found = device.map(lambda some: {"x": model.hidden(tokens)[:, 0], "logits": model(tokens)[:, 0]},
+                           [0], [2])
+        assert found["x"].dtype == dtype and found["logits"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(positions="rotary", n_kv_head=1)],

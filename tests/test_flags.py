@@ -103,6 +103,23 @@ def test_flags_that_do_not_go_together_are_refused(capsys):
     assert e.value.code == 2 and "n_embd 100 is not a multiple of n_head 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["--no-adaptive_kl", "--kl_target", "3"], "--kl_target does nothing without --adaptive_kl"),
+    (["--kl_horizon=500", "--no-adaptive_kl"], "--kl_horizon does nothing without --adaptive_kl"),
+    (["--lora_alpha", "16"], "--lora_alpha does nothing without --lora_rank"),
+    (["--no-merge"], "--merge does nothing without --lora_rank")])
+def test_a_flag_that_would_do_nothing_is_refused(capsys, argv, said):
+    with pytest.raises(SystemExit) as e:
+        flags.parse(ppo.Config, "", argv)
+    assert e.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_flag_beside_the_one_that_it_needs_is_taken():
+    argv = ["--kl_target", "3", "--lora_rank", "4", "--no-merge", "--lora_alpha=8"]
+    cfg = flags.parse(ppo.Config, "", argv)
+    assert cfg.kl_target == 3 and cfg.lora_alpha == 8 and not cfg.merge
+
+
 def test_the_ends_of_a_range_are_allowed():
     assert parsed("--n", "1").n == 1 and parsed("--n", "9").n == 9
     assert parsed("--rate", "0").rate == 0 and parsed("--top", "2").top == 2

@@ -1,10 +1,10 @@
-"""Online DPO (Guo et al. 2024, arXiv 2402.04792): DPO on the policy's own answers, compared as it learns.
+"""Online DPO (Guo et al. 2024, arXiv 2402.04792): DPO on the policy's own answers, ranked during training.
 
-    python -m variants.online_dpo                          compared by the embedded world's annotators
-    python -m variants.online_dpo --by out/reward_model    by a reward model, or a chat model that judges
+    python -m variants.online_dpo                          ranked by the embedded world's annotators
+    python -m variants.online_dpo --by out/reward_model    ranked by a reward model, or by a chat model
 
-A policy's faults change while it learns, and labels of other answers say nothing about them. The prompts are
-those of the preference data, each with as many answers as a record has; the loss is that of dpo.py.
+Labels of other answers say little about the errors of the current policy. So in each step it answers prompts
+of the preference data anew. Every prompt gets as many answers as the batch's first record. The loss is DPO's.
 """
 import math
 from dataclasses import dataclass
@@ -25,22 +25,22 @@ from runtime.run import Run
 @dataclass
 class Config(dpo.Config):
     out: str = flag("out/online_dpo", "folder that the run writes")
-    by: str = flag("annotators", "who compares: annotators, or the folder of a reward model or a chat model")
+    by: str = flag("annotators", "who ranks: annotators, or the folder of a reward model or of a chat model")
     max_new_tokens: int = flag(48, "longest sampled answer, in tokens", 1)
 
 
 def fresh_comparisons(run, policy, tokenizer, rank, old):
-    """The prompts of some Comparisons, each with as many fresh answers of the policy, ranked anew, without
-    those whose answers all tie; and {metric: mean over the answers}. rank: see feedback.collect.labeller."""
+    """Sample k answers of the policy to each prompt of the `old` Comparisons, and rank them. Returns the new
+    Comparisons, except where all k tie, and {metric: mean over the answers}. rank: see collect.labeller."""
     k, prompts = len(old[0].sequences), [c.prompt for c in old]
-    starts = [c.sequences[0][:c.start] for c in old for _ in range(k)]
-    room = min(run.cfg.max_new_tokens, policy.config.block_size - max(map(len, starts)))
-    batch = run.sample(policy, starts, run.seeds(len(starts)), room, stop_token=tokenizer.end)
+    prompt_ids = [c.sequences[0][:c.start] for c in old for _ in range(k)]
+    room = min(run.cfg.max_new_tokens, policy.config.block_size - max(map(len, prompt_ids)))
+    batch = run.sample(policy, prompt_ids, run.seeds(len(prompt_ids)), room, stop_token=tokenizer.end)
     answers = as_answers(tokenizer, batch, k)
-    fresh = [Comparison([c.sequences[0][:c.start] + a.ids for a in some], c.start, ranks)
-             for c, some, ranks in zip(old, answers, rank(prompts, answers, run.rng))]
-    texts = [a.text for some in answers for a in some]
-    asked = [prompt for prompt in prompts for _ in range(k)]
+    ranks = rank(prompts, answers, run.rng)
+    fresh = [Comparison([ids + a.ids for a in replies], c.start, places)
+             for c, ids, replies, places in zip(old, prompt_ids[::k], answers, ranks)]
+    asked, texts = zip(*[(prompt, a.text) for prompt, replies in zip(prompts, answers) for a in replies])
     return [c for c in fresh if c.pairs], answer_metrics(batch, asked, texts)
 
 
@@ -61,9 +61,9 @@ def train(cfg):
         old, stats = [examples[i] for i in batch], Meter()
         fresh, sampled = fresh_comparisons(run, policy, tokenizer, rank, old)
         run.warn_if(sampled["ended"] < 0.95, "some answers do not end: lower --lr or raise --beta")
-        run.warn_if(not fresh, "all fresh answers to a prompt tie: the data's own answers are used instead")
+        run.warn_if(not fresh, "for every prompt of a batch all fresh answers tie: its old answers are used")
         rows = fresh or old
-        dpo.add_reference(reference, run, rows)
+        dpo.add_reference(reference, run, rows)     # kept in memory, because each step has new answers
         for some, share in run.micro_batches(rows, weights=[len(c.pairs) for c in rows]):
             loss, metrics = dpo.pair_loss(policy, run, some)
             (share * loss).backward()

@@ -1,9 +1,9 @@
-"""PPO-ptx (Ouyang et al. 2022, eq. 2): PPO with the SFT loss on demonstrations mixed in.
+"""PPO-ptx: PPO with the SFT loss on demonstrations added. Ouyang et al. (2022, eq. 2) add pretraining text.
 
     python -m variants.ppo_ptx --ptx_coef 0.1
 
-The policy forgets what no reward asks for. The gradient of the SFT loss, added before each of its steps,
-keeps it able to say what people have written.
+PPO may lose abilities that the reward does not measure. Against this, the gradient of the SFT loss, times
+ptx_coef, is added before each optimiser step of the policy.
 """
 from dataclasses import dataclass
 
@@ -27,15 +27,15 @@ class Config(ppo.Config):
 
 def train(cfg):
     conversations, _ = loading.load("demonstrations", cfg.ptx_data, "", cfg.max_dropped)
-    tokenizer, block_size = Tokenizer.load(cfg.init, cfg.system), load(cfg.init).config.block_size
-    demonstrations = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations",
-                                           cfg.max_dropped)
+    tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    size = load(cfg.init).config.block_size             # which reads no weights: see runtime.models.load
+    demonstrations = encode_demonstrations(tokenizer, conversations, size, "demonstrations", cfg.max_dropped)
 
-    def sft_gradient(run, policy):
-        chosen = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
-        for some, share in run.micro_batches(chosen, weights=[sum(d.learn) for d in chosen]):
+    def add_sft_gradient(run, policy):
+        rows = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
+        for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):   # as in sft.train
             (share * (cfg.ptx_coef * demonstrations_loss(policy, run, some))).backward()
-    ppo.train(cfg, auxiliary_loss=sft_gradient)
+    ppo.train(cfg, auxiliary_loss=add_sft_gradient)
 
 
 if __name__ == "__main__":
