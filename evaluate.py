@@ -267,7 +267,7 @@ def plot(path, measured, runs):
                       markersize=4, label=f"best of n, n up to {curve[-1]['n']}")
         axis.set(xlabel="√KL from the first model, KL in nats per answer", title=title)
         axis.grid(alpha=0.25)
-    figure.axes[1].legend(frameon=False)
+    figure.axes[1].legend(fontsize="small", framealpha=0.6)
     figure.text(0.5, 0.015, "lines: training rollouts, step by step; dots and squares: held-out prompts",
                 fontsize=9, color="#666666", ha="center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))

@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 
 from evaluate import Sampler, Sampling
-from runtime.files import find
 from runtime.flags import flag
 from runtime.launch import main
 
@@ -19,7 +18,7 @@ class Config(Sampling):
 
 
 def chat(cfg):
-    folder, messages = find(cfg.models[0]), []
+    folder, messages = cfg.models[0], []
     sampler = Sampler(cfg, [folder])
     model, name = sampler.load(folder), os.path.basename(os.path.normpath(folder))
     print(f"talking to {folder}; an empty line starts a new conversation, Ctrl-D ends")

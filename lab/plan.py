@@ -3,7 +3,8 @@
     python -m lab.plan --stage ppo --processes 8 --n_layer 32 --n_embd 4096 --n_head 32 --n_kv_head 8 \\
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
         --vocab_size 128256
-    python -m lab.plan --table             what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs
+
+docs/gpus.md has a table of what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs.
 
 Bytes, for P parameters, N processes and b bytes per number in matrix products; without LoRA:
 
@@ -35,7 +36,6 @@ TRAINED = {"sft": ["lm"], "reward_model": ["scalar"], "dpo": ["lm"], "ppo": ["lm
 FROZEN = {"sft": [], "reward_model": [], "dpo": [], "ppo": ["lm", "scalar"]}
 CHUNK = 2 ** 24                         # logits that exist at once in training: see GPT.logprobs
 SAMPLING_LOGITS = 5                     # float32 arrays (rows, V) that exist at once where tokens are sampled
-GB, TB = 1e9, 1e12
 
 
 @dataclass
@@ -52,7 +52,6 @@ class Stage:
     gather_at_once: bool = flag(True, "as in training")
     normalize: int = flag(reward_model.Config.normalize, "as in reward_model.py", 0)
     bytes: int = flag(2, "per number in matrix products: 2 is bfloat16, 4 float32", 2, 4)
-    table: bool = flag(False, "print what fits where")
     debug: bool = flag(False, "show the traceback of an error")
 
     def __post_init__(self):
@@ -186,44 +185,8 @@ class Plan:
         return sent
 
 
-LLAMA = dict(mlp="swiglu", norm="rmsnorm", positions="rotary", bias=False, n_kv_head=8, vocab_size=128256)
-MODELS = {
-    "GPT-2 small, 124 M": dict(),
-    "GPT-2 XL, 1.6 B": dict(n_layer=48, n_head=25, n_embd=1600),
-    "Llama 3.2 3 B": dict(LLAMA, n_layer=28, n_head=24, n_embd=3072, mlp_hidden=8192),
-    "Llama 3.1 8 B": dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, mlp_hidden=14336, tied=False),
-    "Llama 3.1 70 B": dict(LLAMA, n_layer=80, n_head=64, n_embd=8192, mlp_hidden=28672, tied=False),
-}
-
-
-def in_words(size):
-    if size >= 10 * TB:
-        return f"{size / TB:.0f} TB"
-    return f"{size / GB:.0f} GB" if size >= 10 * GB else f"{size / GB:.1f} GB"
-
-
-def table(counts=(1, 8, 16, 64)):
-    """Lines of Markdown for SFT and PPO under fsdp, in bfloat16 with recomputed blocks: what each device
-    holds, and what it sends per step on eight of them. Eight sequences of 1,024 tokens per device, one per
-    forward pass; the policy is gathered at once to sample if that is less than 40 GB."""
-    heads = " | ".join("1 GPU" if n == 1 else f"{n} GPUs" for n in counts)
-    lines = [f"| model | stage | {heads} | each of 8 sends per step |", "|---" * (3 + len(counts)) + "|"]
-    for name, shape in MODELS.items():
-        for stage in ("sft", "ppo"):
-            plans = {}
-            for n in counts:
-                cfg = Config(stage, n, batch=8 * n, micro_batch=1, checkpoint_blocks=True, **shape)
-                cfg.gather_at_once = network(cfg.shape).all * cfg.bytes < 40 * GB
-                plans[n] = Plan(cfg).numbers()
-            peaks = " | ".join(in_words(plans[n]["peak"]) for n in counts)
-            lines.append(f"| {name} | {stage} | {peaks} | {in_words(plans[8]['sent per step'])} |")
-    return lines
-
-
 def show(cfg):
-    if cfg.table:
-        return print("\n".join(table()))
-    numbers = "  ".join(f"{name} {size / GB:.2f} GB" for name, size in Plan(cfg).numbers().items())
+    numbers = "  ".join(f"{name} {size / 1e9:.2f} GB" for name, size in Plan(cfg).numbers().items())
     size = f"{network(cfg.shape).all / 1e9:.2f} B parameters"
     print(f"{cfg.stage} of {size}, {cfg.parallel} on {cfg.processes}:  {numbers}")
 
