@@ -80,7 +80,7 @@ def test_a_bad_record_stops_the_run_before_it_trains(chain):
 
 def test_a_flag_out_of_range_is_refused_with_the_range(tmp_path):
     done = script("ppo", "--gamma 1.5", tmp_path)
-    assert done.returncode == 2 and "from 0 to 1" in done.stderr
+    assert done.returncode == 2 and "must be in [0, 1]" in done.stderr
 
 
 def test_another_seed_trains_other_weights(chain):

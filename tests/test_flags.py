@@ -100,7 +100,7 @@ def assert_refused(capsys, stage, name, value, said):
 def test_flags_that_do_not_go_together_are_refused(capsys):
     with pytest.raises(SystemExit) as e:
         flags.parse(sft.Config, "", ["--n_embd", "100", "--n_head", "3"])
-    assert e.value.code == 2 and "n_embd 100 is not a multiple of n_head 3" in capsys.readouterr().err
+    assert e.value.code == 2 and "n_embd 100 is no multiple of n_head 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -115,7 +115,7 @@ def test_a_bad_record_is_one_line_for_all_processes(alone):
     assert own_lines(done.stderr, "sft.py") == [
         'sft.py: bad.jsonl, line 2: field "response" is missing (demonstrations have messages, '
         "conversations, prompt and response or completion, instruction and output, chosen, or prompt, "
-        "responses and ranks)"]
+        "responses and ranks) (1 of 2 records are malformed)"]
 
 
 @pytest.mark.slow

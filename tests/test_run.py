@@ -64,6 +64,7 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
         run.log({"loss": torch.tensor(i / 3), "n": i})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 41))
+    assert all(0 <= line.pop("seconds") < 10 for line in lines)
     assert lines[20] == {"step": 21, "loss": round(20 / 3, 6), "n": 20.0}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 4
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
@@ -75,7 +76,17 @@ def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkey
     monkeypatch.setattr(run_module, "SummaryWriter", mock.Mock(return_value=board))
     run = a_run(tmp_path / "run", 2)[0]
     run.log({"loss": 0.5, "kl": 3.0})
-    assert board.add_scalar.call_args_list == [mock.call("loss", 0.5, 1), mock.call("kl", 3.0, 1)]
+    *calls, seconds = board.add_scalar.call_args_list
+    assert calls == [mock.call("loss", 0.5, 1), mock.call("kl", 3.0, 1)] and seconds.args[0] == "seconds"
+
+
+def test_a_note_is_logged_with_its_step_and_no_other(tmp_path):
+    run = a_run(tmp_path / "run", 2)[0]
+    run.note(ood=0.25)
+    run.log({"loss": 1.0})
+    run.log({"loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["ood"] == 0.25 and "ood" not in lines[1]
 
 
 # -------------------------------------------------------------------------------- an optimiser step
@@ -118,7 +129,8 @@ def test_a_system_message_is_put_first_and_stays_with_the_model(trained, stage):
 def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys):
     run, said = a_run(tmp_path)[0], []
     for texts in (["a"], ["a", "b"], ["b"], [], ["b"]):
-        run.warn(texts)
+        for text in "ab":
+            run.warn_if(text in texts, text)
         said.append(re.findall(r"warning: step 1: (.)", capsys.readouterr().err))
     assert said == [["a"], ["b"], [], [], ["b"]]
 
@@ -302,10 +314,10 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(ch
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", [
-    "metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json",
-    "new/tokenizer_config.json", "run.json.tmp"])
+    "metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json.tmp",
+    "new/tokenizer_config.json.PID.tmp", "run.json.tmp"])
 def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, inside, name):
-    out = chain[0] / ("out/full_" + name.replace("/", "_"))
+    name, out = name.replace("PID", str(os.getpid())), chain[0] / ("out/full_" + name.replace("/", "_"))
     out.mkdir()
     (out / name).parent.mkdir(exist_ok=True)
     for old in ("model.safetensors", "config.json"):
@@ -331,7 +343,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, insid
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     a_step(*a_run(tmp_path))
-    with pytest.raises(ValueError, match="unfinished run of something else .seed was 0, not 1.*--no-resume"):
+    with pytest.raises(ValueError, match="unfinished run with other settings .seed was 0, not 1.*--no-resume"):
         a_run(tmp_path, seed=1)
     run = a_run(tmp_path)[0]
     assert run.step == 1
