@@ -343,7 +343,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, insid
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     a_step(*a_run(tmp_path))
-    with pytest.raises(ValueError, match="unfinished run with other settings .seed was 0, not 1.*--no-resume"):
+    with pytest.raises(ValueError, match="with other settings .seed was 0, not 1.*--no-resume"):
         a_run(tmp_path, seed=1)
     run = a_run(tmp_path)[0]
     assert run.step == 1
