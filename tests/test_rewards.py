@@ -52,6 +52,16 @@ def test_a_sum_weighs_its_terms(program, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_single_reward_has_its_weight_too(program):
+    assert scores(f"0.5*{program}:size")[1] == [25.5, 21, 22]
+
+
+def test_a_sum_has_the_folder_of_its_reward_model_wherever_that_stands(program, monkeypatch):
+    monkeypatch.setattr(rewards, "find", str)
+    monkeypatch.setattr(rewards, "load_reward_model", lambda folder: tiny("scalar").float())
+    assert scores(f"{program}:size,out/reward_model")[0].folder == "out/reward_model"
+
+
 def test_what_is_no_reward_is_one_line(program):
     for names, said in ((f"x*{program}:size", "the weight 'x' is not a number"),
                         (f"{program}:two", "program.py:two: AttributeError"),

@@ -47,9 +47,10 @@ def test_the_variant_learns_and_logs_what_a_plain_loop_does(trained, stage, sett
                                          doubts if stage is cautious else None)
 
 
-def test_online_dpo_learns_and_logs_what_a_plain_loop_does(trained):
-    test_dpo.assert_learns_as_plain_loop(trained, online_dpo, test_dpo.SHARED | ONLINE,
-                                         GPT.load("out/reward_model"))
+@pytest.mark.parametrize("data", ["rankings.jsonl", "pairs.jsonl"])         # the pairs have soft labels
+def test_online_dpo_learns_and_logs_what_a_plain_loop_does(trained, data):
+    settings = test_dpo.SHARED | ONLINE | dict(data=data)
+    test_dpo.assert_learns_as_plain_loop(trained, online_dpo, settings, GPT.load("out/reward_model"))
 
 
 @pytest.mark.parametrize("stage", SHARES, ids=lambda stage: stage.__name__)

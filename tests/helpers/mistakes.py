@@ -697,6 +697,8 @@ MISTAKES = {
         ("margins are lost", "[1, 2], margin, probability)", "[1, 2], 0.0, probability)"),
     ],
     "runtime/rewards.py": [
+        ("the weight of a single reward is ignored",
+         "if len(terms) == 1 and terms[0][0] == 1 else", "if len(terms) == 1 else"),
         ("a program in place of, not beside, the reward model",
          "return sum(weight * reward(run, prompts, answers, batch) for weight, reward in self.terms)",
          "return [weight * reward(run, prompts, answers, batch) for weight, reward in self.terms][-1]"),
@@ -732,6 +734,8 @@ MISTAKES = {
         ("PTX without its weight", "cfg.ptx_coef * demonstrations_loss(", "demonstrations_loss("),
     ],
     "variants/online_dpo.py": [
+        ("fresh answers inherit old soft labels", "c.start, places)\n",
+         "c.start, places, 0.0, c.probability)\n"),
         ("fresh answers of the reference",
          "fresh_comparisons(run, policy, tokenizer, rank, old)\n",
          "fresh_comparisons(run, reference, tokenizer, rank, old)\n"),
