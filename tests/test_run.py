@@ -135,6 +135,23 @@ def test_a_warning_is_given_once_until_it_passes_and_comes_back(tmp_path, capsys
     assert said == [["a"], ["b"], [], [], ["b"]]
 
 
+def test_a_good_step_of_one_optimiser_does_not_reset_anothers_count_of_failed_steps(tmp_path):
+    run, optimizers = a_run(tmp_path)[0], []
+    for _ in range(2):
+        p = torch.nn.Parameter(torch.zeros(1))
+        optimizers.append((p, torch.optim.SGD([p], lr=0.1)))
+
+    def step(number, gradient):
+        p, optimizer = optimizers[number]
+        p.grad = torch.tensor([gradient])
+        run.optimizer_step(optimizer, 0.1, 1.0, "rows")
+    for _ in range(2):
+        step(0, math.nan)
+        step(1, 1.0)
+    with pytest.raises(ValueError, match="third in a row"):
+        step(0, math.nan)
+
+
 @pytest.mark.parametrize("max_norm,factor", [(1.0, 0.2), (2.5, 0.5), (5.5, 1.0), (100.0, 1.0)])
 def test_an_optimizer_step_clips_the_norm_of_all_parameters_and_returns_it_unclipped(
         tmp_path, max_norm, factor):
