@@ -51,7 +51,7 @@ exercise: .venv/ready
 	@$(PY) docs/exercise.py $(NAME)
 
 grade: .venv/ready
-	@$(PY) docs/exercise.py --grade
+	@$(PY) tests/helpers/grade.py
 
 LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision bfloat16
 real: .venv/ready

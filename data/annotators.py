@@ -71,17 +71,6 @@ def ceiling(preferences):
     return sum(max(x, 1 - x) for x in p) / len(p)
 
 
-def accuracy(preferences):
-    """The share of pairs in which the better answer has the higher mean utility of the annotators; equal
-    utilities count half. On rankings by a panel no scorer can expect much more."""
-    right = []
-    for r in preferences:
-        u = [sum(annotator.utility(features(r.prompt, response)) for annotator in ANNOTATORS)
-             for response in r.responses]
-        right += [0.5 if u[better] == u[worse] else float(u[better] > u[worse]) for better, worse in r.pairs]
-    return sum(right) / len(right)
-
-
 def agreement(preferences):
     """The share of pairs in which the judge also scores the better answer higher, among those that the judge
     tells apart."""

@@ -1,5 +1,4 @@
-"""What a model does with harmful requests in forms that no training file holds, and with a second question
-after its own first answer, in the embedded world.
+"""What a model of the embedded world does with harmful requests in forms that no training file holds.
 
     python -m lab.red_team                              out/sft and out/ppo
     python -m lab.red_team out/sft out/mine
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from data import loading, report, world
+from data import report, world
 from data.batches import fit
 from evaluate import Sampler, Sampling, named
 from runtime.files import write_json
@@ -31,15 +30,9 @@ WRAPPERS = {
 
 
 # As in data/report.py.
-COLUMNS = {
-    "Declined, and told how (95 % intervals)": {
-        "unsafe declined": ("unsafe_declined", ".0%"), "unsafe told": ("unsafe_told", ".0%"),
-        "safe declined": ("safe_declined", ".0%"), "safe told": ("safe_told", ".0%")},
-    "Two turns": {
-        "first answer: manner": ("first_manner", ".2f"),
-        "second: manner": ("second_manner", ".2f"), "helpful": ("second_helpful", ".2f"),
-        "after a right first answer: manner": ("second_manner_after_right", ".2f"),
-        "helpful ": ("second_helpful_after_right", ".2f")}}
+COLUMNS = {"Declined, and told how (95 % intervals)": {
+    "unsafe declined": ("unsafe_declined", ".0%"), "unsafe told": ("unsafe_told", ".0%"),
+    "safe declined": ("safe_declined", ".0%"), "safe told": ("safe_told", ".0%")}}
 KINDS = {"Unsafe declined, by form of the request": ("unsafe_declined_by_wrapper", ".0%"),
          "Safe declined, by form of the request": ("safe_declined_by_wrapper", ".0%")}
 
@@ -125,37 +118,12 @@ def decline(sampler, model, number):
     return shares(items, sampler.texts(answers))
 
 
-def two_turns(sampler, model, number):
-    """Ask the first question of each held-out conversation, put the model's own answer in place of the right
-    one, and ask the second question: {name: mean}. In training the first answer is right and plain, so a
-    small fault in the model's own may grow. "..._after_right" are second answers after the right first one,
-    with the same sampling noise."""
-    cfg, block_size = sampler.cfg, model.config.block_size
-    room = min(cfg.max_new_tokens, block_size // 4)                 # for a second answer
-    _, prompts = loading.load("prompts", loading.WORLD)
-    prompts = [p for p in prompts if len(p) == 3 for _ in range(cfg.samples)]
-    first = sampler.texts(sampler.sample(model, [p[:1] for p in prompts], f"{number}/first"))
-    talks = [(p, [p[0], p[1] | {"content": text}, p[2]]) for p, text in zip(prompts, first)]
-    talks = [talk for talk in talks
-             if max(len(sampler.tokenizer.prompt(p)) for p in talk) + room <= block_size]
-    if not talks:
-        return {}
-    right, own = zip(*talks)
-    found = {"conversations": len(talks), "first_manner": world.mean_parts(
-        [p[:1] for p in own], [p[1]["content"] for p in own])["manner"]}
-    for after, asked in (("", own), ("_after_right", right)):
-        answers = sampler.texts(sampler.sample(model, asked, f"{number}/second", room))
-        seen = world.mean_parts(right, answers)         # the same question, whichever answer came before it
-        found |= {f"second_{part}{after}": seen[part] for part in ("manner", "helpful")}
-    return found
-
-
 def measure(cfg):
     checkpoints = named(cfg.models)
     sampler, models = Sampler(cfg, list(checkpoints.values())), {}
     for number, (name, folder) in enumerate(checkpoints.items()):
         model = sampler.load(folder)
-        models[name] = decline(sampler, model, number) | two_turns(sampler, model, number)
+        models[name] = decline(sampler, model, number)
     text = "\n".join(report.markdown(report.tables(models, COLUMNS, KINDS)))
     print(text)
     if is_first():

@@ -1,12 +1,14 @@
 """Networks as Hugging Face model folders: config.json beside model.safetensors, or its shards and an index.
 
 Folders that transformers, vLLM and others have saved are read without conversion, and they read ours. A
-family of models is a table: how its config.json spells a GPTConfig, and how it names the tensors. A setting
-that model.py does not compute as the family does is refused by name.
+family of models is a table in families.json: how its config.json spells a GPTConfig, and how it names the
+tensors. A setting that model.py does not compute as the family does is refused by name.
 """
+import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,49 +32,22 @@ class Family:
 
 
 MLPS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "swiglu"}
-GPT2 = Family(
-    "GPT2", "transformer.",
-    {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-     "n_embd": "n_embd", "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
-     "mlp": "activation_function", "tied": "tie_word_embeddings"},
-    dict(positions="learned", norm="layernorm", bias=True, qkv_bias=False, qk_norm=False),
-    {"token_embedding": "wte", "position_embedding": "wpe", "norm": "ln_f",
-     "blocks.{}.norm1": "h.{}.ln_1", "blocks.{}.attention.q": "h.{}.attn.c_attn",
-     "blocks.{}.attention.k": "h.{}.attn.c_attn", "blocks.{}.attention.v": "h.{}.attn.c_attn",
-     "blocks.{}.attention.out": "h.{}.attn.c_proj", "blocks.{}.norm2": "h.{}.ln_2",
-     "blocks.{}.mlp.up": "h.{}.mlp.c_fc", "blocks.{}.mlp.down": "h.{}.mlp.c_proj"},
-    {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    {"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "scale_attn_weights": (True,),
-     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-    transposed=True)
-LLAMA = Family(
-    "Llama", "model.",
-    {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
-     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-     "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
-     "mlp": "hidden_act", "tied": "tie_word_embeddings", "rope_theta": "rope_theta"},
-    dict(positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, qkv_bias=False, qk_norm=False),
-    {"token_embedding": "embed_tokens", "norm": "norm", "blocks.{}.norm1": "layers.{}.input_layernorm",
-     "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
-     "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
-     "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
-     "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
-     "blocks.{}.attention.out": "layers.{}.self_attn.o_proj",
-     "blocks.{}.attention.q_norm": "layers.{}.self_attn.q_norm",
-     "blocks.{}.attention.k_norm": "layers.{}.self_attn.k_norm",
-     "blocks.{}.mlp.gate": "layers.{}.mlp.gate_proj", "blocks.{}.mlp.up": "layers.{}.mlp.up_proj",
-     "blocks.{}.mlp.down": "layers.{}.mlp.down_proj"},
-    {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0},
-    {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,),
-     "rope_type": ("default", "llama3"), "type": ("default", "llama3")})
-FAMILIES = {
-    "gpt2": GPT2, "llama": LLAMA, "mistral": replace(LLAMA, architecture="Mistral"),
-    "qwen2": replace(LLAMA, architecture="Qwen2", switches=LLAMA.switches | {"qkv_bias": True}),
-    "qwen3": replace(LLAMA, architecture="Qwen3", switches=LLAMA.switches | {"qk_norm": True},
-                     defaults=LLAMA.defaults | {"head_dim": 128})}
 MAY_BE_MISSING = ("n_kv_head", "head_dim", "mlp_hidden")        # GPTConfig has defaults for them
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")   # constants in old files, not needed
+
+
+def read_families():
+    """{model_type: Family}. An entry of families.json that is "like" another one states what differs."""
+    entries = {}
+    for kind, entry in json.loads(Path(__file__).with_name("families.json").read_text("utf-8")).items():
+        base = entries.get(entry.pop("like", None), {})
+        entries[kind] = base | {key: base.get(key, {}) | x if isinstance(x, dict) else x
+                                for key, x in entry.items()}
+    return {kind: Family(**entry) for kind, entry in entries.items()}
+
+
+FAMILIES = read_families()
 
 
 # -------------------------------------------------------------------------------------- config.json

@@ -13,20 +13,8 @@ from runtime import processes
 from runtime.compute import pick_device
 from runtime.flags import parse, program
 
-
-def process_started():
-    """The time when this process began, imports included, because a person waits for those too. Linux knows
-    it; elsewhere the time is now."""
-    try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-            ticks = int(stat.read().rsplit(")", 1)[1].split()[19])          # since the machine was started
-            age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        age = 0
-    return time.time() - (age if 0 < age < 60 else 0)
-
-
-STARTED = process_started()
+# When this process began. A person waits for the imports until here, too, whose time is processor time.
+STARTED = time.time() - time.process_time()
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 at_work = None                          # the Run that is in its training loop, for on_signal
 

@@ -36,9 +36,9 @@ class NF4(nn.Module):
 
     def forward(self):
         scales = (self.scales.view(torch.float8_e4m3fn).float() * self.spread).flatten() + self.mean
-        index = torch.stack([self.index // 16, self.index % 16], dim=1).view(-1, 64)
-        blocks = nf4_levels().to(index.device)[index.int()] * scales[:len(index), None]
-        return blocks.flatten()[:math.prod(self.shape)].view(self.shape)
+        pairs = torch.cartesian_prod(nf4_levels(), nf4_levels()).to(self.index.device)      # of all 256 bytes
+        blocks = F.embedding(self.index.int(), pairs).view(-1, 64)
+        return (blocks * scales[:len(blocks), None]).flatten()[:math.prod(self.shape)].view(self.shape)
 
 
 def nf4_levels():

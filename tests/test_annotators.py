@@ -78,15 +78,6 @@ def test_ceiling_is_the_mean_of_the_likelier_choice():
     assert annotators.ceiling(ranked) == pytest.approx(sum(best) / 4)
 
 
-def test_accuracy_is_that_of_the_mean_utility_and_equal_ones_count_half():
-    def right(answers, ranks):
-        return annotators.accuracy([records.Preference(FRANCE, answers, ranks)])
-    assert right([KIND, WRONG], [1, 2]) == 1 and right([KIND, WRONG], [2, 1]) == 0
-    assert right([KIND, KIND], [1, 2]) == 0.5
-    assert right([KIND, WRONG, KIND], [1, 2, 3]) == 0.5                 # right, half right, wrong
-    assert right([KIND, WRONG, WRONG], [1, 2, 2]) == 1                  # a tie orders nothing
-
-
 def test_agreement_counts_the_pairs_that_the_judge_can_tell_apart():
     assert annotators.agreement([records.Preference(FRANCE, [KIND, WRONG], [1, 2])]) == 1
     assert annotators.agreement([records.Preference(FRANCE, [KIND, WRONG], [2, 1])]) == 0

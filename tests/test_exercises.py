@@ -153,9 +153,12 @@ def project(tmp_path):
     return shutil.copytree(ROOT, tmp_path / "project", ignore=left_out)
 
 
-def run(project, *words):
-    return subprocess.run([sys.executable, "docs/exercise.py", *words], cwd=project, capture_output=True,
-                          text=True)
+def run(project, *words, script="docs/exercise.py"):
+    return subprocess.run([sys.executable, script, *words], cwd=project, capture_output=True, text=True)
+
+
+def grade(project):
+    return run(project, script="tests/helpers/grade.py")
 
 
 def right(file):
@@ -170,7 +173,7 @@ def lines_of(code, name):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_copy_is_the_project_without_that_body(project, name):
-    done, file, parts = run(project, name), EXERCISES[name][0], PARTS.get(name, [name])
+    done, file, parts = run(project, name), EXERCISES[name], PARTS.get(name, [name])
     assert done.returncode == 0, done.stderr
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
     assert set(os.listdir(project / "homework")) == {"data", "runtime", "model.py",
@@ -193,7 +196,7 @@ def test_the_copy_is_the_project_without_that_body(project, name):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_what_a_mistake_replaces_is_there_once(name):
-    code, parts = right(EXERCISES[name][0]), PARTS.get(name, [name])
+    code, parts = right(EXERCISES[name]), PARTS.get(name, [name])
     bodies = "\n".join("\n".join(code.splitlines()[n] for n in lines_of(code, part)) for part in parts)
     assert len(WRONG[name]) >= 2
     for changes, _ in WRONG[name]:
@@ -229,7 +232,7 @@ PLUMBING = shapes("torch.arange(mask.shape[1], device=mask.device)", 1)
 @pytest.mark.parametrize("name", EXERCISES)
 def test_no_other_file_of_the_copy_holds_the_body(project, name):
     run(project, name)
-    file = EXERCISES[name][0]
+    file = EXERCISES[name]
     body = [value for part in PARTS.get(name, [name]) for value in values(right(file), part)]
     wanted = set().union(*(shapes(value) for value in body)) - PLUMBING
     assert wanted
@@ -259,14 +262,14 @@ EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for n
 @pytest.mark.parametrize("name", EACH)
 def test_an_exercise_fails_in_words_passes_once_it_is_solved_and_names_mistakes(project, name):
     run(project, name)
-    file = EXERCISES[name][0]
-    untouched = run(project, "--grade")
+    file = EXERCISES[name]
+    untouched = grade(project)
     assert untouched.returncode == 1 and untouched.stderr == ""
     assert all("is still to be written: homework/" in line for line in said(untouched).values())
     assert f"{name}: 0 of {len(said(untouched))} hold" in untouched.stdout
 
     (project / "homework" / file).write_text(right(file))
-    solved = run(project, "--grade")
+    solved = grade(project)
     assert solved.returncode == 0 and not said(solved), solved.stdout
     assert solved.stdout.count("holds  ") == len(said(untouched)) >= 6
 
@@ -275,14 +278,16 @@ def test_an_exercise_fails_in_words_passes_once_it_is_solved_and_names_mistakes(
         for good, bad in changes.items():
             code = code.replace(good, bad)
         (project / "homework" / file).write_text(code)
-        wrong = run(project, "--grade")
+        wrong = grade(project)
         assert wrong.returncode == 1 and sentence in said(wrong), f"{changes}\n{wrong.stdout}{wrong.stderr}"
         assert len(said(wrong)) < len(said(untouched)), "what is right holds nevertheless"
 
 
 def test_what_cannot_be_is_one_line(project):
     homework = project / "homework"
-    for words, line in ((["--grade"], "exercise.md is missing"), ([], "is no exercise"),
+    done = grade(project)
+    assert "exercise.md is missing" in done.stderr and done.stderr.count("\n") == 1 == done.returncode
+    for words, line in (([], "is no exercise"),
                         (["gea"], f"NAME=gea is no exercise: take one of {', '.join(EXERCISES)}"),
                         (["gae"], ""), (["gae"], "homework/ exists already")):
         done = run(project, *words)
@@ -292,9 +297,9 @@ def test_what_cannot_be_is_one_line(project):
     for wrong, line in ((code + "def broken(:\n", f"homework/ppo.py, line {code.count(chr(10)) + 1}: "),
                         (code.replace("def gae(", "def eag("), "homework/ppo.py has no gae")):
         (homework / "ppo.py").write_text(wrong)
-        done = run(project, "--grade")
+        done = grade(project)
         assert done.returncode == 1 and line in done.stderr and done.stderr.count("\n") == 1
     (homework / "ppo.py").write_text("1 / 0\n" + code)
-    done = run(project, "--grade")
+    done = grade(project)
     assert done.returncode == 1 and "NOT YET  The tests can import it: " in done.stdout
     assert "ZeroDivisionError" in done.stdout

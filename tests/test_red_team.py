@@ -1,11 +1,11 @@
-"""Harmful requests in new forms, and second questions after a model's own first answer."""
+"""Harmful requests in new forms."""
 import json
 import random
 
 import pytest
 from helpers import plainly
 
-from data import loading, world
+from data import world
 from data.tokenizer import Tokenizer
 from lab import red_team
 from model import GPT
@@ -103,7 +103,6 @@ def test_the_command_measures_what_plain_loops_find(trained, tmp_path, monkeypat
     cfg = red_team.Config(models=("out/sft",), out=str(tmp_path), samples=2, max_new_tokens=5, device="cpu")
     red_team.measure(cfg)
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
-    _, prompts = loading.load("prompts", loading.WORLD)
 
     def sampled(prompts, noise):
         rng = random.Random(f"0/{noise}")
@@ -115,19 +114,6 @@ def test_the_command_measures_what_plain_loops_find(trained, tmp_path, monkeypat
     assert len({item.wrapper for item in fitting}) == 5
     fitting = [item for item in fitting for _ in range(2)]
     expected = red_team.shares(fitting, sampled([item.turns for item in fitting], "0/red team"))
-
-    talks = [p for p in prompts if len(p) == 3 for _ in range(2)]
-    first = sampled([p[:1] for p in talks], "0/first")
-    own = [[p[0], {"role": "assistant", "content": text}, p[2]] for p, text in zip(talks, first)]
-    kept = [i for i in range(len(talks)) if all(len(tokenizer.prompt(x[i])) + 5 <= 56 for x in (talks, own))]
-    expected |= {"conversations": len(kept), "first_manner": plainly.mean(
-        [world.parts(talks[i][:1], first[i])["manner"] for i in kept])}
-    assert 0 < len(kept)
-    for name, asked in (("", own), ("_after_right", talks)):
-        second = sampled([asked[i] for i in kept], "0/second")
-        for part in ("manner", "helpful"):
-            expected[f"second_{part}{name}"] = plainly.mean(
-                [world.parts(talks[i], text)[part] for i, text in zip(kept, second)])
     found = json.loads((tmp_path / "red_team.json").read_text())["models"]["sft"]
     assert found.keys() == expected.keys()
     for name in expected:

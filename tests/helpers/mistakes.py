@@ -181,12 +181,14 @@ MISTAKES = {
          "own = torch.ones(len(A), dtype=torch.bool)"),
         ("the score's constant is lost", "torch.tensor([config.get(\"score_bias\", 0.0)])", "torch.zeros(1)"),
     ],
+    "runtime/families.json": [
+        ("keys for values", "self_attn.k_proj", "self_attn.v_proj"),
+        ("norms change places", "layers.{}.input_layernorm", "layers.{}.post_attention_layernorm"),
+    ],
     "runtime/folders.py": [
         ("a new head is zero",
          "        model.head.to_empty(device=\"cpu\").apply(model._init)\n",
          "        model.head.to_empty(device=\"cpu\")\n        model.head.weight.data.zero_()\n"),
-        ("keys for values", "self_attn.k_proj", "self_attn.v_proj"),
-        ("norms change places", "layers.{}.input_layernorm", "layers.{}.post_attention_layernorm"),
         ("the score's constant is lost", "config.source.get(\"score_bias\", 0.0)", "0.0"),
         ("a window is not seen",
          "min(shape[\"block_size\"], settings[\"sliding_window\"])",
@@ -468,12 +470,6 @@ MISTAKES = {
          "for text in texts for pair in zip(text.split(), text.split()[1:])",
          "for text in [\" \".join(texts)] for pair in zip(text.split(), text.split()[1:])"),
     ],
-    "lab/require.py": [
-        ("what was not measured is met",
-         "if not isinstance(value, (int, float)) or not OPERATORS",
-         "if isinstance(value, (int, float)) and not OPERATORS"),
-        ("the first model must meet what is required", "*_, (model, measured) =", "(model, measured), *_ ="),
-    ],
     "lab/stages.py": [
         ("a stage that failed is not run again", "PYTHONPATH\": str(ROOT)}).returncode:",
          "PYTHONPATH\": str(ROOT)}).returncode < 0:"),
@@ -503,11 +499,6 @@ MISTAKES = {
         ("the red team asks what was trained on",
          "for item in deeds if item.held_out]",
          "for item in deeds]"),
-        ("the second question follows a right answer", "p[1] | {\"content\": text}", "p[1]"),
-        ("a second answer is held against the first question",
-         "seen = world.mean_parts(right, answers)",
-         "seen = world.mean_parts([p[:1] for p in right], answers)"),
-        ("second answers draw the noise of the first", "f\"{number}/second\"", "f\"{number}/first\""),
     ],
     "data/report.py": [
         ("the reward beside an answer is the judge's",
@@ -679,9 +670,6 @@ MISTAKES = {
          "sum(other > x for other in noisy)",
          "sum(other < x for other in noisy)"),
         ("a ceiling below chance", "max(x, 1 - x)", "min(x, 1 - x)"),
-        ("the annotators' own utility is always wrong",
-         "float(u[better] > u[worse])",
-         "float(u[better] < u[worse])"),
     ],
     "data/records.py": [
         ("rejection sampling keeps the worst", "index(min(p.ranks))", "index(max(p.ranks))"),
@@ -749,7 +737,7 @@ MISTAKES = {
 # Tests beyond the file's own that are likely to notice.
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
-          "data/answers.py": ["test_feedback", "test_dpo"],
+          "runtime/families.json": ["test_folders"], "data/answers.py": ["test_ppo", "test_variants"],
           "variants/cautious.py": ["test_reward_model", "test_ppo"],
           "runtime/compute.py": ["test_ppo", "test_dpo"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
