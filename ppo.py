@@ -19,7 +19,7 @@ answers are guesses. A policy that only maximises the score finds guesses that a
 while the answers get worse (reward hacking). The KL penalty keeps it where the score can be trusted.
 
 Column t of a (B, T) array holds the values for choosing tokens[:, t] in the state tokens[:, :t]. mask (B, T)
-is true on the tokens that the policy chose; all arrays but `tokens` are 0 elsewhere. See docs/details.md too.
+is true on the tokens that the policy chose; all other arrays are 0 elsewhere. More: docs/details.md.
 """
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class OnPolicy(Training):
     adaptive_kl: bool = flag(True, "adapt β to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6, needs="adaptive_kl")
     kl_horizon: int = flag(1000, "answers over which β adapts; more: slower", 1, needs="adaptive_kl")
-    clip: float = flag(0.2, "ε: how far a token's ratio π/π_old may be pushed from 1; usually 0.1 to 0.3", 0)
+    clip: float = flag(0.2, "ε: no token's loss pushes its ratio π/π_old beyond 1 ± ε; usually 0.1 to 0.3", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy per token", 0)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
 
@@ -73,8 +73,8 @@ class Config(OnPolicy):
     out: str = flag("out/ppo", "folder that the run writes")
     critic_lr: float = flag(1e-3, "the critic's peak learning rate", 0)
     gamma: float = flag(1.0, "discount per token", 0, 1)
-    lam: float = flag(0.95, "λ of GAE, usually 0.9 to 1; 1 is the Monte Carlo return", 0, 1)
-    value_clip: float = flag(0.2, "how far a value may be pushed from the old one", 0)
+    lam: float = flag(0.95, "λ of GAE, usually 0.9 to 1; 1: the Monte Carlo return minus the value", 0, 1)
+    value_clip: float = flag(0.2, "no value's loss pushes it further than this from the old value", 0)
     whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, with their mean unchanged")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
 
@@ -88,9 +88,9 @@ def whiten(x, mask, shift_mean=True):
     """Scale x (B, T) around its mean to standard deviation 1 over the mask, shift it to mean 0; 0 outside.
 
     Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted:
-    ∇log π has mean 0, so a constant does not change the mean gradient. Rewards keep their mean: a common
-    factor leaves the best policy as it is, but a constant on every token would make long answers pay, or
-    short ones. (A scale around the mean still adds mean·(1 − 1/σ). It is OpenAI's, and off by default.)"""
+    ∇log π has mean 0, so a constant does not change the mean gradient. Rewards (OpenAI's option, off by
+    default) keep their mean: a common factor leaves the best policy as it is, but a constant on every token
+    would make long answers pay, or short ones. Scaling around the mean adds a small one, mean·(1 − 1/σ)."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -123,10 +123,12 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     one answer is an unbiased estimate of it. Paid per token, each action is charged for its own part. Why a
     reward, and not a term of the loss? For a sampled token a, the gradient of log π(a) − log π_ref(a) is
     ∇log π(a), whose mean under π is 0 (Σ π·∇log π = ∇Σ π = ∇1): such a loss would not push the policy back.
-    As a reward, the penalty reaches the policy through advantages: an action pays for what follows, too."""
+    A reward reaches the policy through advantages: an action pays for what follows, too. But k3 (see
+    approximate_kl, here with ρ = π_ref/π), whose mean is the same, would be a bad penalty: as a reward its
+    gradient is ∇KL(π ‖ π_ref) − ∇KL(π_ref ‖ π), almost 0 near π_ref."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * column).argmax(dim=1)                # the last true column of each row
+    last = (mask * column).argmax(dim=1)                # each row's last true column; 0 if it has none
     rewards[torch.arange(len(rewards), device=mask.device), last] += scores * mask.any(dim=1)
     return rewards
 
@@ -154,9 +156,9 @@ def gae(rewards, values, mask, gamma, lam):
                      -1.0    0.10     1.5    -0.20    0.541      2.041
                       0.2    1.98     1.2     0.78    0.780      1.980
 
-    The score comes with the last token, but which token earned it? λ = 1 credits each token with everything
-    that followed it (the Monte Carlo return): unbiased, but as noisy as the rest of the answer. With λ = 0
-    the critic's next value stands for what followed: little noise, but the critic's errors become a bias."""
+    The score comes with the last token, but which token earned it? With λ = 1 A_t is the sum of the token's
+    own and all later rewards, minus V_t: unbiased, but as noisy as the rest of the answer. With λ = 0 the
+    critic's next value stands for the later rewards: little noise, but its errors become a bias."""
     rewards, values = torch.where(mask, rewards.detach(), 0), torch.where(mask, values.detach(), 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
@@ -175,7 +177,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     −E[min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A)].
 
     All (B, T); gradients flow through logprobs alone. Returns the scalar mean over all tokens of the mask,
-    and the clip fraction: the share of these tokens with |ρ − 1| > ε, with or without a gradient.
+    and the clip fraction: the share of these tokens with |ρ − 1| > ε, whether or not their gradient is lost.
 
     At the first optimiser step ρ is 1 and the gradient is the plain policy gradient −E[A·∇log π]. After it
     the tokens still come from π_old; weighted by ρ, each counts as often as π would choose it (importance
@@ -194,7 +196,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, clip):
     """½·E[max((V − return)², (V_clip − return)²)], where V_clip = V_old + clip(V − V_old, −ε, ε) (OpenAI's
-    PPO; Huang et al. 2024). All (B, T); gradients flow through values alone. Returns a scalar.
+    PPO; Huang et al. 2024); ε is `clip`. All (B, T); gradients flow through values alone. Returns a scalar.
 
     Why clip the value? The returns of one rollout are noisy, and in several epochs the critic would fit their
     noise. A value more than ε from V_old gets no gradient while it is nearer to its return than V_clip. The
@@ -206,8 +208,8 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def approximate_kl(logprobs, old_logprobs, mask):
-    """KL(π_old ‖ π) per token, in nats, from tokens that π_old sampled: the mean of ρ − 1 − log ρ, called k3
-    (Schulman 2020). It is logged, and ends the update at --update_kl; no gradient flows through it.
+    """KL(π_old ‖ π) per token, in nats, from tokens that π_old sampled: the mean of ρ − 1 − log ρ, called k3,
+    with ρ = π/π_old (Schulman 2020). It is logged, and ends the update at --update_kl; it has no gradient.
 
     The plain estimate is the mean of −log ρ, which is negative for about half of the tokens: between policies
     this close its noise hides the KL. Adding ρ − 1 does not change the mean, because E[ρ] = 1 under π_old;
@@ -267,8 +269,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
         # the policy learns to go on for ever. A fixed low score teaches it to end.
         scores = torch.where(batch["ended"], scores, cfg.no_end_score)
         rewards = kl_rewards(scores, batch["old_logprobs"], batch["ref_logprobs"], mask, controller.coef)
-        if cfg.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
 
         # 3. Advantages
         batch |= run.map(lambda b: {"old_values": state_values(critic, b["tokens"], b["mask"])}, batch)
@@ -277,13 +278,13 @@ def train(cfg, reward=None, auxiliary_loss=None):
         batch |= {"scores": scores, "rewards": rewards, "advantages": advantages, "returns": returns}
 
         # 4. Update
-        factor, history, updates = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay), [], 0
+        lr_factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
+        history, updates = [], 0
         for rows in minibatches(cfg):
             minibatch, stats = select(batch, rows), Meter()
             # share: the part of the minibatch's tokens that is in b. The gradients of share·mean add up to
             # the gradient of the mean over all its tokens, however few rows fit into memory at once.
-            weights = minibatch["mask"].sum(1)
-            for b, share in run.micro_batches(minibatch, weights):
+            for b, share in run.micro_batches(minibatch, weights=minibatch["mask"].sum(1)):
                 logprobs, entropy = policy.logprobs(b["tokens"], b["mask"], cfg.temperature, entropy=True,
                                                     entropy_grad=cfg.entropy_coef > 0)
                 loss, clip_fraction = policy_loss(logprobs, b["old_logprobs"], b["advantages"], b["mask"],
@@ -293,7 +294,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
                 stats.add(share, policy_loss=loss, entropy=entropy, clip_fraction=clip_fraction,
                           approx_kl=approximate_kl(logprobs, b["old_logprobs"], b["mask"]))
             # One network after the other: only one at a time needs memory for its activations.
-            for b, share in run.micro_batches(minibatch, weights):
+            for b, share in run.micro_batches(minibatch, weights=minibatch["mask"].sum(1)):
                 values = state_values(critic, b["tokens"], b["mask"])
                 loss = value_loss(values, b["old_values"], b["returns"], b["mask"], cfg.value_clip)
                 (share * loss).backward()
@@ -309,21 +310,20 @@ def train(cfg, reward=None, auxiliary_loss=None):
                 break
             if auxiliary_loss:
                 auxiliary_loss(run, policy)
-            loss = means["policy_loss"] - cfg.entropy_coef * means["entropy"]   # checked: is it finite?
-            run.optimizer_step(policy_optimizer, cfg.lr * factor, loss, f"policy on rows {rows.tolist()}")
-            run.optimizer_step(critic_optimizer, cfg.critic_lr * factor, means["value_loss"],
+            loss = means["policy_loss"] - cfg.entropy_coef * means["entropy"]   # if not finite: no step
+            run.optimizer_step(policy_optimizer, cfg.lr * lr_factor, loss, f"policy on rows {rows.tolist()}")
+            run.optimizer_step(critic_optimizer, cfg.critic_lr * lr_factor, means["value_loss"],
                                f"critic on rows {rows.tolist()}")
             updates += 1
 
         errors = returns - batch["old_values"]
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
-                   **{name: sum(m[name] for m in history) / len(history) for name in means},
+                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
                    "updates": updates, **answer_metrics(batch, asked, answers),
-                   # 1 if V is the return but for a constant, 0 if it tells no more than a constant
+                   # 1: V is the return up to a constant; 0: as good as a constant; below 0: worse
                    "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
-        # At entropy 0 a prompt has one answer, and ∇log π of a token with probability 1 is 0: nothing is
-        # left to compare, and no advantage can bring other answers back.
+        # At entropy 0 a prompt has one answer, and ∇log π is 0: no advantage can bring others back.
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target, "KL is far above its target: lower --lr")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
