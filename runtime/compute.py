@@ -68,15 +68,13 @@ def concatenate(parts):
 
 
 def select(batch, rows):
-    """Return the rows of a batch with these indices, without the columns that are padding in all of them. A
-    batch is a dict of tensors (B, T) or (B,); "lengths" (B,) holds each row's number of tokens."""
+    """Return the rows of a list or a batch with these indices, of a batch without the columns that are
+    padding in all of them. A batch is a dict of tensors (B, T) or (B,); "lengths" (B,) holds each row's
+    number of tokens."""
+    if not isinstance(batch, dict):
+        return [batch[i] for i in rows]
     width = int(batch["lengths"][rows].max())
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
-
-
-def take(rows, indices):
-    """Return the rows with these indices: a batch if `rows` is a batch, otherwise a list."""
-    return select(rows, indices) if isinstance(rows, dict) else [rows[i] for i in indices]
 
 
 def as_list(x):
@@ -186,14 +184,13 @@ class Compute:
         if self.device == "cuda":                           # copies from pinned memory are asynchronous
             for p in model.parameters():
                 p.data = p.data.pin_memory()
-        model.token_embedding.register_forward_pre_hook(lambda *_: self.fetch(model))
 
-    def fetch(self, model):
-        """Move an offloaded network to the device."""
-        if model not in self.fetched:
-            self.fetched[model] = [p.data for p in model.parameters()]
-            for p in model.parameters():
-                p.data = p.data.to(self.device, non_blocking=True)
+        def fetch(*_):
+            if model not in self.fetched:
+                self.fetched[model] = [p.data for p in model.parameters()]
+                for p in model.parameters():
+                    p.data = p.data.to(self.device, non_blocking=True)
+        model.token_embedding.register_forward_pre_hook(fetch)
 
     @contextlib.contextmanager
     def computing(self):
@@ -240,7 +237,7 @@ class Compute:
         with self.computing():
             for indices, is_filler in self.passes(rows, lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in indices) / sum(weights)
-                yield take(rows, indices), share
+                yield select(rows, indices), share
 
     @torch.no_grad()
     def map(self, function, rows, lengths=None, micro_batch=None):
@@ -252,7 +249,7 @@ class Compute:
         order, parts = [], []
         with self.computing():
             for indices, is_filler in self.passes(rows, lengths, micro_batch or self.cfg.micro_batch):
-                result = function(take(rows, indices))
+                result = function(select(rows, indices))
                 if not is_filler:
                     order += indices
                     parts.append({name: x.cpu() for name, x in result.items()})
