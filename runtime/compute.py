@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.precision import Bfloat16Copies
+from runtime.precision import bfloat16_copies
 from runtime.processes import gather, is_distributed, rank, total, world_size
 from runtime.sharding import choose, is_frozen, shard, to_device
 
@@ -148,7 +148,7 @@ class Compute:
         if self.device == "cuda" and self.bfloat16:
             torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembed
         self.kind = None                # "ddp" or "fsdp", chosen when the first networks are placed
-        self.copies = []                # bfloat16 copies of the trained networks
+        self.copies = []                # of trained networks' parameters: see bfloat16_copies
         self.frozen = {}                # {name: frozen parameters}, which networks can share: see to_device
         self.fetched = {}               # {offloaded network that is on the device: its weights on the CPU}
         self.depth = 0                  # number of open computing() contexts
@@ -176,7 +176,7 @@ class Compute:
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
             if self.bfloat16 and not is_frozen(model):
-                self.copies.append(Bfloat16Copies(model))
+                self.copies += bfloat16_copies(model)
 
     def offload(self, model):
         """Keep a frozen network on the CPU until its embedding, the first layer of any forward pass, runs."""
@@ -197,16 +197,18 @@ class Compute:
         """Open a context in which networks run in the chosen precision. Contexts can be nested. When the
         outermost one ends, trained networks get back float32 weights, and fetched ones go to the CPU."""
         if self.depth == 0:
-            for copies in self.copies:
-                copies.enter()
+            with torch.no_grad():
+                for module, name, p, copy in self.copies:
+                    copy.copy_(p)
+                    module._parameters[name] = copy
         self.depth += 1
         try:
             yield
         finally:
             self.depth -= 1
             if self.depth == 0:
-                for copies in self.copies:
-                    copies.leave()
+                for module, name, p, _ in self.copies:
+                    module._parameters[name] = p
                 for model, on_cpu in self.fetched.items():
                     for p, x in zip(model.parameters(), on_cpu):
                         p.data = x

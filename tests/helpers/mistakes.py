@@ -560,14 +560,14 @@ MISTAKES = {
          "missing = min(map(len, everyone))"),
         ("ended when the answer is full", "\"ended\": last == (", "\"ended\": last != ("),
         ("networks compute as they remember", "if self.bfloat16 and not is_frozen(model):", "if False:"),
+        ("the copies are never renewed", "copy.copy_(p)", "copy.copy_(p) if p.grad is None else None"),
+        ("the copies stay where the weights were", "module._parameters[name] = p\n", "pass\n"),
         ("a batch's mask reaches into the padding", "& (column < lengths[:, None])", "| (column < 0)"),
     ],
     "runtime/precision.py": [
-        ("the copies are never renewed", "if versions != self.versions:", "if self.versions is None:"),
         ("the gradient of the last micro-batch alone", "if p.grad is None else p.grad.add_(copy.grad)", ""),
         ("scores in bfloat16", "return \".nf4.\" in name or (", "return \".nf4.\" in name and ("),
         ("weights remember in bfloat16", "if bfloat16 and not p.requires_grad and", "if bfloat16 and"),
-        ("the copies stay where the weights were", "module._parameters[name] = p", "pass"),
     ],
     "runtime/run.py": [
         ("a step while a loop is half-way", "        if self.depth:\n", "        if False:\n"),
