@@ -686,7 +686,7 @@ MISTAKES = {
     ],
     "runtime/rewards.py": [
         ("the weight of a single reward is ignored",
-         "if len(terms) == 1 and terms[0][0] == 1 else", "if len(terms) == 1 else"),
+         "return WeightedSum(terms)", "return WeightedSum(terms) if terms[1:] else terms[0][1]"),
         ("a program in place of, not beside, the reward model",
          "return sum(weight * reward(run, prompts, answers, batch) for weight, reward in self.terms)",
          "return [weight * reward(run, prompts, answers, batch) for weight, reward in self.terms][-1]"),
