@@ -41,11 +41,7 @@ class Checkpoints:
         if not is_finite(state):
             return
         if any(is_sharded(x) for x in state.values()):
-            if is_first():
-                write_tensors(self.path, types(state), lambda name: collect(state[name]))
-            else:
-                for x in state.values():                                # in the order of the first process
-                    collect(x)
+            write_tensors(self.path, types(state), lambda name: collect(state[name]), write=is_first())
         elif is_first():
             copies = {name: local_tensor(x).detach().to("cpu", copy=True) for name, x in state.items()}
             self.writing = self.thread.submit(save_tensors, self.path, copies)
