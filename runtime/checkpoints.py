@@ -37,8 +37,8 @@ class Checkpoints:
         if a number is infinite or NaN. All processes call it together, and may change the parts as soon as it
         returns."""
         self.wait()
-        state = flatten_all(parts, step)
-        if not is_finite(state):
+        state = flatten(parts, step)
+        if not is_finite(state.values()):
             return
         if any(is_sharded(x) for x in state.values()):
             write_tensors(self.path, types(state), lambda name: collect(state[name]), write=is_first())
@@ -55,49 +55,43 @@ class Checkpoints:
     def remove(self):
         Path(self.path).unlink(missing_ok=True)
 
+    @torch.no_grad()
     def load(self, parts):
         """Load the checkpoint into the parts, and return its step. Raises ValueError if it cannot be read, or
         if its tensors are not those of the parts."""
+        state = flatten(parts, 0)
         try:
             tensors = load_tensors(self.path)
-            if types(tensors) != types(flatten_all(parts, 0)):
+            if types(tensors) != types(state):
                 raise ValueError("another network")
         except ValueError as e:
             raise ValueError(f"{self.path} does not fit this run ({e}): add --no-resume") from None
+        for name, x in state.items():
+            x.copy_(distribute_like(x, tensors[name]))
         for name, part in parts.items():
-            own = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
-            restore(part, {key.removeprefix(f"{name}/"): x for key, x in own.items()})
-        return int(tensors["step"])
+            if not hasattr(part, "state_dict"):             # numbers, of which flatten has made copies
+                vars(part).update({key: state[f"{name}/{key}"].item() for key in vars(part)})
+        return int(state["step"])
 
 
-def flatten(part):
-    """The state of one part as {name: tensor}: a network's trained parameters, an optimiser's moments
-    ("7.exp_avg" of parameter 7), or the attributes of any other object, which must be numbers."""
-    if isinstance(part, torch.nn.Module):
-        return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
-    if not hasattr(part, "state_dict"):
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(part).items()}
-    state = part.state_dict()["state"]
-    return {f"{i}.{key}": x for i, moments in state.items() for key, x in moments.items()}
-
-
-def flatten_all(parts, step):
-    """The state of all parts and the step as {name: tensor}: "model/norm.weight", ..., "step"."""
-    state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
-    return state | {"step": torch.tensor(step)}
-
-
-@torch.no_grad()
-def restore(part, tensors):
-    """The reverse of flatten: copy tensors of the same names and shapes into a part."""
-    state = flatten(part)
-    for name, x in tensors.items():
-        state[name].copy_(distribute_like(state[name], x))
-    if not hasattr(part, "state_dict"):
-        vars(part).update({name: x.item() for name, x in state.items()})
+def flatten(parts, step):
+    """The step and the state of all parts as {name: tensor}: a network's trained parameters
+    ("model/norm.weight"), an optimiser's moments ("optimizer/7.exp_avg" of parameter 7), and the attributes
+    of any other object, which must be numbers."""
+    state = {"step": torch.tensor(step)}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            own = {key: p.detach() for key, p in part.named_parameters() if p.requires_grad}
+        elif hasattr(part, "state_dict"):
+            moments = part.state_dict()["state"]
+            own = {f"{i}.{key}": x for i, of_one in moments.items() for key, x in of_one.items()}
+        else:
+            own = {key: torch.tensor(value, dtype=torch.float64) for key, value in vars(part).items()}
+        state |= {f"{name}/{key}": x for key, x in own.items()}
+    return state
 
 
 def is_finite(tensors):
     """Whether all numbers in all processes' shards are finite. All processes call it together."""
-    bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors.values())
+    bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors)
     return total(bad) == 0

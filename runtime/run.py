@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from runtime import adapters, launch, nf4, processes
-from runtime.checkpoints import Checkpoints, flatten, is_finite
+from runtime.checkpoints import Checkpoints, is_finite
 from runtime.compute import Compute, row_seeds
 from runtime.files import ADAPTER_CONFIG, lock, write_json
 from runtime.flags import program
@@ -256,7 +256,7 @@ class Run(Compute):
         files are first written under another name, so that a crash leaves the old ones in place."""
         launch.at_work = None
         self.checkpoints.wait()
-        if not is_finite(flatten(model)):
+        if not is_finite(model.parameters()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")

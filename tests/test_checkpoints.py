@@ -41,7 +41,7 @@ def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
 
 
 def tensors_of(networks):
-    return checkpoints_module.flatten_all(networks, step=3)
+    return checkpoints_module.flatten(networks, step=3)
 
 
 @pytest.mark.parametrize("name, tensors", [

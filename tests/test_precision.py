@@ -4,7 +4,7 @@ import torch
 from helpers.arrays import tiny
 
 from runtime import compute
-from runtime.checkpoints import flatten, restore
+from runtime.checkpoints import Checkpoints
 from runtime.flags import Settings, Training
 from runtime.nf4 import NF4, pack
 from runtime.optimizer import make_optimizer
@@ -110,11 +110,12 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     assert not torch.equal(found["norm.weight"], found["norm.weight"].bfloat16().float())
 
 
-def test_the_copies_follow_the_weights():
+def test_the_copies_follow_the_weights(tmp_path):
     """After a step of the optimiser, and after a checkpoint has been read."""
-    model = network()
+    model, checkpoints = network(), Checkpoints(str(tmp_path))
     device, optimizer = placed(model), make_optimizer(model, 0.1)
-    state = {name: x.clone() for name, x in flatten(model).items()}
+    checkpoints.save({"model": model}, 1)
+    checkpoints.wait()
 
     def outputs():
         return device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)["y"]
@@ -124,7 +125,7 @@ def test_the_copies_follow_the_weights():
     optimizer.step()
     second = outputs()
     assert (second - first).abs().max() > 0.05
-    restore(model, state)
+    checkpoints.load({"model": model})
     assert torch.equal(outputs(), first)
 
 

@@ -605,12 +605,12 @@ MISTAKES = {
     "runtime/checkpoints.py": [
         ("the writer gets the live tensors", ".detach().to(\"cpu\", copy=True)", ".detach().to(\"cpu\")"),
         ("Adam's second moment forgotten",
-         "for key, x in moments.items()}",
-         "for key, x in moments.items() if key != \"exp_avg_sq\"}"),
+         "for key, x in of_one.items()}",
+         "for key, x in of_one.items() if key != \"exp_avg_sq\"}"),
         ("a checkpoint of other networks is read",
-         "if types(tensors) != types(flatten_all(parts, 0)):",
-         "if tensors.keys() != flatten_all(parts, 0).keys():"),
-        ("weights that ran off are saved", "        if not is_finite(state):\n            return\n", ""),
+         "if types(tensors) != types(state):",
+         "if tensors.keys() != state.keys():"),
+        ("weights that ran off are saved", "if not is_finite(state.values()):", "if False:"),
     ],
     "runtime/optimizer.py": [
         ("biases and norms decay",
