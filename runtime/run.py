@@ -15,7 +15,7 @@ import torch
 from runtime import adapters, launch, nf4, processes
 from runtime.checkpoints import Checkpoints, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, reading, write_json
 from runtime.flags import program
 from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
@@ -67,13 +67,9 @@ class Run(Compute):
         """Raise ValueError if the unfinished run in the folder had other flags or other input files."""
         what_now = "continue it with its own command, name another --out, or start anew with --no-resume"
         now = self.about["settings"] | self.about["inputs"]
-        try:
-            with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
-                old = json.load(f)
+        path = os.path.join(self.cfg.out, "run.json")
+        with reading(path, f"the unfinished run's settings ({what_now})") as old:
             was = old["settings"] | old["inputs"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.cfg.out}/run.json: the unfinished run's settings cannot be read ({e}): "
-                             f"{what_now}") from None
         for name in sorted((was.keys() | now.keys()) - FREE):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
                 raise ValueError(f"{self.cfg.out} holds an unfinished run with other settings "

@@ -394,7 +394,7 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
 
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
-    said = "run.json: the unfinished run's settings cannot be read.*--no-resume"
+    said = "run.json: not the unfinished run's settings .*--no-resume"
     for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=said):
