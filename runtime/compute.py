@@ -215,8 +215,7 @@ class Compute:
                 self.fetched.clear()
 
     def passes(self, rows, lengths, micro_batch):
-        """Return this process's micro-batches as (row indices, is_filler). Every process gets the same number
-        of them. A filler is the shortest of all rows, and its result is not used."""
+        """Return this process's micro-batches as (row indices, is_filler); a filler is the shortest row."""
         if lengths is None:
             lengths = rows["lengths"] if isinstance(rows, dict) else [row.lengths for row in rows]
         everyone = distribute(as_list(lengths), micro_batch, self.cfg.micro_tokens, world_size())
