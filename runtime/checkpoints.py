@@ -93,5 +93,4 @@ def flatten(parts, step):
 
 def is_finite(tensors):
     """Whether all numbers in all processes' shards are finite. All processes call it together."""
-    bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors)
-    return total(bad) == 0
+    return total(sum(not local_tensor(x).isfinite().all() for x in tensors)) == 0
