@@ -3,22 +3,20 @@
 It holds the trained parameters, the optimisers' moments and the step. Any number of processes writes it, and
 any other number reads it. Reading it runs no code.
 
-With one process, or under ddp, the first process copies the state to the CPU and writes the copies in the
-background while training goes on. Under fsdp no process has room for the whole state: all gather one tensor
-at a time, and the first writes it. Training waits for that. The file has 12 bytes per trained parameter, so
-at 1 GB per second a model of 1 billion parameters takes 12 seconds, and one of 70 billion 14 minutes; Run
-then saves less often, to keep this below a twentieth of the time. For models that are larger still, let each
-process write its own shards (torch.distributed.checkpoint does that).
+All processes gather one tensor at a time, because under fsdp none has room for the whole state, and the first
+writes it, while training waits. The file has 12 bytes per trained parameter, so at 1 GB per second a model of
+1 billion parameters takes 12 seconds, and one of 70 billion 14 minutes; Run then saves less often, to keep
+this below a twentieth of the time. For models that are larger still, let each process write its own shards
+(torch.distributed.checkpoint does that).
 """
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from runtime.processes import is_first, total
-from runtime.safetensors import load_tensors, save_tensors, types, write_tensors
-from runtime.sharding import collect, distribute_like, is_sharded, local_tensor
+from runtime.safetensors import load_tensors, types, write_tensors
+from runtime.sharding import collect, distribute_like, local_tensor
 
 
 class Checkpoints:
@@ -26,7 +24,6 @@ class Checkpoints:
 
     def __init__(self, folder):
         self.path = os.path.join(folder, "resume.safetensors")
-        self.thread, self.writing = ThreadPoolExecutor(1), None         # writing: the save that is under way
 
     def last(self):
         """The checkpoint's path, or None if there is none."""
@@ -34,23 +31,10 @@ class Checkpoints:
 
     def save(self, parts, step):
         """Save parts of training, {name: network, optimiser or object of numbers}, after a step. Does nothing
-        if a number is infinite or NaN. All processes call it together, and may change the parts as soon as it
-        returns."""
-        self.wait()
+        if a number is infinite or NaN. All processes call it together."""
         state = flatten(parts, step)
-        if not is_finite(state.values()):
-            return
-        if any(is_sharded(x) for x in state.values()):
+        if is_finite(state.values()):
             write_tensors(self.path, types(state), lambda name: collect(state[name]), write=is_first())
-        elif is_first():
-            copies = {name: local_tensor(x).detach().to("cpu", copy=True) for name, x in state.items()}
-            self.writing = self.thread.submit(save_tensors, self.path, copies)
-
-    def wait(self):
-        """Wait until the last save is on the disk. Raises OSError if it could not be written."""
-        writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
 
     def remove(self):
         Path(self.path).unlink(missing_ok=True)

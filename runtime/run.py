@@ -160,7 +160,6 @@ class Run(Compute):
             self.failed_in_a_row[id(optimizer)] += 1
             what = f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {rows}"
             if self.failed_in_a_row[id(optimizer)] == 3:
-                self.checkpoints.wait()
                 kept = "the last checkpoint is kept" if self.checkpoints.last() else "there is no checkpoint"
                 raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
                                  "A lower --lr or --max_norm may help")
@@ -238,14 +237,12 @@ class Run(Compute):
         wait = max(self.cfg.save_seconds, 20 * (ended - began)) if self.cfg.save_seconds else 0
         self.next_save = ended + wait
         if stop:
-            self.checkpoints.wait()
             raise KeyboardInterrupt
 
     def finish(self, model, tokenizer, **facts):
         """Save the model and its tokenizer, and in run.json the facts and the seconds that the run took. All
         files are first written under another name, so that a crash leaves the old ones in place."""
         launch.at_work = None
-        self.checkpoints.wait()
         if not is_finite(model.parameters()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")

@@ -128,11 +128,6 @@ def local_tensor(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def is_sharded(x):
-    """Whether each process holds only a part of x."""
-    return hasattr(x, "full_tensor") and x.device_mesh.size() > 1
-
-
 def distribute_like(x, value):
     """An ordinary tensor, which every process has, sharded as x is."""
     if not hasattr(x, "full_tensor"):

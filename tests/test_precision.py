@@ -115,7 +115,6 @@ def test_the_copies_follow_the_weights(tmp_path):
     model, checkpoints = network(), Checkpoints(str(tmp_path))
     device, optimizer = placed(model), make_optimizer(model, 0.1)
     checkpoints.save({"model": model}, 1)
-    checkpoints.wait()
 
     def outputs():
         return device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)["y"]

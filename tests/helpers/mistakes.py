@@ -603,14 +603,13 @@ MISTAKES = {
          "            pass\n        return\n"),
     ],
     "runtime/checkpoints.py": [
-        ("the writer gets the live tensors", ".detach().to(\"cpu\", copy=True)", ".detach().to(\"cpu\")"),
         ("Adam's second moment forgotten",
          "for key, x in of_one.items()}",
          "for key, x in of_one.items() if key != \"exp_avg_sq\"}"),
         ("a checkpoint of other networks is read",
          "if types(tensors) != types(state):",
          "if tensors.keys() != state.keys():"),
-        ("weights that ran off are saved", "if not is_finite(state.values()):", "if False:"),
+        ("weights that ran off are saved", "if is_finite(state.values()):", "if True:"),
     ],
     "runtime/optimizer.py": [
         ("biases and norms decay",
