@@ -75,8 +75,7 @@ def read_config(folder):
 
 
 def places(model):
-    """(PEFT's name of a matrix, the layers of ours that it holds one after another), wherever an adapter can
-    be."""
+    """(PEFT's name of a matrix, our layers that it holds one after another), wherever an adapter can be."""
     _, family = folders.find_family(model.config)
     for theirs, ours in folders.layout(folders.skeleton(model.config, model.head_kind), family).items():
         layers = [model.get_submodule(name.rpartition(".")[0]) for name in ours]

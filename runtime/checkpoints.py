@@ -3,22 +3,20 @@
 It holds the trained parameters, the optimisers' moments and the step. Any number of processes writes it, and
 any other number reads it. Reading it runs no code.
 
-With one process, or under ddp, the first process copies the state to the CPU and writes the copies in the
-background while training goes on. Under fsdp no process has room for the whole state: all gather one tensor
-at a time, and the first writes it. Training waits for that. The file has 12 bytes per trained parameter, so
-at 1 GB per second a model of 1 billion parameters takes 12 seconds, and one of 70 billion 14 minutes; Run
-then saves less often, to keep this below a twentieth of the time. For models that are larger still, let each
-process write its own shards (torch.distributed.checkpoint does that).
+All processes gather one tensor at a time, because under fsdp none has room for the whole state, and the first
+writes it, while training waits. The file has 12 bytes per trained parameter, so at 1 GB per second a model of
+1 billion parameters takes 12 seconds, and one of 70 billion 14 minutes; Run then saves less often, to keep
+this below a twentieth of the time. For models that are larger still, let each process write its own shards
+(torch.distributed.checkpoint does that).
 """
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from runtime.processes import is_first, total
-from runtime.safetensors import load_tensors, save_tensors, types, write_tensors
-from runtime.sharding import collect, distribute_like, is_sharded, local_tensor
+from runtime.safetensors import load_tensors, types, write_tensors
+from runtime.sharding import collect, distribute_like, local_tensor
 
 
 class Checkpoints:
@@ -26,7 +24,6 @@ class Checkpoints:
 
     def __init__(self, folder):
         self.path = os.path.join(folder, "resume.safetensors")
-        self.thread, self.writing = ThreadPoolExecutor(1), None         # writing: the save that is under way
 
     def last(self):
         """The checkpoint's path, or None if there is none."""
@@ -34,74 +31,50 @@ class Checkpoints:
 
     def save(self, parts, step):
         """Save parts of training, {name: network, optimiser or object of numbers}, after a step. Does nothing
-        if a number is infinite or NaN. All processes call it together, and may change the parts as soon as it
-        returns."""
-        self.wait()
-        state = flatten_all(parts, step)
-        if not is_finite(state):
-            return
-        if any(is_sharded(x) for x in state.values()):
-            if is_first():
-                write_tensors(self.path, types(state), lambda name: collect(state[name]))
-            else:
-                for x in state.values():                                # in the order of the first process
-                    collect(x)
-        elif is_first():
-            copies = {name: local_tensor(x).detach().to("cpu", copy=True) for name, x in state.items()}
-            self.writing = self.thread.submit(save_tensors, self.path, copies)
-
-    def wait(self):
-        """Wait until the last save is on the disk. Raises OSError if it could not be written."""
-        writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
+        if a number is infinite or NaN. All processes call it together."""
+        state = flatten(parts, step)
+        if is_finite(state.values()):
+            write_tensors(self.path, types(state), lambda name: collect(state[name]), write=is_first())
 
     def remove(self):
         Path(self.path).unlink(missing_ok=True)
 
+    @torch.no_grad()
     def load(self, parts):
         """Load the checkpoint into the parts, and return its step. Raises ValueError if it cannot be read, or
         if its tensors are not those of the parts."""
+        state = flatten(parts, 0)
         try:
             tensors = load_tensors(self.path)
-            if types(tensors) != types(flatten_all(parts, 0)):
+            if types(tensors) != types(state):
                 raise ValueError("another network")
         except ValueError as e:
             raise ValueError(f"{self.path} does not fit this run ({e}): add --no-resume") from None
+        for name, x in state.items():
+            x.copy_(distribute_like(x, tensors[name]))
         for name, part in parts.items():
-            own = {key: x for key, x in tensors.items() if key.startswith(f"{name}/")}
-            restore(part, {key.removeprefix(f"{name}/"): x for key, x in own.items()})
-        return int(tensors["step"])
+            if not hasattr(part, "state_dict"):             # numbers, of which flatten has made copies
+                vars(part).update({key: state[f"{name}/{key}"].item() for key in vars(part)})
+        return int(state["step"])
 
 
-def flatten(part):
-    """The state of one part as {name: tensor}: a network's trained parameters, an optimiser's moments
-    ("7.exp_avg" of parameter 7), or the attributes of any other object, which must be numbers."""
-    if isinstance(part, torch.nn.Module):
-        return {name: p.detach() for name, p in part.named_parameters() if p.requires_grad}
-    if not hasattr(part, "state_dict"):
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(part).items()}
-    state = part.state_dict()["state"]
-    return {f"{i}.{key}": x for i, moments in state.items() for key, x in moments.items()}
-
-
-def flatten_all(parts, step):
-    """The state of all parts and the step as {name: tensor}: "model/norm.weight", ..., "step"."""
-    state = {f"{name}/{key}": x for name, part in parts.items() for key, x in flatten(part).items()}
-    return state | {"step": torch.tensor(step)}
-
-
-@torch.no_grad()
-def restore(part, tensors):
-    """The reverse of flatten: copy tensors of the same names and shapes into a part."""
-    state = flatten(part)
-    for name, x in tensors.items():
-        state[name].copy_(distribute_like(state[name], x))
-    if not hasattr(part, "state_dict"):
-        vars(part).update({name: x.item() for name, x in state.items()})
+def flatten(parts, step):
+    """The step and the state of all parts as {name: tensor}: a network's trained parameters
+    ("model/norm.weight"), an optimiser's moments ("optimizer/7.exp_avg" of parameter 7), and the attributes
+    of any other object, which must be numbers."""
+    state = {"step": torch.tensor(step)}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            own = {key: p.detach() for key, p in part.named_parameters() if p.requires_grad}
+        elif hasattr(part, "state_dict"):
+            moments = part.state_dict()["state"]
+            own = {f"{i}.{key}": x for i, of_one in moments.items() for key, x in of_one.items()}
+        else:
+            own = {key: torch.tensor(value, dtype=torch.float64) for key, value in vars(part).items()}
+        state |= {f"{name}/{key}": x for key, x in own.items()}
+    return state
 
 
 def is_finite(tensors):
     """Whether all numbers in all processes' shards are finite. All processes call it together."""
-    bad = sum(not bool(local_tensor(x).isfinite().all()) for x in tensors.values())
-    return total(bad) == 0
+    return total(sum(not local_tensor(x).isfinite().all() for x in tensors)) == 0

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.precision import Bfloat16Copies
+from runtime.precision import bfloat16_copies
 from runtime.processes import gather, is_distributed, rank, total, world_size
 from runtime.sharding import choose, is_frozen, shard, to_device
 
@@ -68,15 +68,13 @@ def concatenate(parts):
 
 
 def select(batch, rows):
-    """Return the rows of a batch with these indices, without the columns that are padding in all of them. A
-    batch is a dict of tensors (B, T) or (B,); "lengths" (B,) holds each row's number of tokens."""
+    """Return the rows of a list or a batch with these indices, of a batch without the columns that are
+    padding in all of them. A batch is a dict of tensors (B, T) or (B,); "lengths" (B,) holds each row's
+    number of tokens."""
+    if not isinstance(batch, dict):
+        return [batch[i] for i in rows]
     width = int(batch["lengths"][rows].max())
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
-
-
-def take(rows, indices):
-    """Return the rows with these indices: a batch if `rows` is a batch, otherwise a list."""
-    return select(rows, indices) if isinstance(rows, dict) else [rows[i] for i in indices]
 
 
 def as_list(x):
@@ -150,7 +148,7 @@ class Compute:
         if self.device == "cuda" and self.bfloat16:
             torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembed
         self.kind = None                # "ddp" or "fsdp", chosen when the first networks are placed
-        self.copies = []                # bfloat16 copies of the trained networks
+        self.copies = []                # of trained networks' parameters: see bfloat16_copies
         self.frozen = {}                # {name: frozen parameters}, which networks can share: see to_device
         self.fetched = {}               # {offloaded network that is on the device: its weights on the CPU}
         self.depth = 0                  # number of open computing() contexts
@@ -178,7 +176,7 @@ class Compute:
             else:
                 to_device(model, self.device, self.frozen, self.bfloat16)
             if self.bfloat16 and not is_frozen(model):
-                self.copies.append(Bfloat16Copies(model))
+                self.copies += bfloat16_copies(model)
 
     def offload(self, model):
         """Keep a frozen network on the CPU until its embedding, the first layer of any forward pass, runs."""
@@ -186,38 +184,38 @@ class Compute:
         if self.device == "cuda":                           # copies from pinned memory are asynchronous
             for p in model.parameters():
                 p.data = p.data.pin_memory()
-        model.token_embedding.register_forward_pre_hook(lambda *_: self.fetch(model))
 
-    def fetch(self, model):
-        """Move an offloaded network to the device."""
-        if model not in self.fetched:
-            self.fetched[model] = [p.data for p in model.parameters()]
-            for p in model.parameters():
-                p.data = p.data.to(self.device, non_blocking=True)
+        def fetch(*_):
+            if model not in self.fetched:
+                self.fetched[model] = [p.data for p in model.parameters()]
+                for p in model.parameters():
+                    p.data = p.data.to(self.device, non_blocking=True)
+        model.token_embedding.register_forward_pre_hook(fetch)
 
     @contextlib.contextmanager
     def computing(self):
         """Open a context in which networks run in the chosen precision. Contexts can be nested. When the
         outermost one ends, trained networks get back float32 weights, and fetched ones go to the CPU."""
         if self.depth == 0:
-            for copies in self.copies:
-                copies.enter()
+            with torch.no_grad():
+                for module, name, p, copy in self.copies:
+                    copy.copy_(p)
+                    module._parameters[name] = copy
         self.depth += 1
         try:
             yield
         finally:
             self.depth -= 1
             if self.depth == 0:
-                for copies in self.copies:
-                    copies.leave()
+                for module, name, p, _ in self.copies:
+                    module._parameters[name] = p
                 for model, on_cpu in self.fetched.items():
                     for p, x in zip(model.parameters(), on_cpu):
                         p.data = x
                 self.fetched.clear()
 
     def passes(self, rows, lengths, micro_batch):
-        """Return this process's micro-batches as (row indices, is_filler). Every process gets the same number
-        of them. A filler is the shortest of all rows, and its result is not used."""
+        """Return this process's micro-batches as (row indices, is_filler); a filler is the shortest row."""
         if lengths is None:
             lengths = rows["lengths"] if isinstance(rows, dict) else [row.lengths for row in rows]
         everyone = distribute(as_list(lengths), micro_batch, self.cfg.micro_tokens, world_size())
@@ -240,7 +238,7 @@ class Compute:
         with self.computing():
             for indices, is_filler in self.passes(rows, lengths, self.cfg.micro_batch):
                 share = 0.0 if is_filler else sum(weights[i] for i in indices) / sum(weights)
-                yield take(rows, indices), share
+                yield select(rows, indices), share
 
     @torch.no_grad()
     def map(self, function, rows, lengths=None, micro_batch=None):
@@ -252,7 +250,7 @@ class Compute:
         order, parts = [], []
         with self.computing():
             for indices, is_filler in self.passes(rows, lengths, micro_batch or self.cfg.micro_batch):
-                result = function(take(rows, indices))
+                result = function(select(rows, indices))
                 if not is_filler:
                     order += indices
                     parts.append({name: x.cpu() for name, x in result.items()})

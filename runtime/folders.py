@@ -198,7 +198,7 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
     config.json, by which other programs know where an answer ends."""
     _, family = find_family(model.config)
     plain = skeleton(model.config, model.head_kind)
-    shapes, parts = plain.state_dict(), layout(plain, family)
+    shapes, parts = plain.state_dict(), layout(plain, family)       # shapes: tensors without their numbers
     dtype = max((p.dtype for p in model.parameters() if p.dtype.is_floating_point), key=lambda x: x.itemsize)
     score_bias = whole(model.head.bias).item() if model.head_kind == "scalar" else None
 
@@ -208,17 +208,11 @@ def save(model, folder, whole=lambda x: x, write=True, tokens=None):
         x = module.matrix(whole) if is_matrix else whole(getattr(module, kind))
         return x.detach().to("cpu", dtype)
 
-    def assemble(theirs):
+    def assemble(theirs, value):        # value: a function that gives a parameter of ours by its name
         x = torch.cat([value(name) for name in parts[theirs]])
         return x.T if is_transposed(theirs, family) else x
-    if not write:
-        for theirs in parts:                            # in the order in which the writing process asks
-            assemble(theirs)
-        return
-    os.makedirs(folder, exist_ok=True)
-    write_config(model, folder, score_bias, tokens or {})
-    types = {}
-    for theirs, ours in parts.items():
-        shape = (sum(shapes[name].shape[0] for name in ours), *shapes[ours[0]].shape[1:])
-        types[theirs] = dtype, shape[::-1] if is_transposed(theirs, family) else shape
-    write_tensors(os.path.join(folder, "model.safetensors"), types, assemble)
+    if write:
+        os.makedirs(folder, exist_ok=True)
+        write_config(model, folder, score_bias, tokens or {})
+    types = {theirs: (dtype, assemble(theirs, shapes.get).shape) for theirs in parts}
+    write_tensors(os.path.join(folder, "model.safetensors"), types, lambda x: assemble(x, value), write)

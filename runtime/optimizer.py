@@ -14,8 +14,6 @@ def make_optimizer(model, lr, weight_decay=0.0, eps=1e-8):
     for p in trained:           # AdamW makes these at its first step; made here, a checkpoint can fill them
         optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    # A fused step does not count up the parameters' versions, by which Bfloat16Copies sees that they changed.
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
     return optimizer
 
 

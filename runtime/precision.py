@@ -2,8 +2,8 @@
 
 bfloat16 has 8 significant bits. That is enough for products, whose errors average out. But an update smaller
 than about 1/250 of a weight would leave the weight unchanged, and most updates are smaller. So trained
-weights stay in float32, and the network computes with a bfloat16 copy, which is renewed when the weights have
-changed. Frozen weights get no updates, and are kept in bfloat16 alone.
+weights stay in float32, and the network computes with a bfloat16 copy, which Compute.computing renews. Frozen
+weights get no updates, and are kept in bfloat16 alone.
 """
 import torch
 from torch.nn import Parameter
@@ -24,33 +24,17 @@ def placed_dtype(model, name, p, bfloat16):
     return torch.get_default_dtype()
 
 
-class Bfloat16Copies:
-    """The bfloat16 copies of a network's trained parameters. Between enter() and leave() they take the
-    parameters' places; their gradients are added to those of the float32 parameters."""
-
-    def __init__(self, model):
-        self.places = []                            # (module, name of its parameter, parameter, copy)
-        self.versions = None                        # of the parameters when they were last copied
-        for prefix, module in model.named_modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p.requires_grad and not stays_exact(model, f"{prefix}.{name}"):
-                    copy = Parameter(torch.empty_like(p, dtype=torch.bfloat16))
-                    copy.register_post_accumulate_grad_hook(lambda copy, p=p: add_gradient(p, copy))
-                    self.places.append((module, name, p, copy))
-
-    def enter(self):
-        versions = [p._version for _, _, p, _ in self.places]
-        if versions != self.versions:
-            with torch.no_grad():
-                for _, _, p, copy in self.places:
-                    copy.copy_(p)
-            self.versions = versions
-        for module, name, _, copy in self.places:
-            module._parameters[name] = copy
-
-    def leave(self):
-        for module, name, p, _ in self.places:
-            module._parameters[name] = p
+def bfloat16_copies(model):
+    """[(module, name of its parameter, parameter, bfloat16 copy)] of a network's trained parameters. The
+    copies' gradients are added to those of the parameters, whose places the copies take while it computes."""
+    copies = []
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and not stays_exact(model, f"{prefix}.{name}"):
+                copy = Parameter(torch.empty_like(p, dtype=torch.bfloat16))
+                copy.register_post_accumulate_grad_hook(lambda copy, p=p: add_gradient(p, copy))
+                copies.append((module, name, p, copy))
+    return copies
 
 
 def add_gradient(p, copy):

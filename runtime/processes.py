@@ -53,9 +53,8 @@ def barrier():
 
 def gather(x):
     """The list of all processes' x, any Python object."""
-    everyone = [x]
+    everyone = [x] * world_size()
     if world_size() > 1:
-        everyone = [None] * world_size()
         dist.all_gather_object(everyone, x)
     return everyone
 

@@ -20,7 +20,6 @@ import sys
 
 import torch
 
-from runtime.files import find
 from runtime.models import load_reward_model
 
 
@@ -35,17 +34,16 @@ def find_reward(names, tokenizer):
         except ValueError:
             raise ValueError(f"--reward {names}: the weight {weight!r} is not a number") from None
         terms.append((weight, FunctionReward(name) if ".py:" in name else ModelReward(name, tokenizer)))
-    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
+    return WeightedSum(terms)
 
 
 class ModelReward:
     """The score of a reward model."""
 
     def __init__(self, folder, tokenizer):
-        find(folder)
-        tokenizer.check_same(folder)        # it reads ids, not texts
         self.folder, self.model = folder, load_reward_model(folder).requires_grad_(False)
         self.networks = [self.model]
+        tokenizer.check_same(folder)        # it reads ids, not texts
 
     def __call__(self, run, prompts, answers, batch):
         return run.score(self.model, batch)

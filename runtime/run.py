@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from runtime import adapters, launch, nf4, processes
-from runtime.checkpoints import Checkpoints, flatten, is_finite
+from runtime.checkpoints import Checkpoints, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, lock, write_json
+from runtime.files import ADAPTER_CONFIG, lock, reading, write_json
 from runtime.flags import program
 from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
@@ -67,13 +67,9 @@ class Run(Compute):
         """Raise ValueError if the unfinished run in the folder had other flags or other input files."""
         what_now = "continue it with its own command, name another --out, or start anew with --no-resume"
         now = self.about["settings"] | self.about["inputs"]
-        try:
-            with open(os.path.join(self.cfg.out, "run.json"), encoding="utf-8") as f:
-                old = json.load(f)
+        path = os.path.join(self.cfg.out, "run.json")
+        with reading(path, f"the unfinished run's settings ({what_now})") as old:
             was = old["settings"] | old["inputs"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{self.cfg.out}/run.json: the unfinished run's settings cannot be read ({e}): "
-                             f"{what_now}") from None
         for name in sorted((was.keys() | now.keys()) - FREE):
             if name in now and was.get(name) != json.loads(json.dumps(now[name])):
                 raise ValueError(f"{self.cfg.out} holds an unfinished run with other settings "
@@ -121,8 +117,8 @@ class Run(Compute):
         if self.step:
             print(f"going on after step {self.step} of {self.total}", flush=True)
         self.open_metrics()
-        self.clock, self.first_step, self.saved, self.save_took = time.time(), self.step, time.time(), 0.0
-        self.step_began, launch.at_work = time.time(), self
+        self.clock, self.first_step, self.step_began = time.time(), self.step, time.time()
+        self.next_save, launch.at_work = time.time() + self.cfg.save_seconds, self
 
     def open_metrics(self):
         """Open metrics.jsonl, without the steps after the checkpoint, which will be run again."""
@@ -162,19 +158,14 @@ class Run(Compute):
             self.failed_in_a_row[id(optimizer)] = 0
         else:
             self.failed_in_a_row[id(optimizer)] += 1
-            self.report_failure(f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {rows}",
-                                self.failed_in_a_row[id(optimizer)])
+            what = f"step {self.step + 1}: loss {loss:.3g}, gradient norm {norm:.3g} on {rows}"
+            if self.failed_in_a_row[id(optimizer)] == 3:
+                kept = "the last checkpoint is kept" if self.checkpoints.last() else "there is no checkpoint"
+                raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
+                                 "A lower --lr or --max_norm may help")
+            warn(f"{what}: not finite, no update made")
         optimizer.zero_grad()
         return norm
-
-    def report_failure(self, what, in_a_row):
-        if in_a_row < 3:
-            warn(f"{what}: not finite, no update made")
-            return
-        self.checkpoints.wait()
-        kept = "the last checkpoint is kept" if self.checkpoints.last() else "there is no checkpoint"
-        raise ValueError(f"{what}: the third in a row that is not finite; {kept}. "
-                         "A lower --lr or --max_norm may help")
 
     def warn_if(self, condition, text):
         """Print a warning when a condition becomes true, and not again at each step while it stays true."""
@@ -230,33 +221,29 @@ class Run(Compute):
 
     def save_if_due(self):
         """Save a checkpoint every save_seconds, less often where saving would take more than a twentieth of
-        the time, and after a signal. All processes must decide alike, because they save together."""
-        wait = max(self.cfg.save_seconds, 20 * self.save_took) if self.cfg.save_seconds else 0
-        due = processes.is_first() and time.time() - self.saved >= wait
+        the time, and after a signal, but not where the last step has failed. All processes must decide alike,
+        because they save together."""
+        due = processes.is_first() and time.time() >= self.next_save
         wishes = torch.tensor([self.stop_signal is not None, due], dtype=torch.int32)
         stop, due = processes.total(wishes).tolist()
-        if stop or due:
-            self.save()
-        if stop:
-            self.checkpoints.wait()
-            raise KeyboardInterrupt
-
-    def save(self):
-        """Begin to write a checkpoint, unless a step has just failed."""
+        if not (stop or due):
+            return
         began = time.time()
         if not any(self.failed_in_a_row.values()):
             if processes.is_first():
                 os.fsync(self.metrics.fileno())
             self.checkpoints.save(self.parts, self.step)
-        self.saved = time.time()
-        self.save_took = self.saved - began
+        ended = time.time()
+        wait = max(self.cfg.save_seconds, 20 * (ended - began)) if self.cfg.save_seconds else 0
+        self.next_save = ended + wait
+        if stop:
+            raise KeyboardInterrupt
 
     def finish(self, model, tokenizer, **facts):
         """Save the model and its tokenizer, and in run.json the facts and the seconds that the run took. All
         files are first written under another name, so that a crash leaves the old ones in place."""
         launch.at_work = None
-        self.checkpoints.wait()
-        if not is_finite(flatten(model)):
+        if not is_finite(model.parameters()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.cfg.out, "new")
@@ -271,37 +258,30 @@ class Run(Compute):
             for name in others:
                 for folder in (aside, self.cfg.out):
                     Path(folder, name).unlink(missing_ok=True)
-            self.keep(aside, facts)
+            for name in sorted(os.listdir(aside)):
+                os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
+            os.rmdir(aside)
+            self.metrics.close()
+            if self.board:
+                self.board.close()
+            ended = time.time()
+            write_json(os.path.join(self.cfg.out, "run.json"),
+                       {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
+                        "peak_memory": peak_memory(self.device), **facts})
+            self.checkpoints.remove()       # last: a run that is killed before this goes on from it
         processes.barrier()                                     # no process ends before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
               f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)
-
-    def keep(self, aside, facts):
-        """Move the files into the run's folder, and write run.json."""
-        for name in sorted(os.listdir(aside)):
-            os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
-        os.rmdir(aside)
-        self.metrics.close()
-        if self.board:
-            self.board.close()
-        ended = time.time()
-        write_json(os.path.join(self.cfg.out, "run.json"),
-                   {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
-                    "peak_memory": peak_memory(self.device), **facts})
-        self.checkpoints.remove()                     # last: a run that is killed before this goes on from it
 
 
 def peak_memory(device):
     """The most bytes of GPU memory that this process has held, or without a GPU of main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        with open("/proc/self/status") as f:            # Linux, whose getrusage also counts the parent's
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as f:
+        # Linux, whose getrusage also counts the parent's
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    with contextlib.suppress(ImportError):
         import resource  # not on Windows
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

@@ -25,9 +25,14 @@ def save_tensors(path, tensors):
     write_tensors(path, types(tensors), tensors.__getitem__)
 
 
-def write_tensors(path, types, make):
+def write_tensors(path, types, make, write=True):
     """Write tensors that are made one at a time, so that they need never be in memory together: types is
-    {name: (dtype, shape)}, and make(name) gives the tensor."""
+    {name: (dtype, shape)}, and make(name) gives the tensor. write: whether this process writes the file, and
+    does not only make the tensors in the same order as the one that does, because they are sharded."""
+    if not write:
+        for name in types:
+            make(name)
+        return
     header, offset, names = {}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, (dtype, shape) in types.items():
         end = offset + math.prod(shape) * dtype.itemsize
@@ -43,9 +48,8 @@ def write_tensors(path, types, make):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except OSError:                                             # a full disk needs the space back
+    finally:                                                    # a full disk needs the space back
         Path(path + ".tmp").unlink(missing_ok=True)
-        raise
 
 
 def load_tensors(path):

@@ -61,9 +61,7 @@ def add_up(parameters):
 def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
     """Shard a network over the processes, in place. It moves to the device block by block, so no device needs
     room for all of it. offload: keep a frozen network's shards on the CPU. gather_at_once: see
-    gather_to_sample.
-
-    Gradients are summed, not averaged: see the top of this file."""
+    gather_to_sample."""
     from torch.distributed import fsdp  # takes a second, which one process does not need
     from torch.distributed.device_mesh import init_device_mesh
     mesh = init_device_mesh(device, (world_size(),))
@@ -84,7 +82,7 @@ def shard(model, device, bfloat16=False, offload=False, gather_at_once=True):
         # The root too is resharded after every forward pass: the optimiser must see shards.
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=waiting,
                          reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(1.0)                  # a sum, not a mean: see the top
         module.set_force_sum_reduction_for_comms(True)          # gloo has no other
     for name in ("logprobs", "score", "last_state", "generate"):
         fsdp.register_fsdp_forward_method(model, name)
@@ -128,11 +126,6 @@ def collect(x):
 def local_tensor(x):
     """The shard of x that this process holds, or x if it is not sharded."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def is_sharded(x):
-    """Whether each process holds only a part of x."""
-    return hasattr(x, "full_tensor") and x.device_mesh.size() > 1
 
 
 def distribute_like(x, value):

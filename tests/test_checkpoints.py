@@ -1,7 +1,6 @@
 """Checkpoints on disk: there whole or not at all, and read without running what is in them."""
 import math
 import os
-import threading
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def test_a_spoilt_checkpoint_is_one_line(tmp_path, spoil):
 
 
 def tensors_of(networks):
-    return checkpoints_module.flatten_all(networks, step=3)
+    return checkpoints_module.flatten(networks, step=3)
 
 
 @pytest.mark.parametrize("name, tensors", [
@@ -65,11 +64,8 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line_and_changes_nothi
 
 def test_shards_are_gathered_in_the_same_order_by_all_and_written_by_the_first(tmp_path, monkeypatch):
     parts = {"model": torch.nn.Linear(2, 3), "controller": ppo.AdaptiveKL(0.1, 3.0, 1000)}
-    background = Checkpoints(str(tmp_path))
-    background.save(parts, 7)
-    background.wait()
+    Checkpoints(str(tmp_path)).save(parts, 7)
     whole = (tmp_path / "resume.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoints_module, "is_sharded", lambda x: True)
     gathered = {True: [], False: []}
     for first in (True, False):
         folder = tmp_path / str(first)
@@ -88,7 +84,6 @@ def test_numbers_that_have_run_off_are_not_saved(tmp_path):
         with torch.no_grad():
             model.weight.fill_(1.0 if good else float("nan"))
         checkpoints.save({"model": model}, 7 if good else 8)
-        checkpoints.wait()
         assert checkpoints.load({"model": model}) == 7 and bool((model.weight == 1).all())
 
 
@@ -96,7 +91,6 @@ def test_a_part_of_plain_numbers_is_remembered(tmp_path):
     checkpoints, controller = Checkpoints(str(tmp_path)), ppo.AdaptiveKL(0.1, 3.0, 1000)
     controller.update(7.0, 64)
     checkpoints.save({"controller": controller}, 5)
-    checkpoints.wait()
     fresh = ppo.AdaptiveKL(0.1, 3.0, 1000)
     assert checkpoints.load({"controller": fresh}) == 5 and vars(fresh) == vars(controller)
 
@@ -115,25 +109,7 @@ def test_an_optimiser_takes_its_next_step_as_if_it_had_never_stopped(tmp_path):
     for _ in range(3):
         take_step(**parts)
     checkpoints.save(parts, 3)
-    checkpoints.wait()
     assert checkpoints.load(fresh) == 3
     for _ in range(2):
         take_step(**parts), take_step(**fresh)
     assert torch.equal(parts["model"].weight, fresh["model"].weight)
-
-
-def test_what_is_written_in_the_background_is_as_it_was_when_the_save_began(tmp_path, monkeypatch):
-    checkpoints, model, may_write = Checkpoints(str(tmp_path)), torch.nn.Linear(2, 1), threading.Event()
-    save_tensors = checkpoints_module.save_tensors
-
-    def late(*args):
-        may_write.wait()
-        save_tensors(*args)
-    monkeypatch.setattr(checkpoints_module, "save_tensors", late)
-    torch.nn.init.ones_(model.weight)
-    checkpoints.save({"model": model}, 1)
-    torch.nn.init.zeros_(model.weight)                          # training goes on
-    may_write.set()
-    checkpoints.wait()
-    checkpoints.load({"model": model})
-    assert bool((model.weight == 1).all())

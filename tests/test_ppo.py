@@ -2,7 +2,6 @@
 and its loop."""
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,7 +315,7 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings, mon
 def assert_learns_as_plain_loop(trained, stage, settings, monkeypatch, doubts=None):
     """In the case of bfloat16 without the precision itself: what is left is that old log-probabilities are
     computed anew."""
-    monkeypatch.setattr(compute, "Bfloat16Copies", lambda model: SimpleNamespace(enter=int, leave=int))
+    monkeypatch.setattr(compute, "bfloat16_copies", lambda model: [])
     monkeypatch.setattr(sharding, "placed_dtype", lambda *_: torch.float64)
     shared = {k: x for k, x in SHARED.items() if hasattr(stage.Config, k)}
     cfg, model, lines, _ = trained(stage, **shared | settings)

@@ -4,7 +4,7 @@ import torch
 from helpers.arrays import tiny
 
 from runtime import compute
-from runtime.checkpoints import flatten, restore
+from runtime.checkpoints import Checkpoints
 from runtime.flags import Settings, Training
 from runtime.nf4 import NF4, pack
 from runtime.optimizer import make_optimizer
@@ -110,11 +110,11 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     assert not torch.equal(found["norm.weight"], found["norm.weight"].bfloat16().float())
 
 
-def test_the_copies_follow_the_weights():
+def test_the_copies_follow_the_weights(tmp_path):
     """After a step of the optimiser, and after a checkpoint has been read."""
-    model = network()
+    model, checkpoints = network(), Checkpoints(str(tmp_path))
     device, optimizer = placed(model), make_optimizer(model, 0.1)
-    state = {name: x.clone() for name, x in flatten(model).items()}
+    checkpoints.save({"model": model}, 1)
 
     def outputs():
         return device.map(lambda rows: {"y": model(TOKENS[rows])[:, -1]}, range(4), [8] * 4)["y"]
@@ -124,7 +124,7 @@ def test_the_copies_follow_the_weights():
     optimizer.step()
     second = outputs()
     assert (second - first).abs().max() > 0.05
-    restore(model, state)
+    checkpoints.load({"model": model})
     assert torch.equal(outputs(), first)
 
 
@@ -152,6 +152,5 @@ def test_what_is_frozen_is_kept_in_bfloat16_alone_but_for_what_must_be_exact():
     for module in base.modules():
         if isinstance(module, NF4):
             assert {p.dtype for p in module.parameters()} == {torch.uint8, torch.float32}
-    copies, = device.copies
-    assert {name for _, name, _, _ in copies.places} == {"A", "B"}
+    assert {name for _, name, _, _ in device.copies} == {"A", "B"}
     assert base.token_embedding.weight.dtype == torch.bfloat16

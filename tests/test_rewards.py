@@ -43,7 +43,6 @@ def test_a_program_scores_each_answer_to_its_prompt(program):
 
 def test_a_sum_weighs_its_terms(program, monkeypatch):
     model = tiny("scalar").float()
-    monkeypatch.setattr(rewards, "find", str)
     monkeypatch.setattr(rewards, "load_reward_model", lambda folder: model)
     reward, found = scores(f"0.5*out/reward_model,2*{program}:size")
     own = model.score(BATCH["tokens"], BATCH["lengths"]).tolist()
@@ -57,7 +56,6 @@ def test_a_single_reward_has_its_weight_too(program):
 
 
 def test_a_sum_has_the_folder_of_its_reward_model_wherever_that_stands(program, monkeypatch):
-    monkeypatch.setattr(rewards, "find", str)
     monkeypatch.setattr(rewards, "load_reward_model", lambda folder: tiny("scalar").float())
     assert scores(f"{program}:size,out/reward_model")[0].folder == "out/reward_model"
 

@@ -44,7 +44,6 @@ def a_step(run, model, optimizer, scale=1.0):
     (model(torch.randint(8, (2, 4))).pow(2).mean() * scale).backward()
     run.optimizer_step(optimizer, 0.1, scale, "batch 7")
     run.log({"loss": scale})
-    run.checkpoints.wait()
 
 
 def steps(folder):
@@ -191,7 +190,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with torch.no_grad():
         model.norm.weight[0] = float("inf")
     run.log({"loss": 1.0})
-    run.checkpoints.wait()
     assert not (tmp_path / "resume.safetensors").exists()
     with pytest.raises(ValueError, match="no longer finite"):
         run.finish(model, None)
@@ -394,7 +392,7 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
 
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
-    said = "run.json: the unfinished run's settings cannot be read.*--no-resume"
+    said = "run.json: not the unfinished run's settings .*--no-resume"
     for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=said):
