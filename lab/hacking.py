@@ -112,9 +112,8 @@ def best_of_n_curve(rewards, judge):
     """d (S,) and the judge (P, S) of the best among n = 1, 2, 4, ... answers to each of P prompts: the mean
     over all groups of n. rewards, judge: (P, N)."""
     P, N = rewards.shape
-    sizes = [2 ** i for i in range(N.bit_length()) if 2 ** i <= N]
-    best = [rewards.view(P, -1, n).argmax(-1, keepdim=True) for n in sizes]
-    won = [judge.view(P, -1, n).gather(-1, i).mean((1, 2)) for n, i in zip(sizes, best)]
+    sizes = [2 ** i for i in range(N.bit_length())]
+    won = [judge.flatten()[evaluate.best_of(rewards, n, N // n)].view(P, -1).mean(1) for n in sizes]
     return torch.tensor([evaluate.best_of_n_kl(n) for n in sizes]).sqrt(), torch.stack(won, -1)
 
 
