@@ -78,33 +78,28 @@ def answer_prompts(cfg, run, tokenizer, rng):
 
 
 def labeller(by, run, tokenizer, constitution=""):
-    """The function that ranks answers: rank(prompts, answers, rng) takes
-
-        prompts   a list of message lists
-        answers   for each prompt a list of Answers, or of other objects with .text, .ids and .ended
-        rng       random.Random, for the annotators' noise
-
-    and returns for each prompt a list of ranks, 1 for the best; equal ranks are ties.
+    """The function that ranks answers: rank(prompts, answers, rng) returns for each prompt a list of ranks, 1
+    for the best; equal ranks are ties. prompts: a list of message lists; answers: for each a list of Answers;
+    rng: random.Random, for the annotators' noise.
 
     by: "annotators", in panels of five as in the world's preferences; the folder of a reward model, which
     must have the tokenizer of the model that answers; or the folder of a chat model, which judges by the
     principles in the file `constitution`."""
-    is_judge = False
+    model = None
     if by != "annotators":
         own = Tokenizer.load(by)
         model = load(by, vocab_size=own.vocab_size).requires_grad_(False)
         run.place(model)
-        is_judge = model.head_kind == "lm"
-    if constitution and not is_judge:
-        raise ValueError(f"--constitution is for a chat model that judges, and {by} is none")
-    if by == "annotators":
-        return lambda prompts, answers, rng: [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
-                                              for prompt, some in zip(prompts, answers)]
-    if is_judge:
+    if model and model.head_kind == "lm":
         scores = Judge(run, model, own, constitution).scores
-    else:
+    elif constitution:
+        raise ValueError(f"--constitution is for a chat model that judges, and {by} is none")
+    elif model:
         tokenizer.check_same(by)
         scores = partial(reward_scores, run, model, tokenizer)
+    else:
+        return lambda prompts, answers, rng: [annotators.rank(prompt, [a.text for a in some], rng, panel=5)
+                                              for prompt, some in zip(prompts, answers)]
     return lambda prompts, answers, rng: [[1 + sum(other > x for other in some) for x in some]
                                           for some in scores(prompts, answers)]
 

@@ -4,9 +4,9 @@
     python -m lab.hacking --seed 1     another one
 
 Trains PPO without a KL penalty, and under each defence, from one SFT model and one reward model, in
-out/lab/<seed>/ (what is there is not run again). The figure, out/overoptimization.png in that folder, shows
-reward and judge's score of all runs against √KL. Prints a table of the runs, and fits the laws of Gao et al.
-(2022), section 3,
+out/lab/<seed>/ (what is there is not run again). Its figure, out/report/overoptimization.png, shows reward
+and judge's score of all runs against √KL. Prints a table of the runs, and fits the laws of Gao et al. (2022),
+section 3,
 
     PPO        R(d) = d·(α − β·log d)
     best of n  R(d) = d·(α − β·d)            d = √KL(π ‖ SFT), R: the judge's score above the SFT model's
@@ -22,7 +22,7 @@ import torch
 
 import evaluate
 from data import loading, report, world
-from lab.stages import ROOT, run_stage, run_stages
+from lab.stages import ROOT, run_stages
 from runtime.flags import flag
 from runtime.launch import main
 from runtime.models import load_reward_model
@@ -41,7 +41,8 @@ RUNS = {                                    # variants.cautious logs the share o
 }
 STAGES = {"world": "-m data", "sft": "sft.py", "reward_model": "reward_model.py",
           "sft_small": "sft.py --n_embd 48 --n_layer 2",
-          "reward_model_small": "reward_model.py --init out/sft_small", **RUNS}
+          "reward_model_small": "reward_model.py --init out/sft_small", **RUNS,
+          "report": f"evaluate.py out/sft {' '.join(f'out/{name}' for name in RUNS)} --samples 8 --show 0"}
 
 
 @dataclass
@@ -111,9 +112,8 @@ def best_of_n_curve(rewards, judge):
     """d (S,) and the judge (P, S) of the best among n = 1, 2, 4, ... answers to each of P prompts: the mean
     over all groups of n. rewards, judge: (P, N)."""
     P, N = rewards.shape
-    sizes = [2 ** i for i in range(N.bit_length()) if 2 ** i <= N]
-    best = [rewards.view(P, -1, n).argmax(-1, keepdim=True) for n in sizes]
-    won = [judge.view(P, -1, n).gather(-1, i).mean((1, 2)) for n, i in zip(sizes, best)]
+    sizes = [2 ** i for i in range(N.bit_length())]
+    won = [judge.flatten()[evaluate.best_of(rewards, n, N // n)].view(P, -1).mean(1) for n in sizes]
     return torch.tensor([evaluate.best_of_n_kl(n) for n in sizes]).sqrt(), torch.stack(won, -1)
 
 
@@ -160,9 +160,7 @@ def detect(contest, start):
 
 def hack(cfg):
     run_stages(ROOT / f"out/lab/{cfg.seed}", STAGES, cfg.seed)
-    folders = " ".join(f"out/{name}" for name in ("sft", *RUNS))
-    run_stage(f"evaluate.py {folders} --samples 8 --show 0", "out/done.json", quiet=True, seed=cfg.seed)
-    models = json.loads(Path("out/report.json").read_text("utf-8"))["models"]
+    models = json.loads(Path("out/report/report.json").read_text("utf-8"))["models"]
     contest = evaluate.Contest(evaluate.Config(seed=cfg.seed), ["out/sft"])
     answers, judge = judged_answers(contest, contest.reference, contest.prompts, 64, "best_of_n")
     prompts, _ = loading.load("prompts", loading.WORLD)
@@ -177,7 +175,7 @@ def hack(cfg):
         print(f"{size} reward model, PPO: {law_of_ppo(evaluate.read_steps(f'out/{run}'), start)}")
         print(f"{size} reward model, best of n: {law_of_best_of_n(rewards, judge.view(-1, 64))}")
     detect(contest, judge.mean().item())
-    print(f"the figure is {Path('out/overoptimization.png').resolve()}")
+    print(f"the figure is {Path('out/report/overoptimization.png').resolve()}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ because a method has to work on a bad seed too. All methods learn from 10,000 ra
 world's, through a reward model or not, or as many of fresh answers. docs/choosing.md draws the conclusions.
 """
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import evaluate
 from data.report import markdown
-from lab.stages import ROOT, run_stage, run_stages
+from lab.stages import ROOT, run_stages
 from runtime.flags import flag
 from runtime.launch import main
 
@@ -52,22 +52,18 @@ class Config:
             raise ValueError(f"{min(unknown)} is none of {', '.join(METHODS)}")
 
 
-def read(path):
-    return json.loads(Path(path).read_text("utf-8"))
-
-
 def measure(seed, names):
     """Run methods on one seed: {name: its numbers in the report, with its "seconds" and "memory" in GB}."""
     stages = dict(BASE)
     for name in names:
         stages |= METHODS[name]
-    run_stages(ROOT / f"out/methods/{seed}", stages, seed)
-    models, out = shlex.join(f"out/{name}" for name in ("sft", *names)), f"out/report_{'_'.join(names)}"
-    run_stage(f"evaluate.py {models} --show 0", f"{out}/done.json", quiet=True, seed=seed, out=out)
-    found = read(f"{out}/report.json")["models"]
+    models, report = " ".join(f"out/{name}" for name in ("sft", *names)), f"report_{'_'.join(names)}"
+    stages[report] = f"evaluate.py {models} --show 0"
+    seconds = run_stages(ROOT / f"out/methods/{seed}", stages, seed)
+    found = json.loads(Path(f"out/{report}/report.json").read_text("utf-8"))["models"]
     for name in names:
-        found[name]["memory"] = read(f"out/{name}/run.json")["peak_memory"] / 1e9
-        found[name]["seconds"] = sum(read(f"out/{part}/done.json")["seconds"] for part in METHODS[name])
+        found[name]["memory"] = evaluate.read_run(f"out/{name}")["peak_memory"] / 1e9
+        found[name]["seconds"] = sum(seconds[part] for part in METHODS[name])
     return found
 
 

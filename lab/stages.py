@@ -41,8 +41,8 @@ def run_stage(command, done, quiet=False, **flags):
 
 
 def run_stages(folder, stages, seed):
-    """Go to a folder and run {name: command} there, each of which writes out/<name>/."""
+    """Go to a folder and run {name: command} there, each of which writes out/<name>/: {name: seconds}."""
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
-    for name, command in stages.items():
-        run_stage(command, f"out/{name}/done.json", quiet=True, out=f"out/{name}", seed=seed)
+    return {name: run_stage(command, f"out/{name}/done.json", quiet=True, out=f"out/{name}", seed=seed)
+            for name, command in stages.items()}

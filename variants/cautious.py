@@ -41,11 +41,9 @@ class Config(ppo.Config):
 
 def read_states(run, model, comparisons):
     """The hidden states (N, C) at the last token of each of the N answers in Comparisons."""
-    def last_states(rows):
-        batch = run.batch(rows)
-        return {"states": model.last_state(batch["tokens"], batch["lengths"]).to(model.head.weight.dtype)}
-    sequences = [ids for c in comparisons for ids in c.sequences]
-    return run.map(last_states, sequences, [len(ids) for ids in sequences])["states"]
+    batch = run.batch([ids for c in comparisons for ids in c.sequences])
+    states = run.map(lambda b: {"states": model.last_state(b["tokens"], b["lengths"])}, batch)["states"]
+    return states.to(model.head.weight.dtype)
 
 
 def fit(run, model, comparisons, held_out, count):

@@ -482,7 +482,7 @@ MISTAKES = {
         ("steps after the alarm count", "steps[:first + 1]", "steps"),
         ("an alarm at any OOD answer", 'if s.get("ood", 0) > 0.1)', 'if s.get("ood", 0) > 0)'),
         ("hacked is what the judge likes", "hacked = judge[liked] < start", "hacked = judge[liked] > start"),
-        ("the mean of n for the best", "gather(-1, i).mean((1, 2))", "mean((1, 2))"),
+        ("the mean of n for the best", "flatten()[evaluate.best_of(rewards, n, N // n)]", "flatten()"),
     ],
     "lab/plan.py": [
         ("heads as wide together as the network", "self.q, self.kv = cfg.shape.n_head * cfg.shape.head_dim, "
