@@ -4,20 +4,8 @@
         --mlp swiglu --mlp_hidden 14336 --norm rmsnorm --positions rotary --no-bias --no-tied \\
         --vocab_size 128256
 
-docs/gpus.md has a table of what fits where, from GPT-2 small to 70 B, on 1 to 64 GPUs.
-
-Bytes, for P parameters, N processes and b bytes per number in matrix products; without LoRA:
-
-    state         16·P per trained network (float32 parameters, gradients, Adam's two moments), and in
-                  bfloat16 2·P for its copy; b·P per frozen network. fsdp: 16·P and 4·P, divided by N
-    gathered      fsdp: embeddings and two blocks in b; to sample, all of P in b if --gather_at_once
-    activations   per token and block, counted below; with --checkpoint_blocks a block's input alone
-    logits        three float32 arrays (learnt tokens, V), of at most 16 million numbers
-    in transit    fsdp: a block's gradients in b, and those of the block before in float32
-    cache         keys and values of every row that is sampled, in b
-    sent          fsdp: (2·b + 4)·P·(N − 1)/N per forward and backward pass, to gather twice and to sum the
-                  gradients; in ppo also b·P·(N − 1)/N to sample, and as much for each network that reads a
-                  micro-batch. ddp: 8·P·(N − 1)/N per optimiser step
+docs/gpus.md says what is counted, and has a table of what fits where, from GPT-2 small to 70 B, on 1 to 64
+GPUs.
 """
 import math
 from collections import namedtuple

@@ -110,7 +110,8 @@ def train(cfg, reward=None):
         batch |= {"scores": scores, "rewards": rewards, "advantages": advantages[:, None] * mask}
 
         # 4. Update
-        factor, history, updates = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay), [], 0
+        lr_factor = schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)
+        history, updates = [], 0
         for rows in ppo.minibatches(cfg):
             minibatch, stats = select(batch, rows), Meter()
             for b, share in run.micro_batches(minibatch, weights=minibatch["mask"].sum(1)):
@@ -128,12 +129,12 @@ def train(cfg, reward=None):
                 optimizer.zero_grad()
                 break
             loss = means["policy_loss"] - cfg.entropy_coef * means["entropy"]
-            run.optimizer_step(optimizer, cfg.lr * factor, loss, f"rows {rows.tolist()}")
+            run.optimizer_step(optimizer, cfg.lr * lr_factor, loss, f"rows {rows.tolist()}")
             updates += 1
 
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
-                   **{name: sum(m[name] for m in history) / len(history) for name in means},
+                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
                    "updates": updates, **answer_metrics(batch, asked, answers)}
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
