@@ -274,12 +274,8 @@ def learn(texts, vocab_size):
             break
         a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
-        for word, parts in words.items():
-            if a in parts:
-                merged, i = [], 0
-                while i < len(parts):
-                    step = 2 if parts[i:i + 2] == [a, b] else 1
-                    merged.append(b"".join(parts[i:i + step]))
-                    i += step
-                words[word] = merged
+        for parts in words.values():
+            for i in range(len(parts) - 1):         # past the end of what a merge has made shorter is no pair
+                if parts[i:i + 2] == [a, b]:
+                    parts[i:i + 2] = [a + b]
     return Tokenizer(new_document(ranks, [END_OF_TEXT], PATTERN))
