@@ -24,8 +24,7 @@ ROLES = ("system", "user", "assistant")
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 # GPT-2's, which tokenizer.json calls ByteLevel; and the rest of it where each digit is a token of its own.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                  r"|\s+(?=\p{N})|\s+(?!\S)|\s+")
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
 @dataclass
@@ -176,8 +175,7 @@ class Tokenizer:
 # ------------------------------------------------------------------------- the content of tokenizer.json
 
 # Bytes as visible characters (GPT-2's table): those that can be printed stand for themselves.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = {b: chr(b) for b in VISIBLE}
+LETTERS = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in LETTERS)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
