@@ -3,21 +3,20 @@
     demonstrations   {"messages": [{"role", "content"}, ...]}, TRL's and OpenAI's
                      {"conversations": [{"from", "value"}, ...]}, ShareGPT's
                      {"prompt", "response"}, or "completion" in place of "response"
-                     {"instruction", "input", "output"}, Alpaca's
+                     {"instruction", "output"}, Alpaca's
                      {"chosen"}, from preferences of whole conversations
                      {"prompt", "responses", "ranks"}: the answer that is ranked first
     preferences      {"prompt", "chosen", "rejected"}
-                     {"instruction", "input", "chosen", "rejected"}
                      {"chosen", "rejected"}: two lists of messages, as in UltraFeedback, or two transcripts,
                      as in Anthropic HH, that share all but the last answer
                      {"prompt", "responses", "ranks"}: K ranked answers
-    prompts          {"prompt"} or {"instruction", "input"}; or the messages before the last answer in
-                     "messages", "conversations" or "chosen"
+    prompts          {"prompt"}; or the messages before the last answer in "messages", "conversations" or
+                     "chosen"
 
-A prompt is text or a list of messages whose last is the user's. An answer is text or a list of messages that
-continues the prompt or begins with it. "input" is optional. So are, beside "chosen" and "rejected", a
-"margin", and a "probability" that the chosen answer is the better one (a soft label; 1 by default). Files may
-also be .parquet, where pyarrow is installed.
+A prompt is text or a list of messages whose last is the user's; in its place, a record may have Alpaca's
+"instruction", with or without an "input". An answer is text or a list of messages that continues the prompt
+or begins with it. Beside "chosen" and "rejected" there may be a "margin", and a "probability" that the chosen
+answer is the better one (a soft label; 1 by default). Files may also be .parquet, where pyarrow is installed.
 
 Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fields) mean that the file has
 another format than expected: they stop a run before it trains on anything. Real files also hold records that
@@ -37,8 +36,7 @@ from data.tokenizer import ROLES
 
 
 class RecordError(ValueError):
-    """A malformed record or file. The message is one line: file, line (or number in the list), field, reason.
-    """
+    """A malformed record or file. The message is one line: file, line (or number in list), field, reason."""
 
 
 class UnknownShape(RecordError):
