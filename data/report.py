@@ -101,11 +101,9 @@ def read_rollouts(folder):
     """Three answers of a run's first rollout and of its last, if it wrote them (rollout_first.json,
     rollout_last.json). Warns of a file that cannot be used, and leaves it out."""
     found = []
-    for path in (Path(folder, f"rollout_{which}.json") for which in ("first", "last")):
+    for path in sorted(Path(folder).glob("rollout_*.json")):
         try:
             found += [read_answer(answer) for answer in json.loads(path.read_text("utf-8"))[:3]]
-        except FileNotFoundError:
-            pass
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             warnings.warn(f"{path}: no answers of a rollout ({type(e).__name__}: {e})")
     return found
