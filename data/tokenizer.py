@@ -178,7 +178,6 @@ class Tokenizer:
 LETTERS = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in LETTERS)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def spell(token):
@@ -223,18 +222,14 @@ def read_pattern(pre):
 
 def new_document(ranks, control, pattern):
     """The tokenizer.json of a byte-level BPE that merges in the order of its ids. control: the texts of its
-    control tokens, whose ids follow."""
+    control tokens, whose ids follow. What all of them have in common is in bpe.json."""
+    document = json.loads(Path(__file__).with_name("bpe.json").read_text("utf-8"))
     first = 1 + max(ranks.values())
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [control_token(text, i) for i, text in enumerate(control, first)], "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]},
-        "post_processor": None, "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {spell(token): i for token, i in ranks.items()},
-                  "merges": [[spell(a), spell(b)] for a, b in merges(ranks)]}}
+    document["added_tokens"] = [control_token(text, i) for i, text in enumerate(control, first)]
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    document["model"]["vocab"] = {spell(token): i for token, i in ranks.items()}
+    document["model"]["merges"] = [[spell(a), spell(b)] for a, b in merges(ranks)]
+    return document
 
 
 def control_token(text, i):
