@@ -184,10 +184,6 @@ def spell(token):
     return "".join(LETTERS[b] for b in token)
 
 
-def unspell(text):
-    return bytes(BYTES[letter] for letter in text)
-
-
 def read_vocabulary(document):
     """({bytes: id} of the text's tokens, {text: id} of the control tokens). Raises ValueError for kinds of
     tokenizers that tiktoken would run otherwise: it merges in the order of the ids."""
@@ -198,9 +194,10 @@ def read_vocabulary(document):
     if normalizer["type"] != "NFC":
         raise ValueError(f"normalizer {normalizer['type']} is not supported")
     special = {token["content"]: token["id"] for token in document["added_tokens"]}
-    ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in special}
+    vocab = {text: i for text, i in model["vocab"].items() if text not in special}
+    ranks = {bytes(BYTES[letter] for letter in text): i for text, i in vocab.items()}
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    made = [ranks[unspell(a + b)] for a, b in pairs]
+    made = [vocab[a + b] for a, b in pairs]
     if made != sorted(made) or len(ranks) + len(special) != len({*ranks.values(), *special.values()}):
         raise ValueError("merges that are not in the order of their ids are not supported")
     return ranks, special
