@@ -9,7 +9,6 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -26,20 +25,13 @@ PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-
-@dataclass
-class Chat:
-    """The texts around the messages of a conversation, control tokens among them."""
-    begin: str          # before the first message
-    before: str         # before a message's role
-    after: str          # between its role and its content
-    end: str            # after its content: the token that the model learns to end with
-    gap: str            # between two messages
-
-
-CHATML = Chat("", IM_START, "\n", IM_END, "\n")
-LLAMA3 = Chat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
-# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a Chat.
+# Chat formats: the texts before the first message (begin), before a message's role (before), between its role
+# and its content (after), after its content (end: the token that the model learns to end with), and between
+# two messages (gap).
+CHATML = {"begin": "", "before": IM_START, "after": "\n", "end": IM_END, "gap": "\n"}
+LLAMA3 = {"begin": "<|begin_of_text|>", "before": "<|start_header_id|>", "after": "<|end_header_id|>\n\n",
+          "end": "<|eot_id|>", "gap": ""}
+# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a format.
 TEMPLATE = Template(
     "{{ $begin }}{% if messages[0]['role'] != 'system' %}{{ $system }}{% endif %}"
     "{% for m in messages %}{{ $before + m['role'] + $after + m['content'] + $end }}{% endfor %}"
@@ -55,9 +47,9 @@ class Tokenizer:
     def __init__(self, document, system="", name="a new tokenizer"):
         self.system, self.name = system, name
         self.ranks, self.special = ranks, special = read_vocabulary(document)
-        is_llama3 = {LLAMA3.before, LLAMA3.end} <= special.keys() and IM_END not in special
+        is_llama3 = {LLAMA3["before"], LLAMA3["end"]} <= special.keys() and IM_END not in special
         self.chat_format = chat = LLAMA3 if is_llama3 else CHATML
-        for text in (chat.before, chat.end):            # a base model lacks them: they get ids after its last
+        for text in (chat["before"], chat["end"]):      # a base model lacks them: they get ids after its last
             if text not in special:
                 special[text] = 1 + max([*ranks.values(), *special.values()])
                 added = [*document["added_tokens"], control_token(text, special[text])]
@@ -69,14 +61,14 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=read_pattern(document["pre_tokenizer"]), special_tokens=special,
             mergeable_ranks=ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)})
-        self.text_ids, self.end = set(ranks.values()), special[chat.end]
+        self.text_ids, self.end = set(ranks.values()), special[chat["end"]]
         # The token that pads must not be the one that ends answers: other libraries look for the last token
         # that does not pad, and read a reward model's score there.
-        fillers = [text for text in special if text not in "".join(vars(chat).values())]
-        best_first = [text for text in fillers if "pad" in text] + fillers + [chat.before]
+        fillers = [text for text in special if text not in "".join(chat.values())]
+        best_first = [text for text in fillers if "pad" in text] + fillers + [chat["before"]]
         self.pad = special[best_first[0]]
-        self.begin, self.gap = self.with_control(chat.begin), self.with_control(chat.gap)
-        self.headers = {role: self.with_control(chat.before + role + chat.after) for role in ROLES}
+        self.begin, self.gap = self.with_control(chat["begin"]), self.with_control(chat["gap"])
+        self.headers = {role: self.with_control(chat["before"] + role + chat["after"]) for role in ROLES}
 
     def with_control(self, text):
         """Text of the chat format itself to ids, control tokens and all."""
@@ -129,10 +121,10 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        f, names = self.chat_format, {i: text for text, i in self.special.items()}
-        system = f.before + "system" + f.after + self.system + f.end + f.gap if self.system else ""
-        texts = {"begin": f.begin, "system": system, "before": f.before, "after": f.after,
-                 "end": f.end + f.gap, "assistant": f.before + "assistant" + f.after}
+        chat, names = self.chat_format, {i: text for text, i in self.special.items()}
+        header, end = chat["before"] + "{}" + chat["after"], chat["end"] + chat["gap"]
+        system = header.format("system") + self.system + end if self.system else ""
+        texts = chat | {"system": system, "end": end, "assistant": header.format("assistant")}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[self.end],
                   "pad_token": names[self.pad], "clean_up_tokenization_spaces": False,
                   # transformers 4 adds token_type_ids, which Llama refuses and GPT-2 adds to its embeddings.
