@@ -239,11 +239,9 @@ def merges(ranks):
 
 
 def learn(texts, vocab_size):
-    """Learn a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) from an iterable of texts.
-
-    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the distinct
-    words and their counts, so its cost does not grow with the length of the corpus.
-    """
+    """A Tokenizer with at most vocab_size ids, control tokens included, learnt from an iterable of texts: a
+    byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2). Merging goes over the distinct words and
+    their counts, so its cost does not grow with the length of the corpus."""
     counts = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     ranks = {bytes([b]): b for b in range(256)}
     words = {word: [bytes([b]) for b in word] for word in counts}
