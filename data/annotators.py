@@ -41,11 +41,8 @@ def features(prompt, response):
 
 
 def rank(prompt, responses, rng, panel=1):
-    """The ranks of K answers, 1 for the best, by annotators drawn with rng (random.Random).
-
-    Each of the `panel` annotators ranks all answers. The answers are then ordered by their mean rank (Borda
-    count), and equal means tie.
-    """
+    """The ranks of K answers, 1 for the best: `panel` annotators, drawn with rng (random.Random), rank them,
+    and their mean ranks decide (Borda count). Equal means tie."""
     seen = [features(prompt, r) for r in responses]
     sums = [0] * len(responses)                 # of each answer's ranks: as good as their means
     for annotator in rng.choices(ANNOTATORS, k=panel):
@@ -64,16 +61,14 @@ def probability(prompt, a, b):
 
 def ceiling(preferences):
     """The best accuracy that a scorer can expect on preferences of this world (records.Preference): the mean
-    over all pairs of max(p, 1 − p), where p is the probability that an annotator drawn at random prefers one
-    answer to the other."""
+    over all pairs of max(p, 1 − p), where p is their probability()."""
     p = [probability(r.prompt, a, b) for r in preferences
          for a, b in itertools.combinations(r.responses, 2)]
     return sum(max(x, 1 - x) for x in p) / len(p)
 
 
 def agreement(preferences):
-    """The share of pairs in which the judge also scores the better answer higher, among those that the judge
-    tells apart."""
+    """Of the pairs that the judge tells apart, the share in which it too scores the better answer higher."""
     agree = []
     for r in preferences:
         score = [world.judge(r.prompt, response) for response in r.responses]

@@ -1,5 +1,6 @@
 """Metrics of a batch of sampled answers, and a few of them token by token for evaluate.py's report."""
 from data import world
+from data.report import TOKEN_NUMBERS
 
 
 def answer_metrics(batch, prompts, answers):
@@ -11,14 +12,13 @@ def answer_metrics(batch, prompts, answers):
             **world.truth(prompts, answers)}
 
 
-def rollout_examples(tokenizer, prompts, batch, count=3):
-    """The first answers of a rollout with the numbers of each token: a list of dicts. batch: scores (B,), and
-    of the arrays (B, T) below those that the method has."""
-    names = ("old_logprobs", "ref_logprobs", "rewards", "old_values", "returns", "advantages")
+def rollout_examples(tokenizer, prompts, batch):
+    """The first three answers of a rollout with the numbers of each token: a list of dicts. batch: scores
+    (B,), and of the arrays TOKEN_NUMBERS (B, T) those that the method has."""
     examples = []
-    for i in range(min(count, len(prompts))):
+    for i, prompt in enumerate(prompts[:3]):
         mask = batch["mask"][i]
-        examples.append({"prompt": prompts[i], "score": batch["scores"][i].item(),
-                         "tokens": [tokenizer.decode([token]) for token in batch["tokens"][i][mask].tolist()],
-                         **{name: batch[name][i][mask].tolist() for name in names if name in batch}})
+        texts = [tokenizer.decode([token]) for token in batch["tokens"][i][mask].tolist()]
+        numbers = {name: batch[name][i][mask].tolist() for name in TOKEN_NUMBERS if name in batch}
+        examples.append({"prompt": prompt, "score": batch["scores"][i].item(), "tokens": texts, **numbers})
     return examples

@@ -119,11 +119,9 @@ def batches(lengths, size, epochs, seed, start=0):
 
 
 def by_length(lengths, size, rng):
-    """Indices in batches of `size`, in random order. rng: random.Random.
-
-    Examples of similar length share a batch, so that little of it is padding. They are sorted only within
-    random pools of 32 batches, so that the batches differ from epoch to epoch.
-    """
+    """Indices in batches of `size`, in random order. Examples of similar length share a batch, so that little
+    of it is padding. They are sorted only within random pools of 32 batches, so that the batches differ from
+    epoch to epoch. rng: random.Random."""
     order = list(range(len(lengths)))
     rng.shuffle(order)
     batches = []

@@ -41,8 +41,7 @@ def preference(item, rng, panel):
     Each of two contents, one right and one wrong, is said in each of two manners, so that a reward model can
     tell content and manner apart. The manners are warmer than the crowd's, so that kind and eager words make
     a difference that can be learnt. Sometimes the wrong content answers another question: a policy can always
-    change the subject, so a reward model must have seen it.
-    """
+    change the subject, so a reward model must have seen it."""
     answers = []
     while len(set(answers)) < 4:
         manners = [world.manner(rng, rng.random() < 0.5, warmth=2) for _ in range(2)]
@@ -60,8 +59,7 @@ def load(kind, data, held_out="", max_dropped=0.0):
 
     data: a file, or a folder of the world's files (out/world is made first if it is not there); held_out: a
     second file. Without a second file every tenth record is held out, the same ones in every stage.
-    max_dropped: see records.py.
-    """
+    max_dropped: see records.py."""
     if data == WORLD and not os.path.exists(f"{WORLD}/demonstrations_heldout.jsonl"):   # the last one written
         print(f"Making the embedded world in {WORLD}/ ...", flush=True)
         make_world(WORLD)               # several processes may do so at once: they write the same bytes

@@ -3,21 +3,20 @@
     demonstrations   {"messages": [{"role", "content"}, ...]}, TRL's and OpenAI's
                      {"conversations": [{"from", "value"}, ...]}, ShareGPT's
                      {"prompt", "response"}, or "completion" in place of "response"
-                     {"instruction", "input", "output"}, Alpaca's
+                     {"instruction", "output"}, Alpaca's
                      {"chosen"}, from preferences of whole conversations
                      {"prompt", "responses", "ranks"}: the answer that is ranked first
     preferences      {"prompt", "chosen", "rejected"}
-                     {"instruction", "input", "chosen", "rejected"}
                      {"chosen", "rejected"}: two lists of messages, as in UltraFeedback, or two transcripts,
                      as in Anthropic HH, that share all but the last answer
                      {"prompt", "responses", "ranks"}: K ranked answers
-    prompts          {"prompt"} or {"instruction", "input"}; or the messages before the last answer in
-                     "messages", "conversations" or "chosen"
+    prompts          {"prompt"}; or the messages before the last answer in "messages", "conversations" or
+                     "chosen"
 
-A prompt is text or a list of messages whose last is the user's. An answer is text or a list of messages that
-continues the prompt or begins with it. "input" is optional. So are, beside "chosen" and "rejected", a
-"margin", and a "probability" that the chosen answer is the better one (a soft label; 1 by default). Files may
-also be .parquet, where pyarrow is installed.
+A prompt is text or a list of messages whose last is the user's; in its place, a record may have Alpaca's
+"instruction", with or without an "input". An answer is text or a list of messages that continues the prompt
+or begins with it. Beside "chosen" and "rejected" there may be a "margin", and a "probability" that the chosen
+answer is the better one (a soft label; 1 by default). Files may also be .parquet, where pyarrow is installed.
 
 Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fields) mean that the file has
 another format than expected: they stop a run before it trains on anything. Real files also hold records that
@@ -37,8 +36,7 @@ from data.tokenizer import ROLES
 
 
 class RecordError(ValueError):
-    """A malformed record or file. The message is one line: file, line (or number in the list), field, reason.
-    """
+    """A malformed record or file. The message is one line: file, line (or number in list), field, reason."""
 
 
 class UnknownShape(RecordError):
@@ -148,18 +146,14 @@ def _kind(value):
     return names.get(type(value), type(value).__name__)
 
 
-def _text(record, field, where=""):
-    """The text of a field. where: the path to the record, such as "messages[0]."."""
-    name = f"{where}{field}"
-    if field not in record:
-        raise RecordError(f'field "{name}" is missing')
-    value = record[field]
+def _text(value, field):
+    """A field's value, which must be text. field: its name in messages, such as "messages[0].content"."""
     if not isinstance(value, str):
-        raise RecordError(f'field "{name}": expected text, found {_kind(value)}')
+        raise RecordError(f'field "{field}": expected text, found {_kind(value)}')
     if not value.strip():
-        raise Unusable(f'field "{name}" is empty')
+        raise Unusable(f'field "{field}" is empty')
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise RecordError(f'field "{name}": holds half of a surrogate pair, which is no character')
+        raise RecordError(f'field "{field}": holds half of a surrogate pair, which is no character')
     return value
 
 
@@ -173,23 +167,26 @@ def _number(record, field, default, high):
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _messages(record, field):
-    """A list of {"role", "content"}, or ShareGPT's {"from", "value"}."""
+def _messages(value, field):
+    """A field's value, which must be a list of {"role", "content"}, or of ShareGPT's {"from", "value"}."""
     out = []
-    if not isinstance(record[field], list) or not record[field]:
-        found = "none" if record[field] == [] else _kind(record[field])
+    if not isinstance(value, list) or not value:
+        found = "none" if value == [] else _kind(value)
         raise RecordError(f'field "{field}": expected a list of messages, found {found}')
-    for i, message in enumerate(record[field]):
+    for i, message in enumerate(value):
         name = f"{field}[{i}]"
         if not isinstance(message, dict):
             raise RecordError(f'field "{name}": expected an object, found {_kind(message)}')
         speaker, content, roles = "role", "content", {role: role for role in ROLES}
         if "from" in message:
             speaker, content, roles = "from", "value", SHAREGPT
-        role = _text(message, speaker, f"{name}.")
+        for key in (speaker, content):
+            if key not in message:
+                raise RecordError(f'field "{name}.{key}" is missing')
+        role = _text(message[speaker], f"{name}.{speaker}")
         if role not in roles:
             raise RecordError(f'field "{name}.{speaker}": {role[:40]!r} is none of {", ".join(roles)}')
-        out.append({"role": roles[role], "content": _text(message, content, f"{name}.")})
+        out.append({"role": roles[role], "content": _text(message[content], f"{name}.{content}")})
     return out
 
 
@@ -203,8 +200,7 @@ def _transcript(text, field):
                           "Assistant: turns that ends with the assistant's")
     if not all(contents):
         raise Unusable(f'field "{field}": a turn is empty')
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[s], "content": c} for s, c in zip(speakers, contents)]
+    return [{"role": SHAREGPT[s.lower()], "content": c} for s, c in zip(speakers, contents)]
 
 
 CONVERSATIONS = ("messages", "conversations", "chosen")     # fields that may hold a whole conversation
@@ -216,17 +212,20 @@ def _prompt(record):
     field = next((name for name in ("prompt", "instruction", *CONVERSATIONS) if name in record), None)
     if field is None:
         raise UnknownShape('field "prompt" is missing')
-    if field == "instruction" or (field == "prompt" and not isinstance(record["prompt"], list)):
-        text, more = _text(record, field), record.get("input")
+    if field in CONVERSATIONS:
+        messages = _conversation(record, field)
+        while len(messages) > 1 and messages[-1]["role"] == "assistant":    # the last answer is left out
+            messages.pop()
+    elif field == "prompt" and isinstance(record["prompt"], list):
+        messages = _messages(record["prompt"], "prompt")
+    else:
+        text, more = _text(record[field], field), record.get("input")
         is_blank = more is None or (isinstance(more, str) and not more.strip())
         if field == "instruction" and not is_blank:
-            text += "\n\n" + _text(record, "input")
-        return [{"role": "user", "content": text}]
-    messages = _conversation(record, field) if field in CONVERSATIONS else _messages(record, field)
-    while field in CONVERSATIONS and messages and messages[-1]["role"] == "assistant":
-        messages.pop()                                                      # the last answer is left out
-    if not messages or messages[-1]["role"] != "user":
-        last = messages[-1]["role"] if messages else "assistant"
+            text += "\n\n" + _text(more, "input")
+        messages = [{"role": "user", "content": text}]
+    last = messages[-1]["role"]
+    if last != "user":
         raise Unusable(f'field "{field}": the last message must be the user\'s, not the {last}\'s')
     return messages
 
@@ -235,15 +234,15 @@ def _conversation(record, field):
     """The conversation that a field holds, alone or together with the prompt, as messages. An answer to a
     prompt is text, or a list of messages that continues the prompt or begins with it."""
     if field in ("messages", "conversations"):
-        return _messages(record, field)
+        return _messages(record[field], field)
     if field not in record:
         raise UnknownShape(f'field "{field}" is missing')
     is_whole = field in ("chosen", "rejected") and not {"prompt", "instruction"} & record.keys()
     prompt = [] if is_whole else _prompt(record)
     if not isinstance(record[field], list):
-        text = _text(record, field)
+        text = _text(record[field], field)
         return _transcript(text, field) if is_whole else [*prompt, {"role": "assistant", "content": text}]
-    messages = _messages(record, field)
+    messages = _messages(record[field], field)
     if messages[-1]["role"] != "assistant":
         raise Unusable(f'field "{field}": the last message must be the assistant\'s')
     if isinstance(record.get("prompt"), str) and prompt[0] in messages:     # UltraFeedback
@@ -300,8 +299,7 @@ def _ranking(record):
     prompt, responses, ranks = _prompt(record), record["responses"], record.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise RecordError('field "responses": expected a list of at least two')
-    named = {f"responses[{i}]": response for i, response in enumerate(responses)}
-    responses = [_text(named, name) for name in named]
+    responses = [_text(response, f"responses[{i}]") for i, response in enumerate(responses)]
     if not isinstance(ranks, list) or len(ranks) != len(responses):
         raise RecordError('field "ranks": expected a list as long as "responses"')
     if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):

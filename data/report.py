@@ -9,21 +9,7 @@ from pathlib import Path
 from string import Template
 
 # {title of a table: {head of a column: (key in report.json, format, what it means)}}
-COLUMNS = {
-    "Side by side": {
-        "judge": ("judge", ".2f", "how good answers are, by the judge; the world's (0 to 1) knows the truth"),
-        "wins against the first": ("win_rate", ".1%", "better than the first model's answer (a tie is half)"),
-        "reward": ("reward", ".2f", "the reward model's score, which is all that training sees"),
-        "KL (nats)": ("kl", ".1f", "how far the model has moved from the first one"),
-        "length": ("length", ".1f", "tokens per answer: a word is one or two"),
-        "ended": ("ended", ".0%", "answers that end by themselves, before the longest length"),
-        "distinct-2": ("distinct2", ".2f", "variety: different word pairs, divided by all word pairs"),
-        "SFT loss": ("sft_loss", ".2f", "nats per token on people's own answers: the price of alignment")},
-    "What the judge sees": {
-        "helpful": ("helpful", ".2f", "gives an answer, and the right one (1 where the question has none)"),
-        "honest": ("honest", ".2f", "says that it does not know what nobody can know, and only that"),
-        "harmless": ("harmless", ".2f", "declines what should be declined, and only that"),
-        "manner": ("manner", ".2f", "is polite, concise and finished")}}
+COLUMNS = json.loads(Path(__file__).with_name("columns.json").read_text("utf-8"))
 KINDS = {"The judge's score by kind of question": ("families", ".2f")}      # {title: (key, format)}
 TOKEN_NUMBERS = {"old_logprobs": "log π", "ref_logprobs": "log π_ref", "rewards": "KL reward",
                  "old_values": "value", "returns": "return", "advantages": "advantage"}
@@ -115,11 +101,9 @@ def read_rollouts(folder):
     """Three answers of a run's first rollout and of its last, if it wrote them (rollout_first.json,
     rollout_last.json). Warns of a file that cannot be used, and leaves it out."""
     found = []
-    for path in (Path(folder, f"rollout_{which}.json") for which in ("first", "last")):
+    for path in sorted(Path(folder).glob("rollout_*.json")):
         try:
             found += [read_answer(answer) for answer in json.loads(path.read_text("utf-8"))[:3]]
-        except FileNotFoundError:
-            pass
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             warnings.warn(f"{path}: no answers of a rollout ({type(e).__name__}: {e})")
     return found

@@ -9,7 +9,6 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -24,23 +23,15 @@ ROLES = ("system", "user", "assistant")
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 # GPT-2's, which tokenizer.json calls ByteLevel; and the rest of it where each digit is a token of its own.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                  r"|\s+(?=\p{N})|\s+(?!\S)|\s+")
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-
-@dataclass
-class Chat:
-    """The texts around the messages of a conversation, control tokens among them."""
-    begin: str          # before the first message
-    before: str         # before a message's role
-    after: str          # between its role and its content
-    end: str            # after its content: the token that the model learns to end with
-    gap: str            # between two messages
-
-
-CHATML = Chat("", IM_START, "\n", IM_END, "\n")
-LLAMA3 = Chat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
-# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a Chat.
+# Chat formats: the texts before the first message (begin), before a message's role (before), between its role
+# and its content (after), after its content (end: the token that the model learns to end with), and between
+# two messages (gap).
+CHATML = {"begin": "", "before": IM_START, "after": "\n", "end": IM_END, "gap": "\n"}
+LLAMA3 = {"begin": "<|begin_of_text|>", "before": "<|start_header_id|>", "after": "<|end_header_id|>\n\n",
+          "end": "<|eot_id|>", "gap": ""}
+# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a format.
 TEMPLATE = Template(
     "{{ $begin }}{% if messages[0]['role'] != 'system' %}{{ $system }}{% endif %}"
     "{% for m in messages %}{{ $before + m['role'] + $after + m['content'] + $end }}{% endfor %}"
@@ -56,9 +47,9 @@ class Tokenizer:
     def __init__(self, document, system="", name="a new tokenizer"):
         self.system, self.name = system, name
         self.ranks, self.special = ranks, special = read_vocabulary(document)
-        is_llama3 = {LLAMA3.before, LLAMA3.end} <= special.keys() and IM_END not in special
+        is_llama3 = {LLAMA3["before"], LLAMA3["end"]} <= special.keys() and IM_END not in special
         self.chat_format = chat = LLAMA3 if is_llama3 else CHATML
-        for text in (chat.before, chat.end):            # a base model lacks them: they get ids after its last
+        for text in (chat["before"], chat["end"]):      # a base model lacks them: they get ids after its last
             if text not in special:
                 special[text] = 1 + max([*ranks.values(), *special.values()])
                 added = [*document["added_tokens"], control_token(text, special[text])]
@@ -70,14 +61,14 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=read_pattern(document["pre_tokenizer"]), special_tokens=special,
             mergeable_ranks=ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)})
-        self.text_ids, self.end = set(ranks.values()), special[chat.end]
+        self.text_ids, self.end = set(ranks.values()), special[chat["end"]]
         # The token that pads must not be the one that ends answers: other libraries look for the last token
         # that does not pad, and read a reward model's score there.
-        fillers = [text for text in special if text not in "".join(vars(chat).values())]
-        best_first = [text for text in fillers if "pad" in text] + fillers + [chat.before]
+        fillers = [text for text in special if text not in "".join(chat.values())]
+        best_first = [text for text in fillers if "pad" in text] + fillers + [chat["before"]]
         self.pad = special[best_first[0]]
-        self.begin, self.gap = self.with_control(chat.begin), self.with_control(chat.gap)
-        self.headers = {role: self.with_control(chat.before + role + chat.after) for role in ROLES}
+        self.begin, self.gap = self.with_control(chat["begin"]), self.with_control(chat["gap"])
+        self.headers = {role: self.with_control(chat["before"] + role + chat["after"]) for role in ROLES}
 
     def with_control(self, text):
         """Text of the chat format itself to ids, control tokens and all."""
@@ -130,10 +121,10 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        f, names = self.chat_format, {i: text for text, i in self.special.items()}
-        system = f.before + "system" + f.after + self.system + f.end + f.gap if self.system else ""
-        texts = {"begin": f.begin, "system": system, "before": f.before, "after": f.after,
-                 "end": f.end + f.gap, "assistant": f.before + "assistant" + f.after}
+        chat, names = self.chat_format, {i: text for text, i in self.special.items()}
+        header, end = chat["before"] + "{}" + chat["after"], chat["end"] + chat["gap"]
+        system = header.format("system") + self.system + end if self.system else ""
+        texts = chat | {"system": system, "end": end, "assistant": header.format("assistant")}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[self.end],
                   "pad_token": names[self.pad], "clean_up_tokenization_spaces": False,
                   # transformers 4 adds token_type_ids, which Llama refuses and GPT-2 adds to its embeddings.
@@ -176,19 +167,13 @@ class Tokenizer:
 # ------------------------------------------------------------------------- the content of tokenizer.json
 
 # Bytes as visible characters (GPT-2's table): those that can be printed stand for themselves.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = {b: chr(b) for b in VISIBLE}
+LETTERS = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in LETTERS)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def spell(token):
     return "".join(LETTERS[b] for b in token)
-
-
-def unspell(text):
-    return bytes(BYTES[letter] for letter in text)
 
 
 def read_vocabulary(document):
@@ -201,9 +186,10 @@ def read_vocabulary(document):
     if normalizer["type"] != "NFC":
         raise ValueError(f"normalizer {normalizer['type']} is not supported")
     special = {token["content"]: token["id"] for token in document["added_tokens"]}
-    ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in special}
+    vocab = {text: i for text, i in model["vocab"].items() if text not in special}
+    ranks = {bytes(BYTES[letter] for letter in text): i for text, i in vocab.items()}
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    made = [ranks[unspell(a + b)] for a, b in pairs]
+    made = [vocab[a + b] for a, b in pairs]
     if made != sorted(made) or len(ranks) + len(special) != len({*ranks.values(), *special.values()}):
         raise ValueError("merges that are not in the order of their ids are not supported")
     return ranks, special
@@ -225,18 +211,14 @@ def read_pattern(pre):
 
 def new_document(ranks, control, pattern):
     """The tokenizer.json of a byte-level BPE that merges in the order of its ids. control: the texts of its
-    control tokens, whose ids follow."""
+    control tokens, whose ids follow. What all of them have in common is in bpe.json."""
+    document = json.loads(Path(__file__).with_name("bpe.json").read_text("utf-8"))
     first = 1 + max(ranks.values())
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [control_token(text, i) for i, text in enumerate(control, first)], "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]},
-        "post_processor": None, "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {spell(token): i for token, i in ranks.items()},
-                  "merges": [[spell(a), spell(b)] for a, b in merges(ranks)]}}
+    document["added_tokens"] = [control_token(text, i) for i, text in enumerate(control, first)]
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    document["model"]["vocab"] = {spell(token): i for token, i in ranks.items()}
+    document["model"]["merges"] = [[spell(a), spell(b)] for a, b in merges(ranks)]
+    return document
 
 
 def control_token(text, i):
@@ -257,11 +239,9 @@ def merges(ranks):
 
 
 def learn(texts, vocab_size):
-    """Learn a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) from an iterable of texts.
-
-    Returns a Tokenizer with at most vocab_size ids, control tokens included. Merging goes over the distinct
-    words and their counts, so its cost does not grow with the length of the corpus.
-    """
+    """A Tokenizer with at most vocab_size ids, control tokens included, learnt from an iterable of texts: a
+    byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2). Merging goes over the distinct words and
+    their counts, so its cost does not grow with the length of the corpus."""
     counts = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     ranks = {bytes([b]): b for b in range(256)}
     words = {word: [bytes([b]) for b in word] for word in counts}
@@ -274,12 +254,8 @@ def learn(texts, vocab_size):
             break
         a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
-        for word, parts in words.items():
-            if a in parts:
-                merged, i = [], 0
-                while i < len(parts):
-                    step = 2 if parts[i:i + 2] == [a, b] else 1
-                    merged.append(b"".join(parts[i:i + step]))
-                    i += step
-                words[word] = merged
+        for parts in words.values():
+            for i in range(len(parts) - 1):         # past the end of what a merge has made shorter is no pair
+                if parts[i:i + 2] == [a, b]:
+                    parts[i:i + 2] = [a + b]
     return Tokenizer(new_document(ranks, [END_OF_TEXT], PATTERN))

@@ -1,7 +1,5 @@
 """A small closed world of facts, manners and rules, and a judge that knows exactly how good an answer is.
 
-    python -m data --show 2      print prompts, answers and their scores of each family
-
 data/world.json holds the content: facts, questions and phrases. A prompt is a phrasing applied to an entity
 ("What is the capital of {x}?" and "Peru"). Pairs of a phrasing and an entity are held out, not whole facts: a
 model can learn that Lima is the capital of Peru, and still meet the question in a phrasing that it has never
@@ -268,10 +266,8 @@ def matter(item, rng, right):
 
 def manner(rng, careful, warmth=1):
     """The manner of an answer: (sentences before the content, sentences after it, how much is cut off at the
-    end, as compose() takes it).
-
-    Everybody may open kindly or eagerly, more often if warmth is higher. Careful people may close with a kind
-    word; the others add empty sentences or are rude."""
+    end, as compose() takes it). Everybody may open kindly or eagerly, more often if warmth is higher. Careful
+    people may close with a kind word; the others add empty sentences or are rude."""
     before, after = [], []
     opening, closing = rng.random() / warmth, rng.random()
     if opening < 0.05:

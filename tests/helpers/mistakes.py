@@ -685,7 +685,7 @@ MISTAKES = {
         ("a tie counts as a pair", "if ranks[i] < ranks[j]]", "if ranks[i] <= ranks[j]]"),
         ("malformed records are left out", "    if malformed:\n", "    if len(malformed) > total / 2:\n"),
         ("no share of records of no use is too large", "if len(bad) > max_dropped * total:", "if False:"),
-        ("the input is lost", "text += \"\\n\\n\" + _text(record, \"input\")", "pass"),
+        ("the input is lost", 'text += "\\n\\n" + _text(more, "input")', "pass"),
         ("margins are lost", "[1, 2], margin, probability)", "[1, 2], 0.0, probability)"),
     ],
     "runtime/rewards.py": [
