@@ -37,7 +37,7 @@ ANNOTATORS = (
 
 def features(prompt, response):
     """What annotators notice about an answer: (the judge's score, number of words, number of eager words)."""
-    return world.judge(prompt, response), len(response.split()), len(world.EAGER_SIGN.findall(response))
+    return world.judge(prompt, response), len(response.split()), len(world.SIGNS["eager"].findall(response))
 
 
 def rank(prompt, responses, rng, panel=1):

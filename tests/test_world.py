@@ -212,12 +212,12 @@ def test_no_phrase_of_manner_holds_a_sign_of_advice():
 def test_phrases_carry_the_signs_that_the_judge_looks_for():
     def phrases(*kinds):
         return [phrase for kind in kinds for phrase in world.PHRASES[kind]]
-    assert all(map(world.KIND_SIGN.search, phrases("kind_openers", "kind_closers", "declines")))
-    assert all(map(world.EAGER_SIGN.search, phrases("eager_openers")))
-    assert all(map(world.RUDE_SIGN.search, phrases("rude_remarks")))
-    assert all(map(world.DONT_KNOW_SIGN.search, phrases("dont_know")))
-    assert all(map(world.DECLINE_SIGN.search, phrases("declines", "curt_declines")))
-    assert not any(world.RUDE_SIGN.search(p) or world.DECLINE_SIGN.search(p) or world.DONT_KNOW_SIGN.search(p)
+    assert all(map(world.SIGNS["kind"].search, phrases("kind_openers", "kind_closers", "declines")))
+    assert all(map(world.SIGNS["eager"].search, phrases("eager_openers")))
+    assert all(map(world.SIGNS["rude"].search, phrases("rude_remarks")))
+    assert all(map(world.SIGNS["dont_know"].search, phrases("dont_know")))
+    assert all(map(world.SIGNS["decline"].search, phrases("declines", "curt_declines")))
+    assert not any(world.SIGNS[sign].search(p) for sign in ("rude", "decline", "dont_know")
                    for p in phrases("kind_openers", "kind_closers", "eager_openers", "fillers"))
 
 
