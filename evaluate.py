@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-import sft
 from data import loading, report, world
 from data.batches import encode_demonstrations, fit_prompts
 from data.tokenizer import Tokenizer
-from runtime.compute import Compute, row_seeds, select
+from runtime.compute import Compute, pad, row_seeds, select
 from runtime.files import find, write_json
 from runtime.flags import Settings, flag
 from runtime.launch import STARTED, main
@@ -162,7 +161,9 @@ class Contest(Sampler):
         self.prompts = fit_prompts(self.tokenizer, prompts, size - cfg.max_new_tokens, "held-out prompts")
         self.asked = [p for p in self.prompts for _ in range(cfg.samples)]
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)
-        self.demonstrations = encode_demonstrations(self.tokenizer, demonstrations, size, "demonstrations")
+        encoded = encode_demonstrations(self.tokenizer, demonstrations, size, "demonstrations")
+        self.demonstrations = self.run.batch([d.ids for d in encoded])
+        self.demonstrations["mask"] = pad([d.learn for d in encoded]).to(self.run.device)
 
     def contestant(self, name, answers, kl, sft_loss):
         """The Contestant that gave these answers. kl: nats per answer from the first model; sft_loss: nats
@@ -192,8 +193,8 @@ class Contest(Sampler):
         model = self.load(folder)
         answers = self.sample(model, self.asked, noise=number)
         log_ratio = self.run.logprobs(model, answers) - self.run.logprobs(self.reference, answers)
-        loss = sft.evaluate(model, self.run, self.demonstrations)
-        entered = self.contestant(name, answers, log_ratio.sum(1).mean().item(), loss)
+        loss = -self.run.logprobs(model, self.demonstrations).sum() / self.demonstrations["mask"].sum()
+        entered = self.contestant(name, answers, log_ratio.sum(1).mean().item(), loss.item())
         self.first = self.first or entered
         return entered
 
