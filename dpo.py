@@ -5,8 +5,8 @@
 
 PPO maximises E[r] − β·KL(π ‖ π_ref): a high reward r, at a small distance from a reference, the SFT model.
 The best policy is known in closed form: π*(y|x) = π_ref(y|x)·exp(r(x, y)/β) / Z(x), where Z(x) makes the
-probabilities of all answers y to the prompt x add up to 1. Solving for r gives the reward for which a given
-policy π is the best one:
+probabilities of all answers y to the prompt x add up to 1. Solved for r, this says for which reward any given
+policy π would be the best one:
 
     r(x, y) = β·log(π(y|x)/π_ref(y|x)) + β·log Z(x)
 
@@ -17,13 +17,14 @@ samples, no critic and no reward network are needed.
 
 With a small β, large log-ratios log(π/π_ref) are needed to fit the preferences, and the policy goes far from
 the reference; with a large β it stays near. At the first step π = π_ref, each pair has probability ½, and
-−log P is log 2. If it is larger on held-out pairs, the policy is overconfident.
+−log P is log 2, the loss of a coin toss (IPO starts at 1/(4β²), the hinge at 1). A pair's loss is large where
+the policy prefers y⁻ by much; a mean above log 2 on held-out pairs means: confident where it is wrong.
 
-The loss depends on differences alone. It also falls when both answers of a pair become less likely, if the
-rejected one does so more: `logp_chosen` falls while `accuracy` rises, and the probability moves to answers
-that nobody has compared. Against this, --nll_coef adds −log p per token of the chosen answer, as in SFT, to
-each pair whose chosen answer is its prompt's best (Pang et al. 2024, eq. 1). Other answers are left out: even
-the second worst of K answers is the chosen one of a pair. The logged loss includes this term.
+The loss depends on differences alone. It also falls when both answers of a pair become less likely, as long
+as the rejected one loses more: `logp_chosen` falls while `accuracy` rises, and the probability moves to
+answers that nobody has compared. Against this, --nll_coef adds −log p per token of the chosen answer, as in
+SFT, to each pair whose chosen answer is its prompt's best (Pang et al. 2024, eq. 1), and not to others: in a
+ranking even the second worst answer is the chosen one of a pair. The logged loss includes this term.
 
 Neither the preferences nor the reference changes. So the reference's log-probabilities are computed once,
 before the first step, when the policy still is the reference: a second network is never in memory.
@@ -56,8 +57,8 @@ class Config(Training):
     beta: float = flag(0.5, "β, the weight of the KL penalty, usually 0.05 to 1", 1e-6)
     label_smoothing: float = flag(0.0, "assumed probability that a label is wrong", 0, 0.499)
     nll_coef: float = flag(0.0, "weight of −log p per token of best answers", 0)
-    length_normalize: bool = flag(False, "compare log-probabilities per token; β must then be larger, by "
-                                  "a factor of about an answer's length")
+    length_normalize: bool = flag(False, "compare log-probabilities per token; h is then smaller by about "
+                                  "an answer's length, so β must be larger by it")
     epochs: int = flag(1, "passes over the preferences", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
     lr: float = flag(5e-4, "peak learning rate", 0)
@@ -78,9 +79,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     label_smoothing, a number or (B,), is the probability ε that a label is wrong. The loss is then its
     expectation, (1 − ε)·f(h) + ε·f(−h); with the sigmoid this is cDPO (Mitchell 2023).
 
-    If y⁺ is always preferred, −log σ(βh) has no minimum, and h grows without bound. Against this, ε > 0 puts
-    the sigmoid's minimum at βh = log((1 − ε)/ε), IPO has its minimum at h = 1/(2β), and the hinge has no
-    gradient beyond βh = 1.
+    If a pair's label is always the same, −log σ(βh) has no minimum, and h grows without bound. Against this,
+    ε > 0 puts the sigmoid's minimum at βh = log((1 − ε)/ε), IPO has its minimum at h = 1/(2β), and the hinge
+    has no gradient beyond βh = 1.
 
     Returns losses (B,), and the implicit rewards β·log(π/π_ref) of chosen and rejected, each (B,), detached.
     The reference's log-probabilities are detached too."""
@@ -101,7 +102,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
 def answer_logprobs(model, run, comparisons):
     """log p(answer | prompt) of all N answers of some Comparisons, one after another, and the number of their
-    tokens: both (N,). The prompt's tokens are left out: both answers of a pair have the same."""
+    tokens: both (N,). The prompt's tokens would cancel in h, for both answers of a pair have the same."""
     starts = [c.start for c in comparisons for _ in c.sequences]
     batch = run.batch([ids for c in comparisons for ids in c.sequences], starts)
     return model.logprobs(batch["tokens"], batch["mask"]).sum(1), batch["mask"].sum(1)
@@ -118,7 +119,7 @@ def add_reference(reference, run, comparisons):
 
 def pair_loss(model, run, comparisons):
     """The mean loss over all pairs of some Comparisons, and {metric: mean over the pairs}. All pairs count
-    alike, so a prompt with more answers counts more than in reward_model.ranking_loss."""
+    alike, as in the paper; in reward_model.ranking_loss all prompts do, as in its paper."""
     cfg, pairs, first = run.cfg, [], 0
     for c in comparisons:
         pairs += [(first + i, first + j, c.probability, i in c.best) for i, j in c.pairs]
@@ -129,7 +130,7 @@ def pair_loss(model, run, comparisons):
     policy, reference = logprobs, torch.tensor([x for c in comparisons for x in c.ref_logprobs]).to(logprobs)
     if cfg.length_normalize:
         policy, reference = policy / tokens, reference / tokens
-    # A label is wrong if either the soft label is wrong (1 − p) or smoothing swaps it, but not both.
+    # A label is wrong if exactly one of two things happens: it was wrong (1 − p), or smoothing swaps it.
     p, smoothing = probability.to(logprobs), cfg.label_smoothing
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy[chosen], policy[rejected], reference[chosen], reference[rejected], cfg.beta, cfg.loss,
@@ -169,7 +170,7 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(policy)
-    add_reference(policy, run, examples + held_out)     # before run.resume: the policy is the reference yet
+    add_reference(policy, run, examples + held_out)     # before run.resume: the policy still is the reference
     optimizer = make_optimizer(policy, cfg.lr)
     run.resume(model=policy, optimizer=optimizer)
     for batch in batches([max(c.lengths) for c in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):

@@ -11,7 +11,7 @@ The defaults are GPT-2 (Radford et al. 2019). Others give a Llama (Touvron et al
               positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tied=False)         # Llama 2 7B
 
 All `tokens` (B, T) are padded on the right. Attention is causal, so no token attends to the padding after it,
-and no padding mask is needed. There is no dropout. The training data is used only a few times, and in PPO the
+and no padding mask is needed. There is no dropout: the training data is used only a few times, and in PPO the
 new log-probabilities must differ from the old ones only because of the update, not because of dropout noise.
 
 Shapes: B rows, T tokens (T' with answers), V vocabulary, C channels, H heads (H_kv of keys and values), D
@@ -198,7 +198,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x, positions, cache=None, recompute=False):
-        if recompute:   # inside the block: around it, FSDP's hooks would run again in the backward pass
+        if recompute:   # in here: around the call, FSDP's hooks would run once more in the backward pass
             return checkpoint(self.forward, x, positions, use_reentrant=False)
         x = x + self.attention(self.norm1(x), positions, cache)
         return x + self.mlp(self.norm2(x))
@@ -223,7 +223,7 @@ class GPT(nn.Module):
         elif not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init)
-        for block in self.blocks:   # as in GPT-2, so that the residual variance does not grow with the depth
+        for block in self.blocks:   # GPT-2: 2·n_layer additions, so their variance does not grow with depth
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -233,8 +233,8 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if self.head_kind == "scalar" and module is self.head:
-            # As in Stiennon et al. 2020 (+ 1 matters little). The norm gives C channels of variance 1, so
-            # scores start with variance 1. This tells answers apart, but makes no comparison nearly certain.
+            # As in Stiennon et al. 2020 (the + 1 matters little). The norm gives C channels of variance 1, so
+            # scores start with variance 1: they differ, but no comparison is nearly certain at first.
             nn.init.normal_(module.weight, std=1 / math.sqrt(self.config.n_embd + 1))
 
     def add_adapters(self, rank, alpha, targets):
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         return {name: module for name, module in self.named_modules() if getattr(module, "scale", 0)}
 
     def hidden(self, tokens, index=None, cache=None):
-        """Hidden states before the head (B, T, C), of tokens (B, T). index: see Positions; cache: prefill."""
+        """Hidden states before the head (B, T, C), of tokens (B, T). index: see Positions, cache: prefill."""
         T = tokens.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -277,7 +277,7 @@ class GPT(nn.Module):
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         W = self.token_embedding.weight if self.config.tied else self.head.weight
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if x.is_cuda:   # multiply in TF32: exact for bfloat16 inputs, and no result is rounded to bfloat16
+        if x.is_cuda:   # multiply in TF32, which holds bfloat16 inputs exactly; results stay float32
             x, W = x.to(dtype), W.to(dtype)
         return F.linear(x, W).to(dtype)
 
@@ -332,7 +332,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
-                 seeds=None, rows_left=int):                        # int returns a number as it is
+                 seeds=None, rows_left=int):                # with one process the sum is the number itself
         """Sample an answer to each prompt, until stop_token (included) or for max_new_tokens.
 
         prompts (B, T) int64, right-padded; lengths (B,) int64, at least 1. temperature 0 is greedy decoding.
@@ -355,7 +355,7 @@ class GPT(nn.Module):
         running = torch.ones_like(rows, dtype=torch.bool)               # (b,): true until the row ends
         for step in range(max_new_tokens):
             chosen, logp = choose(logits, temperature, top_k, top_p, uniform(seeds[rows], step))
-            tokens[rows, lengths[rows] + step] = torch.where(running, chosen, 0)
+            tokens[rows, lengths[rows] + step] = torch.where(running, chosen, 0)    # over the padding
             logprobs[rows, lengths[rows] + step] = torch.where(running, logp, 0)
             ends[rows] += running
             if stop_token is not None:
@@ -364,7 +364,7 @@ class GPT(nn.Module):
                 unfinished = int(running.sum())
                 if rows_left(unfinished) == 0:
                     break
-                # Drop ended rows only when they are a fifth of b: copying the cache takes as long as a step.
+                # Drop ended rows when they are a fifth of b or more: copying the cache costs about a step.
                 if 0 < unfinished <= 0.8 * len(rows):
                     for i, layer in enumerate(cache):           # one by one: only one is twice in memory
                         cache[i] = layer[:, running]
@@ -384,7 +384,8 @@ class GPT(nn.Module):
             raise ValueError(f"generate: a prompt and its answer exceed block_size {self.config.block_size}")
 
     def prefill(self, tokens, lengths, S):
-        """Run whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D)."""
+        """Run whole prompts: logits (B, V) of the next token, and each block's cache (2, B, H_kv, S, D): keys
+        and values, so that a new token costs one column of work, not a pass over all tokens before it."""
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)     # not last_state, after which FSDP frees the head's weights
@@ -414,7 +415,7 @@ def uniform(seeds, step):
     def shift(z, n):                                    # a logical shift: int64's >> copies the sign bit
         return (z >> n) & ((1 << (64 - n)) - 1)
     GOLDEN, MIX1, MIX2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-    z = seeds * GOLDEN + (step + 1) * MIX2 % 2 ** 63    # constants − 2 ** 64, because int64 is signed
+    z = seeds * GOLDEN + (step + 1) * MIX2 % 2 ** 63    # signed int64 holds constants − 2 ** 64
     z = (z ^ shift(z, 30)) * MIX1
     z = (z ^ shift(z, 27)) * MIX2
     z = z ^ shift(z, 31)

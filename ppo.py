@@ -3,10 +3,10 @@
     python ppo.py                                                     on the embedded world (data/world.py)
     python ppo.py --kl_coef 0 --no-adaptive_kl --out out/ppo_no_kl    the same without a KL penalty
 
-Both the policy π and the frozen reference π_ref are loaded from the SFT model; only π is trained. A frozen
-reward model, or another scorer that --reward names, gives each answer a score. The critic V predicts what an
-answer will still earn. It starts as a copy of the reward model, which can already tell good answers from bad
-ones. An action is one token, and its state is all tokens before it. Each step of `train` has five parts:
+Four networks: the policy π and the critic V are trained, the reference π_ref and the reward model are frozen.
+π and π_ref start as the SFT model. The reward model, or another scorer that --reward names, gives each answer
+a score. V predicts what an answer will still earn; it starts as a copy of the reward model, which can already
+tell good answers from bad ones. An action is a token, its state all tokens before it. A step has five parts:
 
     1. Rollout      the policy answers a batch of prompts
     2. Rewards      each token earns −β·(log π − log π_ref), a KL penalty; the last one also earns the score
@@ -19,7 +19,7 @@ answers are guesses. A policy that only maximises the score finds guesses that a
 while the answers get worse (reward hacking). The KL penalty keeps it where the score can be trusted.
 
 Column t of a (B, T) array holds the values for choosing tokens[:, t] in the state tokens[:, :t]. mask (B, T)
-is true on the tokens that the policy chose; all other arrays are 0 elsewhere. More: docs/details.md.
+is true on the tokens that the policy chose; all arrays but `tokens` are 0 elsewhere. More: docs/details.md.
 """
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class OnPolicy(Training):
     adaptive_kl: bool = flag(True, "adapt β to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6, needs="adaptive_kl")
     kl_horizon: int = flag(1000, "answers over which β adapts; more: slower", 1, needs="adaptive_kl")
-    clip: float = flag(0.2, "ε: no token's loss pushes its ratio π/π_old beyond 1 ± ε; usually 0.1 to 0.3", 0)
+    clip: float = flag(0.2, "ε: a token whose ratio π/π_old is beyond 1 ± ε is pushed no further", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy per token", 0)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
 
@@ -74,7 +74,7 @@ class Config(OnPolicy):
     critic_lr: float = flag(1e-3, "the critic's peak learning rate", 0)
     gamma: float = flag(1.0, "discount per token", 0, 1)
     lam: float = flag(0.95, "λ of GAE, usually 0.9 to 1; 1: the Monte Carlo return minus the value", 0, 1)
-    value_clip: float = flag(0.2, "no value's loss pushes it further than this from the old value", 0)
+    value_clip: float = flag(0.2, "a value further than this from the old one is pushed no further", 0)
     whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, with their mean unchanged")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
 
@@ -87,10 +87,10 @@ def masked_mean(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Scale x (B, T) around its mean to standard deviation 1 over the mask, shift it to mean 0; 0 outside.
 
-    Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted:
-    ∇log π has mean 0, so a constant does not change the mean gradient. Rewards (OpenAI's option, off by
-    default) keep their mean: a common factor leaves the best policy as it is, but a constant on every token
-    would make long answers pay, or short ones. Scaling around the mean adds a small one, mean·(1 − 1/σ)."""
+    Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted,
+    which reduces the gradient's noise: ∇log π has mean 0, so a constant leaves the mean gradient as it is.
+    Rewards (an option of OpenAI's code, off here) keep their mean, for a constant on every token would make
+    long answers pay, or short ones. Scaling around the mean does add a small constant, mean·(1 − 1/σ)."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -102,11 +102,11 @@ def rollout(run, tokenizer, prompts, policy, reference):
     cfg = run.cfg
     batch = run.sample(policy, [tokenizer.prompt(p) for p in prompts], run.seeds(len(prompts)),
                        cfg.max_new_tokens, stop_token=tokenizer.end, temperature=cfg.temperature)
-    # π_old is the policy that sampled, softmax(logits/τ). Another temperature τ would be another policy.
+    # π_old is the policy that sampled: softmax(logits/τ). At another temperature τ it is another policy.
     batch["old_logprobs"] = batch.pop("logprobs")
     if run.bfloat16:
-        # The update reads whole answers, which rounds differently from sampling token by token: in bfloat16
-        # probabilities differ by about one percent. Read in the same way, π_old gives ratios of 1 at first.
+        # The update reads whole answers, which rounds differently from sampling token by token: in
+        # float32 negligibly, in bfloat16 by one percent. Read in the same way, π_old gives ratios of 1.
         batch["old_logprobs"] = run.logprobs(policy, batch, cfg.temperature)
     batch["ref_logprobs"] = run.logprobs(reference, batch, cfg.temperature)
     answers = [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(batch["tokens"], batch["mask"])]
@@ -120,12 +120,12 @@ def kl_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     sampled; mask (B, T) bool; kl_coef is β. Returns (B, T), 0 outside the mask (Ziegler et al. 2019, eq. 2).
 
     KL(π ‖ π_ref) is the mean of log π − log π_ref over answers that π samples, so the sum over the tokens of
-    one answer is an unbiased estimate of it. Paid per token, each action is charged for its own part. Why a
-    reward, and not a term of the loss? For a sampled token a, the gradient of log π(a) − log π_ref(a) is
-    ∇log π(a), whose mean under π is 0 (Σ π·∇log π = ∇Σ π = ∇1): such a loss would not push the policy back.
-    A reward reaches the policy through advantages: an action pays for what follows, too. But k3 (see
-    approximate_kl, here with ρ = π_ref/π), whose mean is the same, would be a bad penalty: as a reward its
-    gradient is ∇KL(π ‖ π_ref) − ∇KL(π_ref ‖ π), almost 0 near π_ref."""
+    one answer is an unbiased estimate of it. Paid per token, it charges an action for its own part and, in
+    the advantage, for what follows, but not for what came before, which the action cannot change. Why not a
+    term of the loss? For a sampled token a, the gradient of log π(a) − log π_ref(a) is ∇log π(a), whose mean
+    under π is 0 (Σ π·∇log π = ∇Σ π = ∇1): such a loss would not push the policy back. And why not k3 (see
+    approximate_kl, with ρ = π_ref/π), which has the same mean? A reward counts as a constant, so its gradient
+    is the mean of k3·∇log π, ∇KL(π ‖ π_ref) − ∇KL(π_ref ‖ π), in which the two cancel near π_ref."""
     rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * column).argmax(dim=1)                # each row's last true column; 0 if it has none
@@ -156,16 +156,16 @@ def gae(rewards, values, mask, gamma, lam):
                      -1.0    0.10     1.5    -0.20    0.541      2.041
                       0.2    1.98     1.2     0.78    0.780      1.980
 
-    The score comes with the last token, but which token earned it? With λ = 1 A_t is the sum of the token's
-    own and all later rewards, minus V_t: unbiased, but as noisy as the rest of the answer. With λ = 0 the
-    critic's next value stands for the later rewards: little noise, but its errors become a bias."""
+    A scorer judges whole answers, so the score comes with the last token. Which token earned it? λ = 1 makes
+    A_t the sum of its own and all later rewards, minus V_t: unbiased, but as noisy as all that follows. With
+    λ = 0 the critic's next value stands for the later rewards: little noise, but its errors are a bias."""
     rewards, values = torch.where(mask, rewards.detach(), 0), torch.where(mask, values.detach(), 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
-        # Columns outside the mask are skipped, also between the turns of a conversation.
+        # Columns outside the mask are skipped: padding, or a user's turn between two answers.
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
@@ -199,8 +199,8 @@ def value_loss(values, old_values, returns, mask, clip):
     PPO; Huang et al. 2024); ε is `clip`. All (B, T); gradients flow through values alone. Returns a scalar.
 
     Why clip the value? The returns of one rollout are noisy, and in several epochs the critic would fit their
-    noise. A value more than ε from V_old gets no gradient while it is nearer to its return than V_clip. The
-    larger error counts, so that a value which has moved away from its return is still pulled back."""
+    noise. The larger error counts: a value more than ε from V_old gets no gradient if it has moved towards
+    its return, because V_clip's error is the larger one; if it has moved away, it is still pulled back."""
     old_values, returns = torch.where(mask, old_values.detach(), 0), torch.where(mask, returns.detach(), 0)
     values = torch.where(mask, values, 0)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
@@ -282,8 +282,8 @@ def train(cfg, reward=None, auxiliary_loss=None):
         history, updates = [], 0
         for rows in minibatches(cfg):
             minibatch, stats = select(batch, rows), Meter()
-            # share: the part of the minibatch's tokens that is in b. The gradients of share·mean add up to
-            # the gradient of the mean over all its tokens, however few rows fit into memory at once.
+            # share: the part of the minibatch's tokens that is in b. Only so do the micro-batches' gradients
+            # add up to the gradient of the mean over all its tokens, however few rows fit into memory.
             for b, share in run.micro_batches(minibatch, weights=minibatch["mask"].sum(1)):
                 logprobs, entropy = policy.logprobs(b["tokens"], b["mask"], cfg.temperature, entropy=True,
                                                     entropy_grad=cfg.entropy_coef > 0)
@@ -303,7 +303,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
             means = stats.means()
             history.append(means)
             # The clip takes away a token's own gradient, but other tokens' gradients still move its ρ. So the
-            # update ends before a step at which π is already more than update_kl from π_old.
+            # update ends, without another step, as soon as π is more than update_kl from π_old.
             if cfg.update_kl > 0 and means["approx_kl"] > cfg.update_kl:
                 policy_optimizer.zero_grad()
                 critic_optimizer.zero_grad()
@@ -331,7 +331,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
 
         # 5. β
         if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
+            controller.update(kl, cfg.batch)    # before run.log: its checkpoint holds the next step's β
         run.log(metrics)
     run.finish(policy, tokenizer)
 

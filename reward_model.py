@@ -11,14 +11,15 @@ all of it.
 
 A ranking of K answers holds K(K − 1)/2 comparisons. All are used, not only best against worst, because that
 pair is easy and says little about the answers in between. All K answers are in one batch, so that the network
-reads each once per epoch. Each is part of K − 1 comparisons; if these were spread over batches, the network
-would be trained on it K − 1 times per epoch, and would overfit (Ouyang et al. 2022, section 3.5).
+reads each once per epoch. Each is part of K − 1 comparisons; in separate batches the network would be trained
+on it K − 1 times per epoch, and would overfit (Ouyang et al. 2022, section 3.5).
 
-Comparisons determine only differences between scores for one prompt: a number added to all of them does not
-change the loss. And the scale differs between data sets: the more people agree, the larger are the
-differences. So after training one shift and one scale are chosen for all prompts, such that samples of the
-SFT model, from which PPO starts, have mean score 0 and standard deviation 1. PPO's settings, above all its
-KL penalty, then have the same effect with every reward model. The order of the scores does not change.
+Comparisons do not determine the shift of the scores: a number added to all scores of one prompt does not
+change the loss. They do determine their scale, but it differs between data sets: the more people agree, the
+larger are the differences. So after training one shift and one scale are chosen for all prompts, such that
+samples of the SFT model, from which PPO starts, have mean score 0 and standard deviation 1. PPO's settings,
+above all its KL penalty, then have the same effect with every reward model. The order of the scores does not
+change.
 """
 import math
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from runtime.run import Run
 @dataclass
 class Config(Training):
     out: str = flag("out/reward_model", "folder that the run writes")
-    init: str = flag("out/sft", "SFT checkpoint to start from; its samples set the score's scale")
+    init: str = flag("out/sft", "SFT checkpoint to start from; its samples set the score's shift and scale")
     data: str = flag(loading.WORLD, "preferences: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     epochs: int = flag(1, "passes over the preferences; with more it overfits to annotators' noise", 1)
@@ -57,29 +58,29 @@ def pairwise_loss(chosen, rejected, margin=0.0):
 
     chosen, rejected: scores (B,); margin m: a number or (B,). If annotators also say how much better an
     answer is, a larger m asks for a larger difference (Touvron et al. 2023, eq. 2). Returns a scalar in nats.
-    With m = 0, equal scores give log 2, as a coin toss does. A larger loss on held-out pairs shows confident
-    wrong predictions."""
+    With m = 0, equal scores give log 2, the loss of a coin toss. A larger loss on held-out pairs means that
+    the model is confident where it is wrong."""
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
 def ranking_loss(scores, ranks, margin=None, probability=None):
-    """The pairwise loss for rankings of K answers: the mean of −log σ(r_i − r_j − m) over all pairs in which
-    answer i is better than answer j, per prompt, then over prompts (Ouyang et al. 2022, eq. 1). In one mean
-    over all pairs, a prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
+    """The pairwise loss for rankings of K answers: for each prompt the mean of −log σ(r_i − r_j − m) over its
+    pairs (answer i better than j), then the mean of these over prompts (Ouyang et al. 2022, eq. 1). In one
+    mean over all pairs, a prompt with nine answers (36 pairs) would count as much as 36 prompts with two.
 
     scores (B, K); ranks (B, K) int64, 1 is best, 0 marks a missing answer; margin (B,) or None; probability
     (B,) or None: the probability p that the given order is right, below 1 for a soft label. A pair's loss is
     then its expectation, p·loss(i better) + (1 − p)·loss(j better); with m = 0 its minimum is at
     σ(r_i − r_j) = p. Equal ranks are ties and give no pair, because Bradley & Terry's model only knows
     choices. Each row needs at least two different ranks. Returns a scalar in nats."""
-    scores = torch.where(ranks > 0, scores, 0)          # NaN · 0 would still be NaN below
+    scores = torch.where(ranks > 0, scores, 0)          # a missing one may be NaN, and NaN · 0 is NaN
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     margin = 0.0 if margin is None else margin[:, None, None]
     losses = -F.logsigmoid(gaps - margin)
     if probability is not None:
         p = probability[:, None, None]
         losses = p * losses - (1 - p) * F.logsigmoid(-gaps - margin)
-    present = (ranks > 0)[:, :, None]                   # i exists; if j is missing, no rank is below its 0
+    present = (ranks > 0)[:, :, None]                   # i exists; a missing j has rank 0, below all others
     better = present & (ranks[:, :, None] < ranks[:, None, :])
     return ((losses * better).sum((1, 2)) / better.sum((1, 2))).mean()
 
@@ -101,7 +102,8 @@ def score_answers(model, run, comparisons):
 
 
 def evaluate(model, run, comparisons):
-    """How well the model predicts all pairs of held-out Comparisons: {metric: number}, and calibration."""
+    """How well the model predicts all pairs of held-out Comparisons: {metric: number}, and the rows of
+    `calibration`. The loss is pairwise_loss over all pairs, without margins and soft labels."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons)["scores"]
     gaps, longer = [], []           # of each pair: r⁺ − r⁻, and how many tokens longer y⁺ is than y⁻
     for c, r in zip(comparisons, scores.tolist()):
@@ -111,7 +113,7 @@ def evaluate(model, run, comparisons):
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
     numbers = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
     # A model that has only learnt to prefer long answers has accuracy 0 where the winner is more than 4
-    # tokens shorter, 1 where it is more than 4 longer, and ½ between.
+    # tokens shorter, 1 where it is more than 4 longer, and about ½ between. Good accuracies are nearly equal.
     for name, rows in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
                        ("winner_longer", longer > 4)):
         if rows.any():
@@ -120,8 +122,8 @@ def evaluate(model, run, comparisons):
 
 
 def calibration(gaps):
-    """Predicted probability beside observed frequency: the higher score should win with probability
-    σ(|r⁺ − r⁻|).
+    """Compare the predicted probability with how often it came true: the higher score should win with
+    probability σ(|r⁺ − r⁻|).
 
     gaps: r⁺ − r⁻ of each pair. Returns a row (mean probability, share of pairs in which the higher score won,
     number of pairs) for each of the bins 0.5 to 0.6, ..., 0.9 to 1. Computed before the score is rescaled:
@@ -187,8 +189,9 @@ def train(cfg):
     numbers, calibrated = evaluate(model, run, held_out)
     if loading.is_world(cfg.data):
         # Annotators differ, and a choice is one annotator's. If a random one prefers y⁺ with probability p,
-        # even the best prediction, what most prefer, is right with probability max(p, 1 − p): the ceiling is
-        # its mean. judge_agreement is the share of choices that agree with the world's judge (the truth).
+        # even the best prediction, the answer that most annotators prefer, is right only with probability
+        # max(p, 1 − p). The ceiling is the mean of this over all pairs; on average no scorer exceeds it.
+        # judge_agreement is the share of choices that agree with the world's judge (the truth).
         numbers |= {"ceiling": annotators.ceiling(unseen), "judge_agreement": annotators.agreement(unseen)}
     shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items())
     print("held out:  " + "  ".join(shown))

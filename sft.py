@@ -3,9 +3,9 @@
     python sft.py                                       a new small GPT, on the embedded world
     python sft.py --data my.jsonl --init out/other      a checkpoint, on your own conversations
 
-The loss is the −log p(next token) of any language model, computed only on the assistant's tokens: all its
-turns in a conversation, each with the <|im_end|> that closes it. The user's words are input; the model need
-not learn to write them. It must learn to write <|im_end|>, or no answer would ever end.
+The loss is −log p(next token), as in pretraining, but only on the assistant's tokens. The user's words are
+input; the model need not learn to write them. It must learn the <|im_end|> that closes a turn, or no answer
+would ever end. On held-out conversations the loss shows overfitting, and samples how the answers read.
 
 After SFT the model answers fluently, and about as well as the average demonstration: maximum likelihood
 imitates bad demonstrations as faithfully as good ones. The later stages teach it to prefer good answers.
@@ -33,7 +33,7 @@ class Config(Training):
     data: str = flag(loading.WORLD, "demonstrations: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out demonstrations; without it every tenth record is held out")
     init: str = flag("", "checkpoint to start from; without it a new model of the shape below")
-    tokenizer: str = flag("", "of a new model: gpt2 or a folder; without it the world's or gpt2")
+    tokenizer: str = flag("", "of a new model: gpt2 or a folder; none: the world's for its data, else gpt2")
     n_layer: int = flag(4, "layers of a new model", 1)
     n_head: int = flag(3, "attention heads of a new model", 1)
     n_embd: int = flag(96, "width of a new model", 1)
@@ -41,7 +41,7 @@ class Config(Training):
     epochs: int = flag(1, "passes over the demonstrations", 1)
     batch: int = flag(8, "conversations per optimiser step", 1)
     lr: float = flag(2e-3, "peak learning rate", 0)
-    warmup: int = flag(20, "steps of linear warm-up", 0)
+    warmup: int = flag(20, "steps of linear warm-up, because Adam's averages are poor at first", 0)
     decay: str = flag("cosine", "how the learning rate falls to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's weight decay, of matrices only", 0)
     evals: int = flag(4, "times to measure the held-out loss and print samples", 1)
@@ -69,7 +69,7 @@ def demonstrations_loss(model, run, demonstrations):
 
 @torch.no_grad()
 def evaluate(model, run, demonstrations):
-    """The mean sft_loss per learnt token of held-out Demonstrations, in nats."""
+    """The mean of −log p over all tokens to learn of held-out Demonstrations. Its exp is the perplexity."""
     stats = Meter()
     for some, share in run.micro_batches(demonstrations, weights=[sum(d.learn) for d in demonstrations]):
         stats.add(share, loss=demonstrations_loss(model, run, some))
@@ -77,7 +77,7 @@ def evaluate(model, run, demonstrations):
 
 
 def show_samples(model, tokenizer, run, conversations, n=3):
-    """Print the model's own answers to the last question of n conversations, which change with the step."""
+    """Print the model's own answers to the last question of n conversations: other ones at each step."""
     for number in range(run.step, run.step + n):
         messages = conversations[number % len(conversations)]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
@@ -96,9 +96,9 @@ def start(cfg):
         tokenizer = Tokenizer.load(cfg.init, cfg.system)
         return load(cfg.init, "lm", tokenizer.vocab_size), tokenizer
     tokenizer = loading.load_tokenizer(cfg.tokenizer, cfg.data, cfg.system)
-    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)      # matrix products are faster so
+    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)      # faster matrix products
     shape = (vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    return GPT(GPTConfig(*shape, mlp="gelu")), tokenizer        # GPT-2's approximation is slow on a CPU
+    return GPT(GPTConfig(*shape, mlp="gelu")), tokenizer        # GPT-2's GELU is slower on a CPU
 
 
 def train(cfg):
@@ -115,9 +115,9 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run.resume(model=model, optimizer=optimizer)
     for batch in batches([len(d.ids) for d in examples], cfg.batch, cfg.epochs, cfg.seed, run.step):
-        rows, stats = [examples[i] for i in batch], Meter()
-        # share: the part of all tokens to learn that is in `some`. The gradients of share·mean add up to that
-        # of the mean over all of them, however few rows fit into memory at once.
+        rows, stats = [examples[i] for i in batch], Meter()         # of similar length: less padding
+        # share: the part of all tokens to learn that is in `some`. The gradients of share·mean add up to the
+        # gradient of the mean over all of them, however few rows fit into memory at once.
         for some, share in run.micro_batches(rows, weights=[sum(d.learn) for d in rows]):
             loss = demonstrations_loss(model, run, some)
             (share * loss).backward()
@@ -125,7 +125,7 @@ def train(cfg):
         loss, lr = stats.means()["loss"], cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, loss, f"demonstrations {batch}")
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
-        if (run.step + 1) % every == 0 and run.step + every < steps:            # not shortly before the end
+        if (run.step + 1) % every == 0 and run.step + every < steps:            # the end measures anyway
             show_samples(model, tokenizer, run, unseen)
             held_out_loss = evaluate(model, run, held_out)
             metrics |= {"held_out_loss": held_out_loss, "perplexity": math.exp(held_out_loss)}

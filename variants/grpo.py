@@ -142,7 +142,7 @@ def train(cfg, reward=None):
 
         # 5. β
         if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
+            controller.update(kl, cfg.batch)    # before run.log: its checkpoint holds the next step's β
         run.log(metrics)
     run.finish(policy, tokenizer)
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 ADAPT = """        if cfg.adaptive_kl:
-            controller.update(kl, cfg.batch)            # before run.log, which saves the checkpoint
+            controller.update(kl, cfg.batch)    # before run.log: its checkpoint holds the next step's β
 """
 LOG = """        run.log(metrics)
 """
