@@ -21,7 +21,8 @@ def program(tmp_path):
                     "@dataclass\nclass Sum:\n    a: int\n"            # looks its module up in sys.modules
                     "def size(messages, answer): return len(answer) + 10 * len(messages[0]['content'])\n"
                     "def nothing(messages, answer): pass\n"
-                    "def nan(messages, answer): return float('nan')\n")
+                    "def nan(messages, answer): return float('nan')\n"
+                    "def infinite(messages, answer): return float('-inf')\n")
     return str(path)
 
 
@@ -66,7 +67,8 @@ def test_what_is_no_reward_is_one_line(program):
                         ("missing.py:one", "missing.py:one: FileNotFoundError")):
         with pytest.raises(ValueError, match=said):
             rewards.find_reward(names, AnyTokenizer())
-    for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan")):
+    for called, said in (("nothing", "TypeError: .*NoneType.*"), ("nan", "returned nan"),
+                        ("infinite", "returned -inf")):
         with pytest.raises(ValueError, match=f"program.py:{called}: {said}, for the answer '.*' to '.*'"):
             scores(f"{program}:{called}")
 

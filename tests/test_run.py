@@ -196,6 +196,20 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "new").exists()
 
 
+def test_the_checkpoint_is_there_until_the_model_is(trained, tmp_path, monkeypatch):
+    run, model, optimizer = a_run(tmp_path)
+    a_step(run, model, optimizer)
+    checkpoint, moved, replace = tmp_path / "resume.safetensors", [], os.replace
+
+    def watched(source, target):
+        moved.append((os.path.basename(target), checkpoint.exists()))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", watched)
+    run.finish(model, Tokenizer.load("out/sft"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "run.json"} <= {name for name, _ in moved}
+    assert all(there for _, there in moved) and not checkpoint.exists()
+
+
 def test_a_learning_rate_far_too_high_ends_in_one_line_and_spares_the_model_in_the_folder(chain, inside):
     out = chain[0] / "out/diverged"
     out.mkdir()

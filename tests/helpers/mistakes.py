@@ -220,6 +220,12 @@ MISTAKES = {
         ("weight decay not handed on",
          "make_optimizer(model, cfg.lr, cfg.weight_decay)",
          "make_optimizer(model, cfg.lr)"),
+        ("the logged loss is the last micro-batch's",
+         "loss, lr = stats.means()[\"loss\"], cfg.lr",
+         "loss, lr = loss.item(), cfg.lr"),
+        ("perplexity of the training batch",
+         "\"perplexity\": math.exp(held_out_loss)}",
+         "\"perplexity\": math.exp(loss)}"),
     ],
     "reward_model.py": [
         ("a micro-batch counts as one", "(share * loss).backward()", "loss.backward()"),
@@ -250,6 +256,12 @@ MISTAKES = {
         ("calibration by the gap's sign alone",
          "predicted, won, rows = torch.sigmoid(gaps.abs())",
          "predicted, won, rows = torch.sigmoid(gaps)"),
+        ("micro-batches weighed by pairs",
+         "weights=[1] * len(rows)):    # all prompts count alike\n",
+         "weights=[len(c.pairs) for c in rows]):\n"),
+        ("a resumed run goes through the data from the start",
+         "cfg.batch, cfg.epochs, cfg.seed, run.step)",
+         "cfg.batch, cfg.epochs, cfg.seed)"),
     ],
     "dpo.py": [
         ("a micro-batch counts as one", "(share * loss).backward()", "loss.backward()"),
@@ -285,6 +297,17 @@ MISTAKES = {
         ("IPO asks for the same margin of a wrong label",
          "(-h - 1 / (2 * beta)) ** 2",
          "(h - 1 / (2 * beta)) ** 2"),
+        ("accuracy of likelihoods, not of implicit rewards",
+         "\"accuracy\": (chosen_rewards > rejected_rewards).float().mean()",
+         "\"accuracy\": (logprobs[chosen] > logprobs[rejected]).float().mean()"),
+        ("a resumed run's reference is the policy half-way",
+         "    add_reference(policy, run, examples + held_out)     # before run.resume: the policy"
+         " still is the reference\n"
+         "    optimizer = make_optimizer(policy, cfg.lr)\n"
+         "    run.resume(model=policy, optimizer=optimizer)\n",
+         "    optimizer = make_optimizer(policy, cfg.lr)\n"
+         "    run.resume(model=policy, optimizer=optimizer)\n"
+         "    add_reference(policy, run, examples + held_out)\n"),
     ],
     "variants/cautious.py": [
         ("heads that all learn from the same prompts",
@@ -440,6 +463,25 @@ MISTAKES = {
         ("the auxiliary loss after the step",
          "            if auxiliary_loss:\n                auxiliary_loss(run, policy)\n",
          ""),
+        ("the schedule's end counts optimiser steps, its step counts rollouts",
+         "schedule(run.step, cfg.steps, cfg.warmup, cfg.decay)\n"
+         "        history",
+         "schedule(run.step, cfg.steps * cfg.epochs * cfg.minibatches, cfg.warmup, cfg.decay)\n"
+         "        history"),
+        ("values are clipped at the policy's ε",
+         "b[\"returns\"], b[\"mask\"], cfg.value_clip)",
+         "b[\"returns\"], b[\"mask\"], cfg.clip)"),
+        ("the critic's targets are made from whitened advantages",
+         "        advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages\n",
+         "        advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages\n"
+         "        returns = torch.where(mask, advantages + batch[\"old_values\"], 0)\n"),
+        ("the logged score is the reward model's guess for answers without an end",
+         "        scores = torch.where(batch[\"ended\"], scores, cfg.no_end_score)\n"
+         "        rewards = kl_rewards(scores, batch[\"old_logprobs\"], batch[\"ref_logprobs\"], mask,"
+         " controller.coef)\n",
+         "        rewards = kl_rewards(torch.where(batch[\"ended\"], scores, cfg.no_end_score),"
+         " batch[\"old_logprobs\"],\n"
+         "                             batch[\"ref_logprobs\"], mask, controller.coef)\n"),
     ],
     "evaluate.py": [
         ("a tie counts as a win", "0.5 if abs(a - b) < 1e-5 else float(a > b)", "float(a >= b)"),
@@ -566,6 +608,21 @@ MISTAKES = {
         ("the copies are never renewed", "copy.copy_(p)", "copy.copy_(p) if p.grad is None else None"),
         ("the copies stay where the weights were", "module._parameters[name] = p\n", "pass\n"),
         ("a batch's mask reaches into the padding", "& (column < lengths[:, None])", "| (column < 0)"),
+        ("means over processes are divided by their number",
+         "dict(zip(self.sums, total(torch.stack(list(self.sums.values()))).tolist()))",
+         "dict(zip(self.sums, (total(torch.stack(list(self.sums.values()))) / world_size()).tolist()))"),
+        ("an answer that ends with its last permitted token has not ended",
+         "            last = tokens.gather(1, lengths[:, None] - 1)[:, 0]\n"
+         "            return {\"tokens\": tokens, \"mask\": mask, \"logprobs\": logprobs, \"lengths\":"
+         " lengths,\n"
+         "                    \"ended\": last == (-1 if stop_token is None else stop_token)}        #"
+         " no id is −1\n",
+         "            return {\"tokens\": tokens, \"mask\": mask, \"logprobs\": logprobs, \"lengths\":"
+         " lengths,\n"
+         "                    \"ended\": mask.sum(1) < max_new_tokens}\n"),
+        ("the bound on tokens forgets the answers to be sampled",
+         "room = [len(prompt) + max_new_tokens for prompt in prompts]",
+         "room = [len(prompt) for prompt in prompts]"),
     ],
     "runtime/precision.py": [
         ("the gradient of the last micro-batch alone", "if p.grad is None else p.grad.add_(copy.grad)", ""),
@@ -599,6 +656,24 @@ MISTAKES = {
         ("warned at every step",
          "        if condition and text not in self.warned:\n",
          "        if condition:\n"),
+        ("the learning rate is set after the step",
+         "            for group in optimizer.param_groups:\n"
+         "                group[\"lr\"] = lr\n"
+         "            optimizer.step()\n",
+         "            optimizer.step()\n"
+         "            for group in optimizer.param_groups:\n"
+         "                group[\"lr\"] = lr\n"),
+        ("Ctrl-C stops without saving",
+         "        if not (stop or due):\n"
+         "            return\n",
+         "        if stop:\n"
+         "            raise KeyboardInterrupt\n"
+         "        if not due:\n"
+         "            return\n"),
+        ("the checkpoint is removed before the model is in its place",
+         "            for name in sorted(os.listdir(aside)):\n",
+         "            self.checkpoints.remove()\n"
+         "            for name in sorted(os.listdir(aside)):\n"),
     ],
     "runtime/safetensors.py": [
         ("the first process gathers shards alone",
@@ -697,6 +772,12 @@ MISTAKES = {
         ("a program is told another prompt",
          "list(zip(prompts, answers))",
          "list(zip(prompts[:1] * len(answers), answers))"),
+        ("the critic of a sum starts from the first term's folder alone",
+         "self.folder = next((reward.folder for _, reward in terms if reward.folder), None)",
+         "self.folder = terms[0][1].folder"),
+        ("an infinite reward is let through",
+         "if math.isfinite(number):",
+         "if not math.isnan(number):"),
     ],
     "variants/grpo.py": [
         ("an answer is in its own baseline",
@@ -720,6 +801,9 @@ MISTAKES = {
          "make_optimizer(policy, cfg.lr, eps=1e-5)",
          "make_optimizer(policy, cfg.lr)"),
         ("an update that never stops", "cfg.update_kl > 0 and means[\"approx_kl\"] > cfg.update_kl", "False"),
+        ("an answer's length includes its prompt",
+         "grpo(returns, cfg.group, mask.sum(1), cfg",
+         "grpo(returns, cfg.group, batch[\"lengths\"], cfg"),
     ],
     "variants/ppo_ptx.py": [
         ("PTX unlearns", "cfg.ptx_coef * demonstrations_loss(", "-cfg.ptx_coef * demonstrations_loss("),
@@ -736,13 +820,18 @@ MISTAKES = {
          "dpo.add_reference(model, run, rows)"),
         ("a micro-batch counts as one", "(share * loss).backward()", "loss.backward()"),
         ("ties are trained on", "[c for c in fresh if c.pairs]", "fresh"),
+        ("fresh rows weighed by the old rows' pairs",
+         "weights=[len(c.pairs) for c in rows]",
+         "weights=[len(c.pairs) for c in old]"),
     ],
 }
 # Tests beyond the file's own that are likely to notice.
 LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "runtime/families.json": ["test_folders"], "data/answers.py": ["test_ppo", "test_variants"],
-          "variants/cautious.py": ["test_reward_model", "test_ppo"],
+          "variants/cautious.py": ["test_reward_model", "test_ppo"], "reward_model.py": ["test_run"],
+          "variants/grpo.py": ["test_variants"], "variants/ppo_ptx.py": ["test_variants"],
+          "variants/online_dpo.py": ["test_variants"],
           "runtime/compute.py": ["test_ppo", "test_dpo"], "runtime/safetensors.py": ["test_checkpoints"],
           "runtime/optimizer.py": ["test_sft"], "ppo.py": ["test_known_answers", "test_run"],
           "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
