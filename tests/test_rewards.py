@@ -22,7 +22,8 @@ def program(tmp_path):
                     "def size(messages, answer): return len(answer) + 10 * len(messages[0]['content'])\n"
                     "def nothing(messages, answer): pass\n"
                     "def nan(messages, answer): return float('nan')\n"
-                    "def infinite(messages, answer): return float('-inf')\n")
+                    "def infinite(messages, answer): return float('-inf')\n"
+                    "def turns(messages, answer): return len(messages)\n")
     return str(path)
 
 
@@ -40,6 +41,13 @@ def scores(names):
 def test_a_program_scores_each_answer_to_its_prompt(program):
     reward, found = scores(f"{program}:size")
     assert found == [51, 42, 44] and reward.networks == [] and reward.folder is None
+
+
+def test_a_program_is_told_the_whole_conversation(program):
+    talks = [[{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")[-n:]]
+             for n in (1, 3, 4)]
+    reward = rewards.find_reward(f"{program}:turns", AnyTokenizer())
+    assert reward(compute.Compute(Settings(device="cpu")), talks, ANSWERS, BATCH).tolist() == [1, 3, 4]
 
 
 def test_a_sum_weighs_its_terms(program, monkeypatch):

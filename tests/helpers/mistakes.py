@@ -226,6 +226,12 @@ MISTAKES = {
         ("perplexity of the training batch",
          "\"perplexity\": math.exp(held_out_loss)}",
          "\"perplexity\": math.exp(loss)}"),
+        ("held-out micro-batches weighed by all tokens",
+         "run.micro_batches(demonstrations, weights=[sum(d.learn) for d in demonstrations])",
+         "run.micro_batches(demonstrations, weights=[len(d.ids) for d in demonstrations])"),
+        ("the optimiser forgotten by checkpoints",
+         "run.resume(model=model, optimizer=optimizer)",
+         "run.resume(model=model)"),
     ],
     "reward_model.py": [
         ("a micro-batch counts as one", "(share * loss).backward()", "loss.backward()"),
@@ -262,6 +268,12 @@ MISTAKES = {
         ("a resumed run goes through the data from the start",
          "cfg.batch, cfg.epochs, cfg.seed, run.step)",
          "cfg.batch, cfg.epochs, cfg.seed)"),
+        ("the samples that set the scale do not end",
+         "samples = run.sample(sft, prompts, run.seeds(len(prompts)), room, stop_token=end)",
+         "samples = run.sample(sft, prompts, run.seeds(len(prompts)), room)"),
+        ("winner and loser change places in the lengths",
+         "longer += [c.lengths[i] - c.lengths[j] for i, j in c.pairs]",
+         "longer += [c.lengths[j] - c.lengths[i] for i, j in c.pairs]"),
     ],
     "dpo.py": [
         ("a micro-batch counts as one", "(share * loss).backward()", "loss.backward()"),
@@ -308,6 +320,12 @@ MISTAKES = {
          "    optimizer = make_optimizer(policy, cfg.lr)\n"
          "    run.resume(model=policy, optimizer=optimizer)\n"
          "    add_reference(policy, run, examples + held_out)\n"),
+        ("the best answer of the first prompt alone is imitated",
+         "c.probability, i in c.best) for i, j in c.pairs]",
+         "c.probability, first + i in c.best) for i, j in c.pairs]"),
+        ("imitation is divided by the length twice",
+         "nll = -logprobs[chosen] / tokens[chosen] ",
+         "nll = -policy[chosen] / tokens[chosen] "),
     ],
     "variants/cautious.py": [
         ("heads that all learn from the same prompts",
@@ -482,6 +500,50 @@ MISTAKES = {
          "        rewards = kl_rewards(torch.where(batch[\"ended\"], scores, cfg.no_end_score),"
          " batch[\"old_logprobs\"],\n"
          "                             batch[\"ref_logprobs\"], mask, controller.coef)\n"),
+        ("the score replaces the last token's KL penalty",
+         "last] += scores * mask.any(dim=1)",
+         "last] = scores * mask.any(dim=1)"),
+        ("the update's KL from the inverse ratio",
+         "log_ratio = torch.where(mask, (logprobs - old_logprobs).detach(), 0)",
+         "log_ratio = torch.where(mask, (old_logprobs - logprobs).detach(), 0)"),
+        ("explained variance counts the padding",
+         "1 - errors[mask].var() / returns[mask].var()",
+         "1 - errors.var() / returns.var()"),
+        ("the critic does not start from the reward model",
+         "critic = load(reward.folder or cfg.init, \"scalar\") ",
+         "critic = load(cfg.init, \"scalar\") "),
+        ("the update stops one step too late",
+         "            if cfg.update_kl > 0 and means[\"approx_kl\"] > cfg.update_kl:\n"
+         "                policy_optimizer.zero_grad()\n"
+         "                critic_optimizer.zero_grad()\n"
+         "                break\n"
+         "            if auxiliary_loss:\n"
+         "                auxiliary_loss(run, policy)\n"
+         "            loss = means[\"policy_loss\"] - cfg.entropy_coef * means[\"entropy\"]   # if not"
+         " finite: no step\n"
+         "            run.optimizer_step(policy_optimizer, cfg.lr * lr_factor, loss, f\"policy on"
+         " rows {rows.tolist()}\")\n"
+         "            run.optimizer_step(critic_optimizer, cfg.critic_lr * lr_factor,"
+         " means[\"value_loss\"],\n"
+         "                               f\"critic on rows {rows.tolist()}\")\n"
+         "            updates += 1\n",
+         "            if auxiliary_loss:\n"
+         "                auxiliary_loss(run, policy)\n"
+         "            loss = means[\"policy_loss\"] - cfg.entropy_coef * means[\"entropy\"]   # if not"
+         " finite: no step\n"
+         "            run.optimizer_step(policy_optimizer, cfg.lr * lr_factor, loss, f\"policy on"
+         " rows {rows.tolist()}\")\n"
+         "            run.optimizer_step(critic_optimizer, cfg.critic_lr * lr_factor,"
+         " means[\"value_loss\"],\n"
+         "                               f\"critic on rows {rows.tolist()}\")\n"
+         "            updates += 1\n"
+         "            if cfg.update_kl > 0 and means[\"approx_kl\"] > cfg.update_kl:\n"
+         "                policy_optimizer.zero_grad()\n"
+         "                critic_optimizer.zero_grad()\n"
+         "                break\n"),
+        ("the rest of an uneven batch becomes a minibatch of its own",
+         "torch.randperm(cfg.batch).tensor_split(cfg.minibatches)",
+         "torch.randperm(cfg.batch).split(cfg.batch // cfg.minibatches)"),
     ],
     "evaluate.py": [
         ("a tie counts as a win", "0.5 if abs(a - b) < 1e-5 else float(a > b)", "float(a >= b)"),
@@ -623,6 +685,16 @@ MISTAKES = {
         ("the bound on tokens forgets the answers to be sampled",
          "room = [len(prompt) + max_new_tokens for prompt in prompts]",
          "room = [len(prompt) for prompt in prompts]"),
+        ("a batch's mask begins one token too late",
+         "mask = (column >= starts[:, None]) & ",
+         "mask = (column > starts[:, None]) & "),
+        ("a map's rows in the permutation, not its inverse",
+         "inverse, names = torch.tensor(order).argsort(), parts[0] if parts else ()",
+         "inverse, names = torch.tensor(order), parts[0] if parts else ()"),
+        ("auto precision is bfloat16 everywhere",
+         "self.bfloat16 = cfg.precision == \"bfloat16\" or (cfg.precision == \"auto\" and self.device"
+         " == \"cuda\")",
+         "self.bfloat16 = cfg.precision != \"float32\""),
     ],
     "runtime/precision.py": [
         ("the gradient of the last micro-batch alone", "if p.grad is None else p.grad.add_(copy.grad)", ""),
@@ -674,6 +746,17 @@ MISTAKES = {
          "            for name in sorted(os.listdir(aside)):\n",
          "            self.checkpoints.remove()\n"
          "            for name in sorted(os.listdir(aside)):\n"),
+        ("the schedule reaches the first group alone",
+         "            for group in optimizer.param_groups:\n"
+         "                group[\"lr\"] = lr\n"
+         "            optimizer.step()\n",
+         "            optimizer.param_groups[0][\"lr\"] = lr\n"
+         "            optimizer.step()\n"),
+        ("a checkpoint holds the step before its weights",
+         "        self.begin(step)\n"
+         "        self.save_if_due()\n",
+         "        self.save_if_due()\n"
+         "        self.begin(step)\n"),
     ],
     "runtime/safetensors.py": [
         ("the first process gathers shards alone",
@@ -778,6 +861,9 @@ MISTAKES = {
         ("an infinite reward is let through",
          "if math.isfinite(number):",
          "if not math.isnan(number):"),
+        ("a program is told the last turn alone",
+         "number = float(function(messages, answer))",
+         "number = float(function(messages[-1:], answer))"),
     ],
     "variants/grpo.py": [
         ("an answer is in its own baseline",
@@ -804,6 +890,9 @@ MISTAKES = {
         ("an answer's length includes its prompt",
          "grpo(returns, cfg.group, mask.sum(1), cfg",
          "grpo(returns, cfg.group, batch[\"lengths\"], cfg"),
+        ("the means of a shortened update are divided by the planned steps",
+         "sum(m[name] for m in history) / len(history) for",
+         "sum(m[name] for m in history) / (cfg.epochs * cfg.minibatches) for"),
     ],
     "variants/ppo_ptx.py": [
         ("PTX unlearns", "cfg.ptx_coef * demonstrations_loss(", "-cfg.ptx_coef * demonstrations_loss("),
@@ -823,6 +912,9 @@ MISTAKES = {
         ("fresh rows weighed by the old rows' pairs",
          "weights=[len(c.pairs) for c in rows]",
          "weights=[len(c.pairs) for c in old]"),
+        ("fresh answers behind another question",
+         "zip(old, prompt_ids[::k], answers, ranks)]",
+         "zip(old, prompt_ids, answers, ranks)]"),
     ],
 }
 # Tests beyond the file's own that are likely to notice.
