@@ -18,7 +18,7 @@ samples, no critic and no reward network are needed.
 With a small β, large log-ratios log(π/π_ref) are needed to fit the preferences, and the policy goes far from
 the reference; with a large β it stays near. At the first step π = π_ref, each pair has probability ½, and
 −log P is log 2, the loss of a coin toss (IPO starts at 1/(4β²), the hinge at 1). A pair's loss is large where
-the policy prefers y⁻ by much; a mean above log 2 on held-out pairs means: confident where it is wrong.
+the policy prefers y⁻ by much. A mean above log 2 on held-out pairs shows that it is confident and wrong.
 
 The loss depends on differences alone. It also falls when both answers of a pair become less likely, as long
 as the rejected one loses more: `logp_chosen` falls while `accuracy` rises, and the probability moves to

@@ -80,7 +80,7 @@ def ranking_loss(scores, ranks, margin=None, probability=None):
     if probability is not None:
         p = probability[:, None, None]
         losses = p * losses - (1 - p) * F.logsigmoid(-gaps - margin)
-    present = (ranks > 0)[:, :, None]                   # i exists; a missing j has rank 0, below all others
+    present = (ranks > 0)[:, :, None]                   # i exists; a missing j has rank 0, and none is below
     better = present & (ranks[:, :, None] < ranks[:, None, :])
     return ((losses * better).sum((1, 2)) / better.sum((1, 2))).mean()
 

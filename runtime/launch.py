@@ -13,7 +13,7 @@ from runtime import processes
 from runtime.compute import pick_device
 from runtime.flags import parse, program
 
-# When this process began. A person waits for the imports until here, too, whose time is processor time.
+# When this process began: its processor time until now is that of the imports, for which a person waits too.
 STARTED = time.time() - time.process_time()
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 at_work = None                          # the Run that is in its training loop, for on_signal

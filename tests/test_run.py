@@ -266,7 +266,7 @@ def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
                 if n.endswith(".tmp") or n in ("resume.safetensors", "resume", "new")]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])                # all stages, often: below
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])        # all stages, often: below
 def test_a_killed_run_resumes_and_ends_in_the_same_weights(chain, stage):
     out = chain[0] / f"out/killed_{stage}"
     process = started(stage, flags(stage, f"out/killed_{stage}"), chain[0], out)
