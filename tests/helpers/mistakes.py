@@ -928,7 +928,7 @@ LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test
           "runtime/compute.py": ["test_ppo", "test_dpo", "test_precision"],
           "runtime/safetensors.py": ["test_checkpoints"], "runtime/optimizer.py": ["test_sft"],
           "ppo.py": ["test_known_answers", "test_run", "test_variants"],
-          "runtime/run.py": ["test_checkpoints", "test_sft", "test_ppo"]}
+          "runtime/run.py": ["test_checkpoints", "test_precision", "test_sft", "test_ppo"]}
 
 
 def pytest_args(path):
