@@ -54,7 +54,6 @@ class Preference:
     ranks: list             # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0     # how much higher the chosen answer should score (pairs only)
     probability: float = 1.0        # that the chosen answer is the better one (pairs only)
-    cannot_judge: bool = False      # whether the answers tie only because a person could not judge them
 
     @property
     def pairs(self):
@@ -304,7 +303,7 @@ def _ranking(record):
         raise RecordError('field "ranks": expected a list as long as "responses"')
     if not all(type(r) is int and 1 <= r <= len(ranks) for r in ranks):
         raise RecordError(f'field "ranks": expected whole numbers from 1 (best) to {len(ranks)}')
-    return Preference(prompt, responses, ranks, cannot_judge=record.get("cannot_judge") is True)
+    return Preference(prompt, responses, ranks)
 
 
 def _task(record):

@@ -1,8 +1,6 @@
-"""What one person chooses: the file of their rankings, and how far two people agree."""
+"""The file of one person's rankings."""
 import hashlib
-import itertools
 import json
-import math
 import os
 import random
 import time
@@ -15,23 +13,14 @@ def key(p):
     return hashlib.sha256(json.dumps([p.prompt, p.responses]).encode()).hexdigest()[:16]
 
 
-def read(path):
-    """A person's choices: {key: records.Preference}."""
-    return {key(p): p for p in records.read("preferences", path)}
-
-
 class Choices:
     """The items that a person ranks, and the file of their choices. A new file replaces it after each choice,
     so that it is whole at any moment and holds every choice that the page shows as saved.
 
-    name: the person; out: the file; tasks: the items, as records.Preference; gold: more of them, whose order
-    is known. They come at random places among the others and look no different."""
+    name: the person; out: the file; tasks: the items, as records.Preference."""
 
-    def __init__(self, name, out, tasks, gold=()):
-        self.name, self.out, self.gold = name, out, {key(p): p for p in gold}
-        tasks, rng = list(tasks), random.Random(0)
-        for p in gold:
-            tasks.insert(rng.randint(0, len(tasks)), p)
+    def __init__(self, name, out, tasks):
+        self.name, self.out = name, out
         self.items, self.done = {key(p): p for p in tasks}, {}      # done: {key: record}, as in the file
         self.saved = []                                             # keys of this run's choices
         if os.path.exists(out) and os.path.getsize(out):
@@ -62,8 +51,8 @@ class Choices:
         state = {"total": total, "done": total - len(left), "last": self.saved[-1] if self.saved else None,
                  "item": None, "prompt": [], "answers": []}
         if not left:
-            return state | {"end": f"All {total} are ranked. Thank you! {self.gold_score()}"}
-        p = self.items[left[0]]                                 # nothing here tells a gold item from another
+            return state | {"end": f"All {total} are ranked. Thank you!"}
+        p = self.items[left[0]]
         return state | {"item": left[0], "prompt": p.prompt,
                         "answers": [p.responses[i] for i in self.order(left[0])]}
 
@@ -81,7 +70,7 @@ class Choices:
         record = {"prompt": p.prompt, "responses": p.responses,
                   "ranks": [ranks[order.index(i)] for i in range(len(order))], "by": self.name,
                   "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "order": order,
-                  "cannot_judge": cannot_judge, "gold": item in self.gold}
+                  "cannot_judge": cannot_judge}
         self.write(self.done | {item: record})
         self.saved.append(item)
 
@@ -104,45 +93,3 @@ class Choices:
             os.fsync(folder)
             os.close(folder)
         self.done = done
-
-    def gold_score(self):
-        """A sentence; empty where no item of known order has been ranked."""
-        right = [a == b for item, p in self.gold.items() if item in self.done
-                 for a, b in zip(pairwise(p.ranks), pairwise(self.done[item]["ranks"]))
-                 if a != 0 and not self.done[item].get("cannot_judge")]
-        return f"{sum(right)} of {len(right)} pairs of known order are right." if right else ""
-
-
-def pairwise(ranks):
-    """The choice between every two answers: 1 for the first, −1 for the second, 0 for a tie."""
-    return [(a < b) - (a > b) for a, b in itertools.combinations(ranks, 2)]
-
-
-def kappa(mine, theirs):
-    """(share of equal choices, Cohen's kappa) of two people's choices (Cohen 1960): (p_o − p_e)/(1 − p_e).
-
-    p_o is the share of equal choices. p_e is the share to expect from two people who choose at random, each
-    choice as often as these two do; without it, people who call almost everything a tie would seem to agree.
-    Kappa is 1 for equal choices, 0 for random ones, and NaN where both always make the same choice."""
-    n = len(mine)
-    observed = sum(a == b for a, b in zip(mine, theirs)) / n
-    expected = sum(mine.count(c) * theirs.count(c) for c in (1, 0, -1)) / n ** 2
-    return observed, (observed - expected) / (1 - expected) if expected < 1 else math.nan
-
-
-def compare(ours, theirs):
-    """Print the items that two people, {key: Preference} each, rank differently, and how far they agree."""
-    both = [(p, theirs[item]) for item, p in ours.items() if item in theirs]
-    judged = [(p, q) for p, q in both if not p.cannot_judge and not q.cannot_judge]
-    if not judged:
-        raise ValueError("the two files share no item that both people could judge")
-    for p, q in judged:
-        if pairwise(p.ranks) != pairwise(q.ranks):
-            print(f"\n{p.prompt[-1]['content']}")
-            for mine, other, answer in zip(p.ranks, q.ranks, p.responses):
-                print(f"  {mine} {other}  {answer}")
-    pairs = [[choice for p in people for choice in pairwise(p.ranks)] for people in zip(*judged)]
-    share, k = kappa(*pairs)
-    print(f"\nAbove: the items on which they differ, each answer with its two ranks.\n"
-          f"{len(judged)} items, without {len(both) - len(judged)} that one of them could not judge; "
-          f"{len(pairs[0])} pairs of answers: {share:.1%} equal choices, kappa {k:.2f}")

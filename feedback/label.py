@@ -2,7 +2,6 @@
 
     python -m feedback.collect --by person --prompts 50    first: a model answers
     python -m feedback.label                               then open the address that this prints
-    python -m feedback.label --agreement out/feedback/ann.jsonl out/feedback/bob.jsonl
 
 Each choice is on the disk before the page shows the next item. The same command continues where it stopped.
 """
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import records
-from feedback.choices import Choices, compare, read
+from feedback.choices import Choices
 from feedback.page import Page
 from runtime.files import lock
 from runtime.flags import flag
@@ -24,10 +23,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Config:
-    files: tuple = flag((), "with --agreement: the files of two people")
-    agreement: bool = flag(False, "compare two people's choices instead")
     tasks: str = flag("out/feedback/tasks.jsonl", "file of the answers to rank")
-    gold: str = flag("", "file of preferences of known order, mixed in among the tasks")
     guidelines: str = flag("", "text file shown beside the answers; none takes feedback/guidelines.txt")
     name: str = flag("", "who labels; none takes the login name")
     out: str = flag("", "file of the choices; none takes NAME.jsonl beside the tasks")
@@ -36,10 +32,6 @@ class Config:
 
 
 def label(cfg):
-    if cfg.agreement:
-        if len(cfg.files) != 2:
-            raise ValueError("--agreement needs the files of two people")
-        return compare(*map(read, cfg.files))
     if not os.path.exists(cfg.tasks):
         raise ValueError(f"no answers in {cfg.tasks}: run `python -m feedback.collect --by person` first")
     name = cfg.name or os.environ.get("USER") or "me"
@@ -48,8 +40,7 @@ def label(cfg):
     folder, file = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     lock(folder, f".{file}")
-    gold = records.read("preferences", cfg.gold) if cfg.gold else []
-    choices = Choices(name, path, records.read("tasks", cfg.tasks), gold)
+    choices = Choices(name, path, records.read("tasks", cfg.tasks))
     guidelines = {"guidelines": Path(cfg.guidelines or HERE / "guidelines.txt").read_text("utf-8")}
     if choices.left():
         html = (HERE / "label.html").read_text("utf-8")
@@ -59,7 +50,7 @@ def label(cfg):
             page.serve_forever()
         page.lock.acquire()                                     # a choice that is being saved is saved first
     total, left = len(choices.items), len(choices.left())
-    print(f"\n{total - left} of {total} are ranked, in {out}. {choices.gold_score()}")
+    print(f"\n{total - left} of {total} are ranked, in {out}.")
     if left:
         sys.exit(130)                                           # the status of interrupted work
 

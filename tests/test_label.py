@@ -1,6 +1,5 @@
 """Ranking answers on a page: the file of choices through whatever happens, and a sitting in a browser."""
 import json
-import math
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ import pytest
 from helpers.start import ROOT
 
 from data import loading, records
-from data.records import Preference
 from feedback import choices
 
 try:
@@ -38,10 +36,10 @@ def tasks(n=6):
 @pytest.fixture
 def start(tmp_path):
     """A function that begins a run, as after any earlier one: Choices. They write to tmp_path/ann.jsonl."""
-    def begin(name="ann", items=None, gold=()):
+    def begin(name="ann", items=None):
         records.write(tmp_path / "tasks.jsonl", items or tasks())
         read = records.read("tasks", tmp_path / "tasks.jsonl")
-        return choices.Choices(name, str(tmp_path / "ann.jsonl"), read, gold)
+        return choices.Choices(name, str(tmp_path / "ann.jsonl"), read)
     return begin
 
 
@@ -74,12 +72,12 @@ def test_choices_are_a_preference_file_that_every_stage_reads(start, tmp_path, c
     read = records.read("preferences", tmp_path / "ann.jsonl")
     assert [p.ranks for p in read] == [[1, 1, 1], [2, 1, 2]] + [[2, 3, 1]] * 18
     assert [(p.prompt, p.responses) for p in read] == [(t["prompt"], t["responses"]) for t in tasks(20)]
-    assert [p.cannot_judge for p in read] == [True] + [False] * 19
+    assert [record["cannot_judge"] for record in lines(tmp_path)] == [True] + [False] * 19
     train, held_out = loading.load("preferences", str(tmp_path / "ann.jsonl"))
     assert len(train) + len(held_out) == 19 and "1 of 18 comparisons are ties" in capsys.readouterr().out
     for record in lines(tmp_path):
         assert record["by"] == "ann" and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["at"])
-        assert sorted(record["order"]) == [0, 1, 2] and record["gold"] is False
+        assert sorted(record["order"]) == [0, 1, 2]
 
 
 def test_answers_stand_in_an_order_of_each_persons_own_that_stays(start, tmp_path):
@@ -282,70 +280,6 @@ def test_ranks_that_are_none_are_refused(start, tmp_path, ranks):
     assert labels.talk({}) == state and lines(tmp_path) == []
 
 
-def test_gold_items_are_mixed_in_unseen_and_score_the_labeller(start, tmp_path):
-    gold = [Preference(user(f"Known {i}?"), ["a", "b", "c"], [1, 2, 2]) for i in range(4)]
-    labels, plain = start(gold=gold, items=tasks(20)), start(items=tasks(20)).talk({})
-    asked, state = [], labels.talk({})
-    assert state["total"] == 24 and labels.gold_score() == ""
-    while state["item"]:
-        assert state.keys() == plain.keys() and "gold" not in json.dumps(state)
-        text = state["prompt"][0]["content"]
-        asked.append(text)
-        if text == "Known 0?":
-            state = labels.talk({"item": state["item"], "cannot_judge": True})
-        else:
-            state = rank(labels, state, "bac" if text == "Known 1?" else "acb")
-    # Known 1: a over c is right, and a over b wrong; 2 and 3: both right. b and c tie: anything goes.
-    assert "5 of 6 pairs" in state["end"]
-    places = [i for i, text in enumerate(asked) if text.startswith("Known")]
-    assert len(places) == 4 and places != [20, 21, 22, 23] and places != [0, 1, 2, 3]
-    assert [r["prompt"][0]["content"] for r in lines(tmp_path)] == asked
-    assert [r["gold"] for r in lines(tmp_path)] == [text.startswith("Known") for text in asked]
-    assert "5 of 6" in start(gold=gold, items=tasks(20)).gold_score()                   # another run
-
-
-def test_a_tie_orders_no_pair_of_known_order_right(start):
-    labels = start(gold=[Preference(user("Known?"), ["a", "b"], [2, 1])])
-    state = labels.talk({})
-    while state["item"]:
-        state = labels.talk({"item": state["item"], "ranks": [1] * len(state["answers"])})
-    assert "0 of 1 pairs" in state["end"]
-
-
-def test_kappa_is_that_of_a_calculation_by_hand():
-    # Both say 1 on 20 pairs and -1 on 15; they differ on 5 and 10: p_o = 35/50. One says 1 on 25 of 50, the
-    # other on 30: p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5, and kappa = 0.2 / 0.5.
-    ours = [1] * 25 + [-1] * 25
-    theirs = [1] * 20 + [-1] * 5 + [1] * 10 + [-1] * 15
-    assert choices.kappa(ours, theirs) == pytest.approx((0.7, 0.4))
-    # With ties. p_o = 3/4, p_e = (2 * 1 + 1 * 2 + 1 * 1) / 16 = 5/16, kappa = (12 - 5) / (16 - 5).
-    assert choices.kappa([1, 1, 0, -1], [1, 0, 0, -1]) == pytest.approx((0.75, 7 / 11))
-    assert choices.kappa([1, 0, -1], [1, 0, -1]) == (1, 1)
-    assert choices.kappa([1, -1], [-1, 1]) == (0, -1)
-    assert math.isnan(choices.kappa([0, 0], [0, 0])[1])
-
-
-def test_choices_between_every_two_of_ranked_answers():
-    assert choices.pairwise([2, 1, 2]) == [-1, 0, 1] and choices.pairwise([1, 2]) == [1]
-
-
-def test_two_people_are_compared_on_what_both_could_judge(capsys):
-    def said(text, ranks, cannot_judge=False):
-        prompt = [{"role": "user", "content": text}]
-        return records.Preference(prompt, ["x", "y", "z"][:len(ranks)], ranks, cannot_judge=cannot_judge)
-    ours = {1: said("Same", [1, 2, 3]), 2: said("Differ", [1, 2]), 3: said("One", [2, 1]),
-            4: said("Hard", [1, 1], True), 5: said("Mine", [1, 2])}
-    theirs = {4: said("Hard", [1, 2]), 3: said("One", [1, 1], True), 2: said("Differ", [1, 1]),
-              1: said("Same", [1, 2, 3])}
-    choices.compare(ours, theirs)
-    printed = capsys.readouterr().out
-    # Choices 1 1 1 1 and 1 1 1 0: p_o = 3/4, p_e = 4 * 3 / 16 = 3/4.
-    assert "2 items, without 2 that" in printed and "4 pairs" in printed and "75.0% equal" in printed
-    assert "kappa 0.00" in printed and "Differ\n  1 1  x\n  2 1  y\n" in printed and "Same" not in printed
-    with pytest.raises(ValueError, match="share no item"):
-        choices.compare(ours, {4: ours[4]})
-
-
 # ------------------------------------------------------------------------------------- the program
 
 class Program:
@@ -422,23 +356,11 @@ def test_a_killed_program_goes_on_where_it_stopped(tmp_path, program):
     assert running.end(None)[0] == 0 and "6 of 6 are ranked" in running.said and not running.address
 
 
-def test_what_cannot_be_is_one_line(tmp_path, program):
+def test_a_missing_file_of_answers_is_one_line(tmp_path, program):
     os.makedirs(tmp_path / "out/feedback")
-    for flags, said in (("", "run `python -m feedback.collect --by person` first"),
-                        ("--agreement a.jsonl", "files of two people"),
-                        ("--agreement a.jsonl b.jsonl", "a.jsonl")):
-        code, text = program(tmp_path, flags).end(None)
-        assert code == 1 and said in text and text.count("\n") == 1, text
-
-
-def test_two_files_are_compared_from_the_command_line(start, tmp_path, program):
-    for name, ranking in (("a", "abc"), ("b", "acb")):
-        finish(start(name), best_to_worst=ranking)
-        os.rename(tmp_path / "ann.jsonl", tmp_path / f"{name}.jsonl")
-    running = program(tmp_path, "--agreement a.jsonl b.jsonl")
-    code, said = running.end(None)
-    # Of the 18 pairs, 12 are equal. Choices: 18 times 1; 12 times 1, 6 times -1. p_e = 12 / 18 as well.
-    assert code == 0 and "66.7% equal choices, kappa 0.00" in running.said + said
+    code, text = program(tmp_path).end(None)
+    assert code == 1 and text.count("\n") == 1
+    assert "run `python -m feedback.collect --by person` first" in text
 
 
 # --------------------------------------------------------------------------------------- a browser
@@ -516,9 +438,7 @@ class Screen:
 def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser):
     os.makedirs(tmp_path / "out/feedback")
     records.write(tmp_path / "out/feedback/tasks.jsonl", tasks(8))
-    gold = [{"prompt": "Known?", "responses": ["good", "bad"], "ranks": [1, 2]}]
-    records.write(tmp_path / "gold.jsonl", gold)
-    running = program(tmp_path, "--gold gold.jsonl")
+    running = program(tmp_path)
     screen = Screen(browser, running.address)
     done, expected = 0, []
 
@@ -532,24 +452,15 @@ def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
     def letters():
         return {text[0]: text for text, _ in screen.cards()}
 
-    def past_gold():
-        nonlocal done
-        if "good" in dict(screen.cards()):
-            screen.press(*("12" if screen.cards()[0][0] == "good" else "21"))
-            save({"g": 1, "b": 2})
-
-    past_gold()
     numbered = [text[0] for text, _ in screen.cards()]                  # by keys, in the order 3, 1 = 2
     screen.press("3", "1", "1", "=", "2")
     assert [(text[0], place) for text, place in screen.cards()] == [
         (numbered[2], "1"), (numbered[0], "2"), (numbered[1], "2")]
     save({numbered[2]: 1, numbered[0]: 2, numbered[1]: 2})
-    past_gold()
     numbered = [text[0] for text, _ in screen.cards()]
     screen.press("2", "1", Keys.ENTER)                                  # one has no place: this saves nothing
     screen.press(Keys.BACKSPACE, "3", "=", "=", "1")                    # another thought
     save({numbered[1]: 1, numbered[2]: 2, numbered[0]: 3})
-    past_gold()
     numbered = [text for text, _ in screen.cards()]                     # by dragging: the last to the top
     screen.drag(numbered[2], numbered[0])
     assert screen.cards() == [(numbered[2], "1"), (numbered[0], "2"), (numbered[1], "3")]
@@ -558,11 +469,9 @@ def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
     screen.drag(numbered[1], numbered[2])                               # and parts them again
     assert screen.cards() == [(numbered[1], "1"), (numbered[2], "2"), (numbered[0], "3")]
     save({numbered[1][0]: 1, numbered[2][0]: 2, numbered[0][0]: 3})
-    past_gold()
     for letter in "bca":                                                # by clicks, all but the last by mouse
         screen.element(letters()[letter], ".text").click()
     save({"b": 1, "c": 2, "a": 3})
-    past_gold()
     before = screen.cards()
     browser.execute_script("dispatchEvent(new KeyboardEvent('keydown', {key: '0', repeat: true}))")
     assert screen.cards() == before                                     # a key that is held counts once,
@@ -570,16 +479,15 @@ def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
     done += 1
     screen.saved(lambda: browser.execute_script(                        # and so does a second one at once
         "for (let i = 0; i < 3; i++) dispatchEvent(new KeyboardEvent('keydown', {key: '0'}))"), done)
-    past_gold()
 
     screen.press("1", "2", "3")
     running.end(signal.SIGKILL)
     screen.press(Keys.ENTER)                                            # nobody is there to save it
     screen.wait(lambda: "Not saved" in screen.text("#message"))
-    assert screen.count().startswith(f"{done} of 9") and len(chosen(tmp_path)) == done
-    running = program(tmp_path, "--gold gold.jsonl")
+    assert screen.count().startswith(f"{done} of 8") and len(chosen(tmp_path)) == done
+    running = program(tmp_path)
     screen = Screen(browser, running.address)
-    assert screen.count() == f"{done} of 9"
+    assert screen.count() == f"{done} of 8"
     screen.press("u")                                                   # what an earlier run saved stays
     first = screen.cards()
     screen.press("3", "2", "1")
@@ -589,19 +497,16 @@ def test_a_sitting_by_keys_and_mouse_outlives_a_kill(tmp_path, program, browser)
     screen.press(Keys.BACKSPACE, Keys.BACKSPACE, "=", "1", "2")
     save({first[2][0][0]: 1, first[0][0][0]: 1, first[1][0][0]: 2})
     assert len(chosen(tmp_path)) == done
-    while done < 9:
-        past_gold()
-        if done < 9:
-            expected.append(dict.fromkeys([text for text, _ in screen.cards()], 1))
-            done += 1
-            screen.saved(lambda: screen.press("1", "=", "0"), done)         # what was begun does not count
-    screen.wait(lambda: "1 of 1 pairs of known order" in screen.text("#prompt"))
+    while done < 8:
+        expected.append(dict.fromkeys([text for text, _ in screen.cards()], 1))
+        done += 1
+        screen.saved(lambda: screen.press("1", "=", "0"), done)         # what was begun does not count
+    screen.wait(lambda: "All 8 are ranked" in screen.text("#prompt"))
     assert screen.cards() == []
     code, said = running.end(signal.SIGINT)
-    assert code == 0 and "9 are ranked" in said and "1 of 1 pairs" in said
+    assert code == 0 and "8 are ranked" in said
     assert [dict(zip(r["responses"], r["ranks"])) for r in chosen(tmp_path)] == expected
-    assert len({json.dumps(r["prompt"]) for r in chosen(tmp_path)}) == 9
-    assert [r["prompt"][0]["content"] for r in chosen(tmp_path) if r.get("gold")] == ["Known?"]
+    assert len({json.dumps(r["prompt"]) for r in chosen(tmp_path)}) == 8
     assert sum(r.get("cannot_judge", False) for r in chosen(tmp_path)) == 3
     assert [e for e in browser.get_log("browser") if "ERR_CONNECTION" not in e["message"]] == []
 

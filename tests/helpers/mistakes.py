@@ -147,7 +147,6 @@ MISTAKES = {
         ("a file that is cut while it is written", 'f"{self.out}.tmp", "w"', 'self.out, "w"'),
         ("a choice in the cache alone", "            os.fsync(f.fileno())\n", ""),
         ("any choice can be undone", "self.saved and self.saved[-1] == item", "item in self.saved"),
-        ("kappa without chance", "(observed - expected) / (1 - expected)", "observed"),
     ],
     "feedback/page.py": [
         ("any host", 'self.headers.get("Host") in server.hosts and ', ""),
