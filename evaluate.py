@@ -125,9 +125,7 @@ class Sampler:
 
     def load(self, folder, *others):
         """A frozen language model, placed on the device together with other networks."""
-        model = load(folder, vocab_size=self.tokenizer.vocab_size).requires_grad_(False)
-        if model.head_kind != "lm":
-            raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
+        model = load(folder, "lm", self.tokenizer.vocab_size).requires_grad_(False)
         self.run.place(model, *others)
         return model
 

@@ -404,7 +404,7 @@ class GPT(nn.Module):
     @classmethod
     def load(cls, folder, head=None, mapped=False):
         """Load the network of a Hugging Face model folder: see runtime/folders.py. head=None keeps its head;
-        the other kind starts anew on the same trunk (a reward model from a language model)."""
+        "scalar" puts a new one on a language model's trunk. A reward model has no "lm" head to load."""
         from runtime import folders
         return folders.load(folder, head, mapped)
 

@@ -158,6 +158,7 @@ def sample_room(model):
 def train(cfg):
     torch.manual_seed(cfg.seed)                                 # before the new head's weights are drawn
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
+    sft = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)      # for the scale: see normalize
     model = load(cfg.init, "scalar", tokenizer.vocab_size)
     preferences, unseen = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
@@ -197,7 +198,6 @@ def train(cfg):
     print("held out:  " + "  ".join(shown))
     print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated))
     if cfg.normalize:
-        sft = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
         run.place(sft)
         asked = [tokenizer.prompt(prompt) for prompt in run.rng.choices(prompts, k=cfg.normalize)]
         mean, deviation = normalize(model, sft, run, asked, tokenizer.end)

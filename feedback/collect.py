@@ -56,9 +56,7 @@ def as_answers(tokenizer, batch, k):
 def answer_prompts(cfg, run, tokenizer, rng):
     """cfg.model's Answers to cfg.prompts prompts, all of which are drawn once before one comes again. Returns
     (prompt, its different Answers) for each prompt that got at least two; ValueError if none did."""
-    model = load(cfg.model, vocab_size=tokenizer.vocab_size).requires_grad_(False)
-    if model.head_kind != "lm":
-        raise ValueError(f"{cfg.model} is a reward model: it gives scores, not answers")
+    model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
     run.place(model)
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     room = model.config.block_size - cfg.max_new_tokens

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 
 try:
     import fcntl
@@ -12,6 +13,7 @@ except ImportError:                     # Windows has none: two runs in one fold
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))       # of this repository
 ADAPTER_CONFIG = "adapter_config.json"      # a folder that holds one holds LoRA adapters in PEFT's format
+UNFINISHED = "unfinished"               # the folder of a run that will replace the one in the folder above
 held_locks = {}                             # {path: open file} of the locks that this process holds
 
 
@@ -36,11 +38,17 @@ def reading(path, kind):
         raise ValueError(f"{path}: not {kind}: {e}") from None
 
 
+def holds_model(folder):
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("config.json", ADAPTER_CONFIG))
+
+
 def find(name):
     """The folder that holds the model called name: name itself if it is a folder with a model, otherwise
     the one into which huggingface_hub, where it is installed, downloads a model of the hub ("gpt2", or
     "owner/name"). Raises ValueError if there is none."""
-    if any(os.path.exists(os.path.join(name, file)) for file in ("config.json", ADAPTER_CONFIG)):
+    if holds_model(name):
+        if os.path.exists(os.path.join(name, UNFINISHED)):
+            warnings.warn(f"{name} also holds an unfinished run: its model is the one from before that run")
         return name
     script = os.path.basename(os.path.normpath(name)) + ".py"
     if script != "model.py" and os.path.exists(os.path.join(ROOT, script)):

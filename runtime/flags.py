@@ -48,6 +48,7 @@ class Training(Settings):
     system: str = flag("", "system message for conversations that have none; none keeps the checkpoint's")
     save_seconds: float = flag(60.0, "seconds between checkpoints to go on from; 0 saves every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")
+    overwrite: bool = flag(False, "replace the finished run in the folder, once this one is finished")
     max_norm: float = flag(1.0, "gradient norm to clip at; 0 never clips", 0)
     lora_rank: int = flag(0, "r of LoRA: train adapters of this rank beside frozen weights; 0 trains all", 0)
     lora_alpha: float = flag(32.0, "α of LoRA: an adapter's output is scaled by α/r", 1e-6, needs="lora_rank")

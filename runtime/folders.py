@@ -164,6 +164,8 @@ def load(folder, head=None, mapped=False):
     except RuntimeError:
         raise ValueError(f"{folder}/config.json: no machine can hold a network of this shape") from None
     new_head, expected, state = model.head_kind != saved_head, model.state_dict(), {}
+    if new_head and saved_head == "scalar":
+        raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
     for theirs, ours in layout(model, family).items():
         if new_head and ours == ["head.weight"]:
             continue

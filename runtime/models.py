@@ -17,7 +17,10 @@ def load(folder, head=None, vocab_size=0):
     if base is None:
         model = GPT.load(path, head, mapped=True)
     else:
-        head = head or ("scalar" if adapters.read_config(path)["task_type"] == "SEQ_CLS" else "lm")
+        saved_head = "scalar" if adapters.read_config(path)["task_type"] == "SEQ_CLS" else "lm"
+        if head == "lm" and saved_head == "scalar":
+            raise ValueError(f"{folder} is a reward model: it gives scores, not answers")
+        head = head or saved_head
         model = GPT.load(find(base), head, mapped=True)
         adapters.load(model, path)
     model.config.folder = base or folder

@@ -5,17 +5,17 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from runtime import adapters, launch, nf4, processes
+from runtime import adapters, launch, nf4, outputs, processes
 from runtime.checkpoints import Checkpoints, is_finite
 from runtime.compute import Compute, row_seeds
-from runtime.files import ADAPTER_CONFIG, lock, reading, write_json
+from runtime.files import lock, write_json
 from runtime.flags import program
 from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
@@ -25,10 +25,6 @@ try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:
     SummaryWriter = None
-
-# Flags that may change when a run goes on, because they do not change the weights, apart from rounding.
-FREE = {"out", "debug", "resume", "device", "save_seconds", "parallel", "timeout", "offload", "micro_batch",
-        "micro_tokens", "sample_batch", "checkpoint_blocks", "compile", "gather_at_once", "merge"}
 
 
 class Run(Compute):
@@ -45,35 +41,27 @@ class Run(Compute):
         self.warned, self.notes = set(), {}             # warnings whose condition holds; see note()
         self.failed_in_a_row = Counter()                # per optimiser: its last steps that were not finite
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
-                      "started": STARTED, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        os.makedirs(cfg.out, exist_ok=True)
+                      "code": outputs.code(), "started": STARTED, "torch": torch.__version__,
+                      "threads": torch.get_num_threads()}
+        self.folder = outputs.working_folder(cfg, self.about)
+        os.makedirs(self.folder, exist_ok=True)
         if processes.is_first():
             lock(cfg.out)
-        self.checkpoints = Checkpoints(cfg.out)
-        if cfg.resume and self.checkpoints.last():
-            self.check_unfinished()
-        elif processes.is_first():
-            self.checkpoints.remove()                   # before other settings stand beside it
-            write_json(os.path.join(cfg.out, "run.json"), self.about)
+        self.checkpoints = Checkpoints(self.folder)
+        unfinished = cfg.resume and self.checkpoints.last()
+        if unfinished:
+            for text in outputs.check_unfinished(cfg, self.folder, self.about):
+                warn(text)
         processes.barrier()                             # no process writes before all have read
+        if not unfinished and processes.is_first():
+            self.checkpoints.remove()                   # before other settings stand beside it
+            write_json(os.path.join(self.folder, "run.json"), self.about)
         self.begin(0)
         shown = (f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != "")
         print(f"{self.about['stage']} on {self.device}: " + "  ".join(shown), flush=True)
         if getattr(cfg, "warmup", 0) > total:
             warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: "
                  "the learning rate never reaches --lr")
-
-    def check_unfinished(self):
-        """Raise ValueError if the unfinished run in the folder had other flags or other input files."""
-        what_now = "continue it with its own command, name another --out, or start anew with --no-resume"
-        now = self.about["settings"] | self.about["inputs"]
-        path = os.path.join(self.cfg.out, "run.json")
-        with reading(path, f"the unfinished run's settings ({what_now})") as old:
-            was = old["settings"] | old["inputs"]
-        for name in sorted((was.keys() | now.keys()) - FREE):
-            if name in now and was.get(name) != json.loads(json.dumps(now[name])):
-                raise ValueError(f"{self.cfg.out} holds an unfinished run with other settings "
-                                 f"({name} was {was.get(name)!r}, not {now[name]!r}): {what_now}")
 
     # --------------------------------------------------------------------- before and between steps
 
@@ -122,7 +110,7 @@ class Run(Compute):
 
     def open_metrics(self):
         """Open metrics.jsonl, without the steps after the checkpoint, which will be run again."""
-        path, lines, self.board = os.path.join(self.cfg.out, "metrics.jsonl"), [], None
+        path, lines, self.board = os.path.join(self.folder, "metrics.jsonl"), [], None
         if not processes.is_first():
             self.metrics = open(os.devnull, "a", encoding="utf-8")
             return
@@ -134,7 +122,7 @@ class Run(Compute):
         os.replace(path + ".tmp", path)
         self.metrics = open(path, "a", encoding="utf-8")
         if SummaryWriter:
-            self.board = SummaryWriter(self.cfg.out, purge_step=self.step + 1)
+            self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
 
     # --------------------------------------------------------------------------------------- a step
 
@@ -216,7 +204,7 @@ class Run(Compute):
     def write_examples(self, name, examples):
         """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""
         if processes.is_first():
-            path = os.path.join(self.cfg.out, f"{name}_{'last' if self.step else 'first'}.json")
+            path = os.path.join(self.folder, f"{name}_{'last' if self.step else 'first'}.json")
             write_json(path, [{"step": self.step + 1} | example for example in examples])
 
     def save_if_due(self):
@@ -241,34 +229,28 @@ class Run(Compute):
 
     def finish(self, model, tokenizer, **facts):
         """Save the model and its tokenizer, and in run.json the facts and the seconds that the run took. All
-        files are first written under another name, so that a crash leaves the old ones in place."""
+        files are first written under another name, so that a crash leaves old ones in place."""
         launch.at_work = None
         if not is_finite(model.parameters()):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
-        aside = os.path.join(self.cfg.out, "new")
-        others = ("config.json", "model.safetensors")           # left by a run that saved the whole model
+        aside = os.path.join(self.folder, "new")
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
-            others = (ADAPTER_CONFIG, adapters.WEIGHTS)
         else:
             adapters.save(model, aside, whole=collect, write=processes.is_first())
         if processes.is_first():
             tokenizer.save(aside)
-            for name in others:
-                for folder in (aside, self.cfg.out):
-                    Path(folder, name).unlink(missing_ok=True)
-            for name in sorted(os.listdir(aside)):
-                os.replace(os.path.join(aside, name), os.path.join(self.cfg.out, name))
-            os.rmdir(aside)
             self.metrics.close()
             if self.board:
                 self.board.close()
             ended = time.time()
-            write_json(os.path.join(self.cfg.out, "run.json"),
-                       {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
-                        "peak_memory": peak_memory(self.device), **facts})
+            about = {**self.about, "ended": ended, "seconds": round(ended - STARTED, 1),
+                     "peak_memory": peak_memory(self.device), **facts}
+            outputs.publish(aside, self.folder, self.cfg.out, about)
             self.checkpoints.remove()       # last: a run that is killed before this goes on from it
+            if self.folder != self.cfg.out:
+                shutil.rmtree(self.folder)
         processes.barrier()                                     # no process ends before the files are there
         print(f"wrote {self.cfg.out}/ after {time.time() - STARTED:.0f} s, peak memory "
               f"{peak_memory(self.device) / 1e9:.2f} GB", flush=True)

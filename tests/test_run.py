@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import sft
 from data import records
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime import processes
+from runtime import outputs, processes
 from runtime import run as run_module
 from runtime.checkpoints import Checkpoints
 from runtime.flags import Training
@@ -246,11 +247,11 @@ def started(stage, flags, folder, out, saved=True):
     return process
 
 
-def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
+def assert_ends_as_uninterrupted(stage, chain, out, inside=None, more=""):
     """The same command again ends in the weights of the chain's uninterrupted run,
     and each step is logged once."""
     if inside:
-        assert inside(stage, flags(stage, out), chain[0])[0] == 0
+        assert inside(stage, flags(stage, out) + more, chain[0])[0] == 0
     else:
         done = script(stage, flags(stage, out), chain[0])
         assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
@@ -263,7 +264,7 @@ def assert_ends_as_uninterrupted(stage, chain, out, inside=None):
         line.pop("seconds", None)
     assert a == b
     assert not [n for n in os.listdir(resumed)
-                if n.endswith(".tmp") or n in ("resume.safetensors", "resume", "new")]
+                if n.endswith(".tmp") or n in ("resume.safetensors", "unfinished", "new")]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])        # all stages, often: below
@@ -344,23 +345,23 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(ch
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", [
     "metrics.jsonl.tmp", "resume.safetensors.tmp", "new/model.safetensors.tmp", "new/config.json.tmp",
-    "new/tokenizer_config.json.PID.tmp", "run.json.tmp"])
-def test_a_full_disk_is_one_line_and_the_model_that_was_there_stays(chain, inside, name):
+    "new/tokenizer_config.json.PID.tmp", "new/run.json.tmp"])
+def test_a_full_disk_is_one_line_and_the_run_that_was_there_stays_whole(chain, inside, name):
     name, out = name.replace("PID", str(os.getpid())), chain[0] / ("out/full_" + name.replace("/", "_"))
-    out.mkdir()
-    (out / name).parent.mkdir(exist_ok=True)
-    for old in ("model.safetensors", "config.json"):
-        (out / old).write_bytes((chain[0] / "out/sft" / old).read_bytes())
-    (out / name).symlink_to("/dev/full")
-    status, error = inside("dpo", flags("dpo", out), chain[0])
+    shutil.copytree(chain[0] / "out/sft", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+    path = out / "unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/dev/full")
+    command = flags("dpo", out) + " --overwrite"
+    status, error = inside("dpo", command, chain[0])
     assert status == 1 and error.count("\n") == 1, error
     assert "No space left on device" in error and str(out) in error, error
-    for old in ("model.safetensors", "config.json"):
-        assert (out / old).read_bytes() == (chain[0] / "out/sft" / old).read_bytes()
-    if (out / name).is_symlink():
-        (out / name).unlink()
+    assert {name: (out / name).read_bytes() for name in before} == before
+    if path.is_symlink():
+        path.unlink()
     # With room again, the same command goes on.
-    assert_ends_as_uninterrupted("dpo", chain, out.relative_to(chain[0]), inside)
+    assert_ends_as_uninterrupted("dpo", chain, out.relative_to(chain[0]), inside, " --overwrite")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, inside):
@@ -368,11 +369,90 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(chain, insid
     assert inside("dpo", "--out file/x", chain[0]) == (1, "dpo.py: file/x: Not a directory\n")
 
 
+# -------------------------------------------------------------------- what a finished run's folder refuses
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name not in (".lock", "unfinished")}
+
+
+def test_a_finished_run_is_refused_under_other_flags_and_named(chain, inside):
+    shutil.copytree(chain[0] / "out/ppo", chain[0] / "out/finished")
+    before = contents(chain[0] / "out/finished")
+    command = f"{SMALL['ppo']} --out out/finished"
+    status, error = inside("ppo", f"{command} --lr 5e-4 --seed 3", chain[0])
+    date = time.strftime("%Y-%m-%d", time.localtime(json.loads(before["run.json"])["ended"]))
+    assert status == 1 and error.count("\n") == 1
+    assert f"ppo.py: out/finished holds a finished run of ppo.py, {date} " in error
+    assert "(lr was 0.001, is now 0.0005, seed was 0, is now 3)" in error
+    assert error.endswith("name another --out, or add --overwrite\n")
+    status, error = inside("dpo", f"{SMALL['dpo']} --out out/finished", chain[0])
+    assert status == 1 and "it is of ppo.py" in error
+    assert inside("ppo", command, chain[0]) == (0, "")              # the same once more: nothing to do
+    assert contents(chain[0] / "out/finished") == before
+
+
+def test_a_run_of_changed_code_is_another_run(tmp_path, monkeypatch):
+    run, model, _ = a_run(tmp_path, 1)
+    run.log({"loss": 1.0})
+    run.finish(model, mock.Mock(save=lambda folder: None, ids=dict))
+    with pytest.raises(SystemExit) as e:
+        a_run(tmp_path, 1)
+    assert e.value.code == 0
+    now = outputs.code()
+    monkeypatch.setattr(outputs, "code", lambda: {**now, "model.py": "another"})
+    with pytest.raises(ValueError, match="model.py has changed since"):
+        a_run(tmp_path, 1)
+
+
+def test_a_model_that_no_run_has_written_is_never_overwritten(chain, inside):
+    shutil.copytree(chain[0] / "out/sft", chain[0] / "out/downloaded")
+    (chain[0] / "out/downloaded/run.json").unlink()
+    before = contents(chain[0] / "out/downloaded")
+    for more in ("", " --overwrite", " --no-resume"):
+        status, error = inside("dpo", f"{SMALL['dpo']} --out out/downloaded{more}", chain[0])
+        assert status == 1 and "a model that no run has written: name another --out" in error
+    assert contents(chain[0] / "out/downloaded") == before
+
+
+def test_what_is_overwritten_stays_whole_until_the_new_run_is_done(chain, inside):
+    out = chain[0] / "out/overwritten"
+    shutil.copytree(chain[0] / "out/ppo", out)                      # whose rollouts dpo.py does not write
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    command = flags("dpo", "out/overwritten") + " --overwrite"
+    process = started("dpo", command, chain[0], out / "unfinished")
+    process.kill()
+    process.wait()
+    assert contents(out) == before and GPT.load(str(out)).head_kind == "lm"
+    status, error = inside("dpo", f"{SMALL['dpo']} --init out/overwritten --out out/after", chain[0])
+    assert status == 0 and error.count("out/overwritten also holds an unfinished run") == 1
+    done = script("dpo", command, chain[0])
+    assert done.returncode == 0 and "going on after step" in done.stdout, done.stderr
+    whole = contents(chain[0] / "out/dpo")
+    assert contents(out).keys() == whole.keys() | {"notes.txt"} and not (out / "unfinished").exists()
+    assert contents(out)["model.safetensors"] == whole["model.safetensors"]
+    assert (out / "metrics.jsonl").read_text().count("\n") == whole["metrics.jsonl"].count(b"\n")
+    assert json.loads((out / "run.json").read_text())["stage"] == "dpo.py"
+
+
 # ---------------------------------------------------------------------------- what a resume refuses
+
+def test_a_flag_that_is_new_counts_as_its_default_and_new_code_is_said(tmp_path, monkeypatch, capsys):
+    a_step(*a_run(tmp_path))
+    about = json.loads((tmp_path / "run.json").read_text())
+    del about["settings"]["max_norm"]
+    about["code"]["model.py"] = "as it was"
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    assert a_run(tmp_path)[0].step == 1
+    assert "model.py has changed since; the run goes on with the new code" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_norm was 1.0, is now 2.0"):
+        a_run(tmp_path, max_norm=2.0)
+
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):
     a_step(*a_run(tmp_path))
-    with pytest.raises(ValueError, match="with other settings .seed was 0, not 1.*--no-resume"):
+    with pytest.raises(ValueError, match="with other settings .seed was 0, is now 1.*--no-resume"):
         a_run(tmp_path, seed=1)
     run = a_run(tmp_path)[0]
     assert run.step == 1
@@ -406,8 +486,8 @@ def test_a_run_whose_inputs_have_changed_is_refused(chain, inside):
 
 def test_a_run_without_its_settings_is_refused(tmp_path):
     a_step(*a_run(tmp_path))
-    said = "run.json: not the unfinished run's settings .*--no-resume"
-    for text in ("", "{}", "[1]", '{"settings": 3, "inputs": {}}'):
+    said = "run.json: not a run's settings .name another --out"
+    for text in ("", "{}", "[1]", '{"stage": "ppo.py", "settings": 3, "inputs": {}}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             a_run(tmp_path)
