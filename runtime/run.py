@@ -235,6 +235,8 @@ class Run(Compute):
             raise ValueError(f"the weights are no longer finite after step {self.step}: not saved. "
                              "A lower --lr may help")
         aside = os.path.join(self.folder, "new")
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)        # what a killed run has left there
         if self.cfg.merge or not model.adapted():
             model.save(aside, whole=collect, write=processes.is_first(), tokens=tokenizer.ids())
         else:

@@ -6,12 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.start import ROOT
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import GPT, Attention, GPTConfig, Positions, rotate, rotation, sample, uniform
 
@@ -202,12 +200,15 @@ def test_sampling_goes_on_while_any_process_waits(model):
     assert len(steps) == 18
 
 
-def test_on_a_gpu_logits_are_not_rounded_to_bfloat16():
-    """FakeTensorMode knows a GPU's rules without having one."""
-    with FakeTensorMode():
-        x, W = (torch.empty(5, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        model = SimpleNamespace(head_kind="lm", config=GPTConfig(), token_embedding=SimpleNamespace(weight=W))
-        assert GPT.unembed(model, x).dtype == torch.float32
+def test_on_a_gpu_logits_of_bfloat16_states_are_not_rounded():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 8, 1, 2, 16)).bfloat16()
+    x, W = torch.randn(5, 16).bfloat16(), model.token_embedding.weight
+    logits = model.unembed(x.as_subclass(OnGPU)).as_subclass(torch.Tensor)
+    assert logits.dtype == torch.float32 and torch.equal(logits, x.float() @ W.float().T)
+    assert not torch.equal(model.unembed(x), logits)
 
 
 def test_greedy_equals_argmax_step_by_step_without_a_cache(model):
