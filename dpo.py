@@ -158,7 +158,7 @@ def load_examples(cfg, tokenizer, block_size):
     """(Comparisons to train on, held-out Comparisons)."""
     preferences, held_out = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
-    return (encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped),
+    return (encode_comparisons(tokenizer, preferences, block_size, "preferences"),
             encode_comparisons(tokenizer, held_out, block_size, "held-out preferences"))
 
 

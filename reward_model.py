@@ -163,7 +163,7 @@ def train(cfg):
     preferences, unseen = loading.load("preferences", cfg.data, cfg.held_out, cfg.max_dropped)
     loading.warn_if_foreign(tokenizer, [p.prompt for p in preferences], cfg.data, cfg.init)
     block_size = model.config.block_size
-    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences", cfg.max_dropped)
+    examples = encode_comparisons(tokenizer, preferences, block_size, "preferences")
     held_out = encode_comparisons(tokenizer, unseen, block_size, "held-out preferences")
     prompts = fit_prompts(tokenizer, [p.prompt for p in preferences], block_size - sample_room(model),
                           "prompts to sample from") if cfg.normalize else []

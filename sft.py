@@ -106,7 +106,7 @@ def train(cfg):
     model, tokenizer = start(cfg)
     loading.warn_if_foreign(tokenizer, conversations, cfg.data, cfg.init)
     block_size = model.config.block_size
-    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations", cfg.max_dropped)
+    examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations")
     held_out = encode_demonstrations(tokenizer, unseen, block_size, "held-out demonstrations")
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
     every = max(1, steps // cfg.evals)

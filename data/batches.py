@@ -42,18 +42,17 @@ class Comparison:
         return records.pairs(self.ranks)
 
 
-def encode_demonstrations(tokenizer, conversations, block_size, name, max_dropped=1.0):
+def encode_demonstrations(tokenizer, conversations, block_size, name):
     """Conversations (message lists) as Demonstrations of at most block_size tokens: see fit."""
     def shorter(messages):
         rest = without_oldest_turn(messages)
         return rest if rest and any(m["role"] == "assistant" for m in rest) else None
 
-    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, name, shorter,
-               max_dropped)
+    kept = fit(conversations, lambda messages: len(tokenizer.chat(messages)[0]), block_size, name, shorter)
     return [Demonstration(*tokenizer.chat(messages)) for messages in kept]
 
 
-def encode_comparisons(tokenizer, preferences, block_size, name, max_dropped=1.0):
+def encode_comparisons(tokenizer, preferences, block_size, name):
     """Preferences (records.Preference) as Comparisons whose longest answer, with its prompt, takes at most
     block_size tokens: see fit."""
     def encode(p):
@@ -65,14 +64,13 @@ def encode_comparisons(tokenizer, preferences, block_size, name, max_dropped=1.0
         prompt = without_oldest_turn(p.prompt)
         return replace(p, prompt=prompt) if prompt else None
 
-    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, name, shorter, max_dropped)
+    kept = fit(preferences, lambda p: max(encode(p).lengths), block_size, name, shorter)
     return [encode(p) for p in kept]
 
 
-def fit_prompts(tokenizer, prompts, room, name, max_dropped=1.0):
+def fit_prompts(tokenizer, prompts, room, name):
     """Prompts (message lists) of at most `room` tokens: see fit."""
-    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, name, without_oldest_turn,
-               max_dropped)
+    return fit(prompts, lambda messages: len(tokenizer.prompt(messages)), room, name, without_oldest_turn)
 
 
 def without_oldest_turn(messages):
@@ -82,11 +80,10 @@ def without_oldest_turn(messages):
     return system + messages[questions[1]:] if len(questions) > 1 else None
 
 
-def fit(examples, length, block_size, name, shorter=lambda example: None, max_dropped=1.0):
+def fit(examples, length, block_size, name, shorter=lambda example: None):
     """The examples of at most block_size tokens, by length(example). Longer ones are replaced by
     shorter(example), as often as necessary, and left out if that is None; prints how many of either. name:
-    the examples' name in messages. Raises ValueError if none is left, or if more than max_dropped, a share of
-    all, would be left out."""
+    the examples' name in messages. Raises ValueError if none is left."""
     if not examples:
         raise ValueError(f"there are no {name}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
@@ -104,8 +101,6 @@ def fit(examples, length, block_size, name, shorter=lambda example: None, max_dr
         raise ValueError(f"none of the {len(examples)} {name} fits into {limit}")
     if cut:
         print(f"{cut} {longer}: without their oldest turns")
-    if dropped > max_dropped * len(examples):
-        raise ValueError(f"{dropped} {longer}: more than --max_dropped {max_dropped:g} of them")
     if dropped:
         print(f"{dropped} {longer}: left out")
     return kept

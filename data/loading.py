@@ -70,6 +70,8 @@ def load(kind, data, held_out="", max_dropped=0.0):
         rest = records.read(kind, held_out, max_dropped)
     else:
         train, rest = [record for i, record in enumerate(train) if i % 10 != 9], train[9::10]
+        if rest:
+            print(f"{data}: every tenth of {len(train) + len(rest)} records is held out: {len(rest)}")
     train, rest = ([record for record in part if record is not None] for part in (train, rest))
     if kind == "preferences":
         return without_ties(train), without_ties(rest)
@@ -85,7 +87,7 @@ def load_prompts(cfg, tokenizer, room):
     """The prompts (message lists) of at most `room` tokens that a stage's --data names."""
     prompts, _ = load("prompts", cfg.data, "", cfg.max_dropped)
     warn_if_foreign(tokenizer, prompts, cfg.data, cfg.init)
-    return fit_prompts(tokenizer, prompts, room, "prompts", cfg.max_dropped)
+    return fit_prompts(tokenizer, prompts, room, "prompts")
 
 
 def without_ties(preferences):

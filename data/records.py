@@ -4,7 +4,7 @@
                      {"conversations": [{"from", "value"}, ...]}, ShareGPT's
                      {"prompt", "response"}, or "completion" in place of "response"
                      {"instruction", "output"}, Alpaca's
-                     {"chosen"}, from preferences of whole conversations
+                     {"chosen"}, with or without a "prompt": the chosen answer of a preference
                      {"prompt", "responses", "ranks"}: the answer that is ranked first
     preferences      {"prompt", "chosen", "rejected"}
                      {"chosen", "rejected"}: two lists of messages, as in UltraFeedback, or two transcripts,
@@ -22,7 +22,8 @@ Two kinds of records are bad. Malformed ones (not JSON, wrong types, missing fie
 another format than expected: they stop a run before it trains on anything. Real files also hold records that
 are well formed and unusable (an empty turn, two conversations with different prompts, the same answer chosen
 and rejected): a reader returns None for each, and more of them than max_dropped, a share of all records, stop
-the run too. Either error counts the records and names the first few.
+the run too; but if max_dropped is above 0, one record may go in a file of any size. Either error counts the
+records and names the first few.
 """
 import gzip
 import itertools
@@ -78,7 +79,7 @@ def read(kind, path, max_dropped=0.0):
     """The records of a file: a list with a message list for each of the "demonstrations" or "prompts", a
     Preference for each of the "preferences" or "tasks" (in which all answers tie); None for unusable ones."""
     parse, shapes = KINDS[kind]
-    out, malformed, unusable = [], [], []
+    out, malformed, unusable, chosen = [], [], [], 0
     for where, record in _records(str(path)):
         try:
             if isinstance(record, RecordError):
@@ -86,6 +87,7 @@ def read(kind, path, max_dropped=0.0):
             if not isinstance(record, dict):
                 raise RecordError(f"expected an object, found {_kind(record)}")
             out.append(parse(record))
+            chosen += "rejected" in record and not record.keys() & ANSWERS
         except Unusable as e:
             unusable.append(f"{where}: {e}")
             out.append(None)
@@ -98,9 +100,11 @@ def read(kind, path, max_dropped=0.0):
         raise RecordError(f"{path}, {first_few} ({len(bad)} of {total} records are malformed)")
     if not out:
         raise RecordError(f"{path}: no records")
+    if kind == "demonstrations" and chosen:
+        print(f"{path}: {chosen} of {total} records are preferences: their chosen answers are imitated")
     if unusable:
         count = f"{len(bad)} of {total} records of no use"
-        if len(bad) > max_dropped * total:
+        if len(bad) > max(max_dropped * total, max_dropped > 0):
             raise RecordError(f"{path}, {first_few} ({count}, --max_dropped is {max_dropped:g})")
         print(f"{path}: {count} are left out: {first_few}")
     return out
@@ -202,6 +206,7 @@ def _transcript(text, field):
     return [{"role": SHAREGPT[s.lower()], "content": c} for s, c in zip(speakers, contents)]
 
 
+ANSWERS = {"messages", "conversations", "response", "completion", "output"}
 CONVERSATIONS = ("messages", "conversations", "chosen")     # fields that may hold a whole conversation
 TWO_WAYS = "can be read in two ways, by its {} and by its {}: leave one out"
 
@@ -262,6 +267,8 @@ def _demonstration(record):
     if not fields and "responses" not in record:
         is_alpaca = "prompt" not in record and {"instruction", "output"} & record.keys()
         fields = ["output" if is_alpaca else "response"]
+        if fields[0] not in record and "chosen" in record:                      # a preference
+            fields = ["chosen"]
     found = {field: _conversation(record, field) for field in fields}
     if "responses" in record:
         p = _ranking(record)

@@ -60,7 +60,7 @@ def answer_prompts(cfg, run, tokenizer, rng):
     run.place(model)
     prompts, _ = loading.load("prompts", cfg.data, "", cfg.max_dropped)
     room = model.config.block_size - cfg.max_new_tokens
-    prompts = fit_prompts(tokenizer, prompts, room, "prompts", cfg.max_dropped)
+    prompts = fit_prompts(tokenizer, prompts, room, "prompts")
     times = math.ceil(cfg.prompts / len(prompts))
     drawn = [p for _ in range(times) for p in rng.sample(prompts, len(prompts))][:cfg.prompts]
     print(f"{cfg.model} answers {len(drawn)} prompts {cfg.answers} times ...", flush=True)

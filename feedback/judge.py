@@ -87,8 +87,7 @@ def label(cfg):
     preferences = [p for p in records.read("preferences", cfg.data, cfg.max_dropped) if p]
     pairs = [(p.prompt, p.responses[better], p.responses[worse])
              for p in preferences for better, worse in p.pairs]
-    pairs = fit(pairs, lambda pair: 1 + len(judge.question(*pair)), model.config.block_size, "pairs",
-                max_dropped=cfg.max_dropped)
+    pairs = fit(pairs, lambda pair: 1 + len(judge.question(*pair)), model.config.block_size, "pairs")
     first, second = judge.compare(pairs)
     d, place = (first - second) / 2, torch.cat([first, second]).sigmoid().mean()
     changed = ((first > 0) == (second > 0)).float().mean()

@@ -48,7 +48,8 @@ def find(name):
     "owner/name"). Raises ValueError if there is none."""
     if holds_model(name):
         if os.path.exists(os.path.join(name, UNFINISHED)):
-            warnings.warn(f"{name} also holds an unfinished run: its model is the one from before that run")
+            warnings.warn(f"{name} also holds an unfinished run, in {name}/{UNFINISHED}: its model is "
+                          "the one from before that run")
         return name
     script = os.path.basename(os.path.normpath(name)) + ".py"
     if script != "model.py" and os.path.exists(os.path.join(ROOT, script)):

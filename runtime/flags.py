@@ -22,8 +22,8 @@ class Settings:
     """The flags of every script that runs networks. Apart from rounding, only `seed`, `precision` and
     `max_dropped` change results."""
     out: str = flag("out/run", "folder that the run writes")
-    max_dropped: float = flag(0.01, "share of a file's records that may be left out, as useless or too long; "
-                              "more stop the run", 0, 1)
+    max_dropped: float = flag(0.01, "share of a file's records that may be left out because they are of no "
+                              "use, but at least one; more stop the run", 0, 1)
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "

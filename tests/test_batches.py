@@ -27,14 +27,12 @@ def test_fit_keeps_what_fits_and_says_what_does_not(capsys):
     assert "1 of 3 answers" in out and "2 tokens" in out and "block_size" in out
 
 
-def test_fit_shortens_what_can_be_and_stops_where_too_much_is_lost(capsys):
+def test_fit_shortens_what_can_be_and_leaves_out_and_counts_the_rest(capsys):
     def shorter(text):
         return text[1:] if text[0] == "-" else None
-    assert fit(["a", "--bc", "abc"], len, 2, "answers", shorter, 0.5) == ["a", "bc"]
+    assert fit(["a", "--bc", "abc"], len, 2, "answers", shorter) == ["a", "bc"]
     out = capsys.readouterr().out
     assert "1 of 3 answers are longer than 2 tokens" in out and "1 of 3 answers" in out
-    with pytest.raises(ValueError, match="1 of 3 answers are longer than 2 tokens .*--max_dropped 0.3 "):
-        fit(["a", "--bc", "abc"], len, 2, "answers", shorter, 0.3)
 
 
 U1, A1, U2, A2, S = [{"role": role, "content": text} for role, text in (

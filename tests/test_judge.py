@@ -119,10 +119,8 @@ def test_a_question_that_is_longer_than_the_judge_reads_is_refused(tiny_inputs, 
                 judge.Judge(run, model, tokenizer).compare([pair])
 
 
-def test_pairs_that_are_too_long_are_left_out_up_to_max_dropped(judged, tmp_path, monkeypatch):
+def test_pairs_that_are_too_long_are_left_out_and_counted(judged, tmp_path, monkeypatch):
     long = {"prompt": "Why?", "chosen": "because " * 400, "rejected": "no"}
     records.write(tmp_path / "pairs.jsonl", [*PAIRS, long])
-    with pytest.raises(ValueError, match="1 of 6 pairs are longer"):
-        judged(0.0, 0.5)
-    found, said = judged(0.0, 0.5, max_dropped=0.5)
+    found, said = judged(0.0, 0.5)
     assert len(found) == 5 and "1 of 6 pairs are longer" in said

@@ -47,6 +47,10 @@ def folder(tmp_path_factory):
     ({"prompt": "Hi", "response": [BOT]}, [USER, BOT]),
     ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, BOT]),
     ({"chosen": [USER, BOT], "messages": [USER, BOT]}, [USER, BOT]),            # two readings that agree
+    ({"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}, [USER, BOT]),
+    ({"prompt": [USER], "chosen": [BOT], "rejected": [NO]}, [USER, BOT]),
+    ({"prompt": "Hi", "chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, BOT]),
+    ({"instruction": "Hi", "chosen": "Hello.", "rejected": "No."}, [USER, BOT]),
     ({"chosen": HH + "A friend.", "rejected": HH + "Nobody."},                              # Anthropic HH
      [USER, BOT, {"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A friend."}]),
     ({"instruction": "Hi", "output": "Hello.", "chosen": "a", "rejected": "b"}, [USER, BOT]),
@@ -428,7 +432,19 @@ def test_records_of_no_use_are_left_out_up_to_a_share(folder, capsys, useless, s
     printed = capsys.readouterr().out
     assert "1 of 100 records of no use are left out: line 100: " in printed and said in printed
     with pytest.raises(RecordError, match=r"line 100: .*\(1 of 100 records of no use, --max_dropped is 0"):
-        preferences(path, 0.009)
+        preferences(path, 0.0)
+    assert preferences(lines(folder, *[PAIR] * 5, useless), 0.01)[5] is None    # one may go in any file
+    with pytest.raises(RecordError, match="2 of 7 records of no use"):
+        preferences(lines(folder, *[PAIR] * 5, useless, useless), 0.01)
+
+
+def test_preferences_as_demonstrations_are_said_in_one_line(folder, capsys):
+    path = lines(folder, PAIR, {"prompt": "Hi", "response": "a"}, PAIR)
+    assert records.read("demonstrations", path)[0][1]["content"] == "a"
+    said = "2 of 3 records are preferences: their chosen answers are imitated\n"
+    assert capsys.readouterr().out == f"{path}: {said}"
+    preferences(lines(folder, PAIR))
+    assert capsys.readouterr().out == ""
 
 
 def test_no_more_than_a_few_records_of_no_use_are_named(folder, capsys):

@@ -138,8 +138,8 @@ class Cautious(ModelReward):
         super().__init__(cfg.reward, tokenizer)
         train, held_out = loading.load("preferences", cfg.preferences, "", cfg.max_dropped)
         size = self.model.config.block_size
-        self.comparisons = encode_comparisons(tokenizer, train, size, "preferences", cfg.max_dropped)
-        self.held_out = encode_comparisons(tokenizer, held_out, size, "held-out preferences", cfg.max_dropped)
+        self.comparisons = encode_comparisons(tokenizer, train, size, "preferences")
+        self.held_out = encode_comparisons(tokenizer, held_out, size, "held-out preferences")
         self.fitted = None
 
     def __call__(self, run, prompts, answers, batch):

@@ -29,7 +29,7 @@ def train(cfg):
     conversations, _ = loading.load("demonstrations", cfg.ptx_data, "", cfg.max_dropped)
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     size = load(cfg.init).config.block_size             # which reads no weights: see runtime.models.load
-    demonstrations = encode_demonstrations(tokenizer, conversations, size, "demonstrations", cfg.max_dropped)
+    demonstrations = encode_demonstrations(tokenizer, conversations, size, "demonstrations")
 
     def add_sft_gradient(run, policy):
         rows = run.rng.sample(demonstrations, min(cfg.ptx_batch, len(demonstrations)))
