@@ -170,6 +170,15 @@ MISTAKES = {
         ("the device stays here", '"device": cfg.device, ', ""),
         ("a person without guidelines", "guidelines=cfg.constitution", 'guidelines=""'),
     ],
+    "runtime/outputs.py": [
+        ("a finished run is overwritten unasked", "    if cfg.overwrite:\n", "    if True:\n"),
+        ("another's model is overwritten", "if holds_model(cfg.out) and not was:", "if False:"),
+        ("another run's settings go unnoticed", "if changed := differences(cfg, was, now):", "if False:"),
+        ("a run of other code counts as the same", " + changed_code(was, now)\n", "\n"),
+        ("a flag that is new counts as changed", "(defaults | run[\"settings\"]", "(run[\"settings\"]"),
+        ("files of the replaced run stay", "Path(out, name).unlink", "Path(new, name).unlink"),
+        ("the new run's metrics are lost", "    if folder != out:\n", "    if False:\n"),
+    ],
     "runtime/adapters.py": [
         ("adapters are always new", "if rank == 0 or {name", "if True or {name"),
         ("other adapters are lost", "            layer.merge()\n", "            layer.scale = 0.0\n"),
@@ -185,6 +194,9 @@ MISTAKES = {
         ("norms change places", "layers.{}.input_layernorm", "layers.{}.post_attention_layernorm"),
     ],
     "runtime/folders.py": [
+        ("a reward model is taken for a language model",
+         "if new_head and saved_head == \"scalar\":",
+         "if False:"),
         ("a new head is zero",
          "        model.head.to_empty(device=\"cpu\").apply(model._init)\n",
          "        model.head.to_empty(device=\"cpu\")\n        model.head.weight.data.zero_()\n"),
@@ -721,9 +733,6 @@ MISTAKES = {
          "self.begin(self.checkpoints.load(parts))",
          "self.step = self.checkpoints.load(parts)"),
         ("a checkpoint of a step that failed", "if not any(self.failed_in_a_row.values()):", "if True:"),
-        ("another run's settings go unnoticed",
-         "if name in now and was.get(name) != json.loads(json.dumps(now[name])):",
-         "if False:"),
         ("warned at every step",
          "        if condition and text not in self.warned:\n",
          "        if condition:\n"),
@@ -742,9 +751,9 @@ MISTAKES = {
          "        if not due:\n"
          "            return\n"),
         ("the checkpoint is removed before the model is in its place",
-         "            for name in sorted(os.listdir(aside)):\n",
+         "            outputs.publish(aside",
          "            self.checkpoints.remove()\n"
-         "            for name in sorted(os.listdir(aside)):\n"),
+         "            outputs.publish(aside"),
         ("the schedule reaches the first group alone",
          "            for group in optimizer.param_groups:\n"
          "                group[\"lr\"] = lr\n"
@@ -819,7 +828,6 @@ MISTAKES = {
          "return system + messages[questions[1]:]",
          "return messages[questions[1]:]"),
         ("an answer is what is left of a conversation", "questions[1]:]", "questions[1] + 1:]"),
-        ("no share of records is too large", "if dropped > max_dropped * len(examples):", "if False:"),
     ],
     "data/loading.py": [
         ("held-out records in the training set", "if i % 10 != 9]", "if i % 10 != 10]"),
@@ -841,7 +849,12 @@ MISTAKES = {
         ("records of no use do not count", "out.append(None)", "pass"),
         ("a tie counts as a pair", "if ranks[i] < ranks[j]]", "if ranks[i] <= ranks[j]]"),
         ("malformed records are left out", "    if malformed:\n", "    if len(malformed) > total / 2:\n"),
-        ("no share of records of no use is too large", "if len(bad) > max_dropped * total:", "if False:"),
+        ("no share of records of no use is too large",
+         "if len(bad) > max(max_dropped * total, max_dropped > 0):",
+         "if False:"),
+        ("a small file may hold nothing of no use",
+         "max(max_dropped * total, max_dropped > 0)",
+         "max_dropped * total"),
         ("the input is lost", 'text += "\\n\\n" + _text(more, "input")', "pass"),
         ("margins are lost", "[1, 2], margin, probability)", "[1, 2], 0.0, probability)"),
     ],
@@ -925,6 +938,7 @@ LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test
           "variants/grpo.py": ["test_variants"], "variants/ppo_ptx.py": ["test_variants"],
           "variants/online_dpo.py": ["test_variants"],
           "runtime/compute.py": ["test_ppo", "test_dpo", "test_precision"],
+          "runtime/outputs.py": ["test_run"],
           "runtime/safetensors.py": ["test_checkpoints"], "runtime/optimizer.py": ["test_sft"],
           "ppo.py": ["test_known_answers", "test_run", "test_variants"],
           "runtime/run.py": ["test_checkpoints", "test_precision", "test_sft", "test_ppo"]}
