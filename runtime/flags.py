@@ -124,6 +124,15 @@ def number(kind, low, high):
     return read
 
 
+def changed_flags(cfg):
+    """The flags of a config that differ from their defaults, as on a command line: a list of texts."""
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
+              if getattr(cfg, f.name) != f.default}
+    switches = {True: "--{}", False: "--no-{}"}
+    return [switches[x].format(name) if isinstance(x, bool) else f"--{name} {x}"
+            for name, x in values.items()]
+
+
 def program():
     """What the user started, for messages: script.py, python -m package, or python -m package.module."""
     folder, name = os.path.split(sys.argv[0])

@@ -11,6 +11,7 @@ import torch
 
 from runtime import processes
 from runtime.compute import pick_device
+from runtime.files import write_json
 from runtime.flags import parse, program
 
 # When this process began: its processor time until now is that of the imports, for which a person waits too.
@@ -42,6 +43,9 @@ def main(config, train, doc):
             sys.exit(1)
         if isinstance(e, BrokenPipeError):                      # or Python would complain again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:             # torchrun ends what it prints with this
+            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": f"{program()}: {line}",
+                                                               "timestamp": int(time.time())})
         sys.exit(f"{program()}: {line}")                        # status 1
     except KeyboardInterrupt:
         line = f"{program()}: interrupted"

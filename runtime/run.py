@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 
@@ -16,7 +17,7 @@ from runtime import adapters, launch, nf4, outputs, processes
 from runtime.checkpoints import Checkpoints, is_finite
 from runtime.compute import Compute, row_seeds
 from runtime.files import lock, write_json
-from runtime.flags import program
+from runtime.flags import changed_flags, program
 from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
 from runtime.sharding import add_up, collect, full_tensor, is_frozen
@@ -57,8 +58,9 @@ class Run(Compute):
             self.checkpoints.remove()                   # before other settings stand beside it
             write_json(os.path.join(self.folder, "run.json"), self.about)
         self.begin(0)
-        shown = (f"{k}={v}" for k, v in self.about["settings"].items() if k != "debug" and v != "")
-        print(f"{self.about['stage']} on {self.device}: " + "  ".join(shown), flush=True)
+        settings = "  ".join(changed_flags(cfg)) or "the defaults"
+        print(textwrap.fill(f"{self.about['stage']} on {self.device}:  {settings}", 100,
+                            subsequent_indent="    "), flush=True)
         if getattr(cfg, "warmup", 0) > total:
             warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: "
                  "the learning rate never reaches --lr")
@@ -105,7 +107,7 @@ class Run(Compute):
         if self.step:
             print(f"going on after step {self.step} of {self.total}", flush=True)
         self.open_metrics()
-        self.clock, self.first_step, self.step_began = time.time(), self.step, time.time()
+        self.first_step, self.step_began = self.step + 1, time.time()
         self.next_save, launch.at_work = time.time() + self.cfg.save_seconds, self
 
     def open_metrics(self):
@@ -185,16 +187,20 @@ class Run(Compute):
         self.step_began = time.time()
 
     def print_progress(self, step, metrics, show):
-        """Print a step's metrics and the time left. On a terminal, a line that is not to be shown for good is
-        overwritten by the next one."""
+        """Print a step's metrics and the time left, as estimated from all steps but the first, which is slow.
+        On a terminal, a line that is not to be shown for good is overwritten by the next one."""
+        if step == self.first_step:
+            self.clock, left = time.time(), ""
+        else:
+            seconds = (time.time() - self.clock) / (step - self.first_step) * (self.total - step)
+            left = f"{int(seconds) // 60}:{int(seconds) % 60:02} left"
         terminal = sys.stdout.isatty()
         if not show and not terminal:
             return
         numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}"
                    for name, v in metrics.items() if name != "seconds")
-        left = int((time.time() - self.clock) / (step - self.first_step) * (self.total - step))
         count = f"step {step:{len(str(self.total))}}/{self.total}"
-        line = "  ".join([count, *numbers, f"{left // 60}:{left % 60:02} left"])
+        line = "  ".join([count, *numbers, left]).rstrip()
         if terminal:
             line = "\r\033[K" + line
         print(line, end="\n" if show else "", flush=True)

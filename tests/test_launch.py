@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from runtime import launch, processes
 from runtime.flags import Training
@@ -46,6 +47,18 @@ def test_an_error_that_a_user_can_put_right_is_one_line_and_status_1(monkeypatch
     monkeypatch.setattr(sys, "argv", ["stage.py", "--debug"])
     with pytest.raises(ValueError, match="no such thing"):
         launch.main(Training, train, "A test.")
+
+
+def test_under_torchrun_the_line_is_also_what_torchrun_prints_last(monkeypatch, tmp_path):
+    def train(cfg):
+        raise ValueError("no such thing")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit):
+        launch.main(Training, train, "A test.")
+    failure = ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))
+    assert failure.message == "stage.py: no such thing"
 
 
 @pytest.mark.parametrize("first", [True, False])

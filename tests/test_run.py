@@ -71,6 +71,26 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
     assert shown[0] == "1/40" and shown[-1] == "40/40" and len(shown) == 21
 
 
+def test_a_run_shows_the_flags_that_differ_from_their_defaults(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = ppo.Config(device="cpu", lr=5e-4, adaptive_kl=False, reward="a" * 50, data="b" * 50)
+    Run(cfg, 10)
+    said = capsys.readouterr().out.splitlines()
+    flags = f"--device cpu --reward {'a' * 50} --data {'b' * 50} --lr 0.0005 --no-adaptive_kl"
+    assert " ".join(" ".join(said).split()).endswith(f"on cpu: {flags}")
+    assert max(map(len, said)) <= 100
+
+
+def test_the_time_left_is_estimated_without_the_slow_first_step(tmp_path, capsys, monkeypatch):
+    run, now = a_run(tmp_path, 20)[0], time.time()
+    capsys.readouterr()
+    for seconds in (100, 110, 120):
+        monkeypatch.setattr(run_module.time, "time", lambda: now + seconds)
+        run.log({"loss": 1.0})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("loss 1") and second.endswith("3:00 left") and third.endswith("2:50 left")
+
+
 def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkeypatch):
     board = mock.Mock()
     monkeypatch.setattr(run_module, "SummaryWriter", mock.Mock(return_value=board))
