@@ -123,7 +123,7 @@ def trained(tiny_inputs, tmp_path, monkeypatch):
     lines of metrics.jsonl, run.json)."""
     def train(stage, **settings):
         settings.setdefault("max_dropped", 1.0)             # the tiny networks' blocks hold little
-        cfg = stage.Config(out=str(tmp_path / "out"), device="cpu", **settings)
+        cfg = stage.Config(out=str(tmp_path / "out"), device="cpu", overwrite=True, **settings)
         stage.train(cfg)
         lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
         return cfg, GPT.load(cfg.out), lines, json.loads((tmp_path / "out/run.json").read_text())
