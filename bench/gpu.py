@@ -70,7 +70,7 @@ def utilisation(task, folder, flags, shape, peak):
 def parts(device, small):
     """(name, function of the folder and what was found before) of all that is measured."""
     flags = {"precision": "bfloat16", "device": device, "save_seconds": 1e6, "micro_batch": 16,
-             "resume": False}
+             "resume": False, "overwrite": True}
     yield "peak", None, lambda *_: product_peak(device)
     for shape in ("gpt2-6x384", "llama-6x384") if small else ("gpt2-small", "llama-1b"):
         for rows in (4, 8) if small else (64, 256):

@@ -117,7 +117,7 @@ if __name__ == "__main__":
     task, said = (TASKS | GROWTH)[name], sys.stdout
     sys.stdout = open(os.devnull, "w")                              # progress is not what is asked for
     flags = dict(out=f"{folder}/out", precision=precision, lora_rank=task.lora_rank, save_seconds=1e6,
-                 resume=False)
+                 resume=False, overwrite=True)
     for word in more:
         key, value = word.split("=")
         flags[key] = int(value) if value.isdigit() else value
