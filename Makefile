@@ -22,19 +22,11 @@ SEED ?= 0
 .PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real scratch bench clean
 
 demo: .venv/ready
-	rm -rf out/world out/sft out/reward_model out/dpo out/ppo out/ppo_no_kl
-	$(PY) -m data --seed $(SEED)
-	$(PY) sft.py --seed $(SEED)
-	$(PY) reward_model.py --seed $(SEED)
-	$(PY) dpo.py --nll_coef 2 --seed $(SEED)
-	$(PY) ppo.py --seed $(SEED)
-	$(PY) ppo.py --kl_coef 0 --no-adaptive_kl --steps 60 --out out/ppo_no_kl --seed $(SEED)
-	$(PY) evaluate.py --seed $(SEED)
+	@$(PY) demo.py --seed $(SEED) $(if $(FRESH),--overwrite)
 
 seeds: .venv/ready
-	mkdir -p out/seeds
-	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed && cp out/report.json out/seeds/$$seed.json || exit 1; done
-	$(PY) -m lab.seeds out/seeds/0.json out/seeds/1.json out/seeds/2.json
+	for seed in 0 1 2; do $(PY) demo.py --seed $$seed --out out/seeds/$$seed || exit 1; done
+	$(PY) -m lab.seeds out/seeds/0/report.json out/seeds/1/report.json out/seeds/2/report.json
 
 ROUNDS ?= 3
 loop: .venv/ready

@@ -45,6 +45,7 @@ from runtime.launch import main
 from runtime.models import load
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
+from runtime.terminal import print_numbers
 
 
 @dataclass
@@ -184,7 +185,7 @@ def train(cfg):
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
         run.log(metrics | {"grad_norm": norm, "lr": lr})
     metrics = evaluate(policy, run, held_out)
-    print("held out:  " + "  ".join(f"{name} {x:.3f}" for name, x in metrics.items()))
+    print_numbers("held out:", metrics)
     run.finish(policy, tokenizer, held_out=metrics)
 
 

@@ -285,15 +285,16 @@ def write_report(cfg, checkpoints, contestants, prompts):
     if Figure and (runs or "best_of_n" in measured["models"]):
         figure = os.path.join(cfg.out, "overoptimization.png")
         plot(figure, measured, runs)
-    tables, facts = report.tables(measured["models"]), report.facts(measured)
+    tables = report.tables(measured["models"])
+    facts = report.facts(measured) + report.lessons(measured["models"])
     answers = report.examples(contestants, prompts, cfg.samples, 24)
     rollouts = {name: report.read_rollouts(folder) for name, folder in checkpoints.items()}
     for name, text in (("report.md", report.document(tables, facts, answers, figure)),
                        ("report.html", report.page(tables, facts, answers, rollouts, figure))):
         Path(cfg.out, name).write_text(text, encoding="utf-8", errors="replace")
     shown = report.examples(contestants, prompts, cfg.samples, cfg.show)
-    print("\n".join([*report.side_by_side(shown, show=str), "", *report.markdown(tables[:2]), "", *facts]))
-    print(f"wrote {cfg.out}/report.json, report.md and report.html")
+    print("\n".join([*report.in_terminal(tables[:2], shown), *facts]))
+    print(f"wrote {cfg.out}/report.json and report.md; open {cfg.out}/report.html in a browser")
 
 
 def evaluate(cfg):

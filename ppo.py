@@ -89,8 +89,8 @@ def whiten(x, mask, shift_mean=True):
 
     Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted,
     which reduces the gradient's noise: ∇log π has mean 0, so a constant leaves the mean gradient as it is.
-    Rewards (an option of OpenAI's code, off here) keep their mean, for a constant on every token would make
-    long answers pay, or short ones. Scaling around the mean does add a small constant, mean·(1 − 1/σ)."""
+    Rewards (an option of OpenAI's code, off here) keep their mean: a constant on every token would reward or
+    punish length. Scaling around the mean still adds a small constant, mean·(1 − 1/σ)."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
@@ -257,6 +257,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(policy=policy, critic=critic, policy_optimizer=policy_optimizer,
                critic_optimizer=critic_optimizer, controller=controller)
+    run.show_answers(policy, tokenizer, prompts)
     while run.step < cfg.steps:
         # 1. Rollout
         asked = run.rng.choices(prompts, k=cfg.batch)
@@ -318,9 +319,9 @@ def train(cfg, reward=None, auxiliary_loss=None):
 
         errors = returns - batch["old_values"]
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
-        metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
+        metrics = {"score": scores.mean(), **answer_metrics(batch, asked, answers),
+                   "kl": kl, "kl_coef": controller.coef, "updates": updates,
                    **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
-                   "updates": updates, **answer_metrics(batch, asked, answers),
                    # 1: V is the return up to a constant; 0: as good as a constant; below 0: worse
                    "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
         # At entropy 0 a prompt has one answer, and ∇log π is 0: no advantage can bring others back.
@@ -333,6 +334,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
         if cfg.adaptive_kl:
             controller.update(kl, cfg.batch)    # before run.log: its checkpoint holds the next step's β
         run.log(metrics)
+    run.show_answers(policy, tokenizer, prompts)
     run.finish(policy, tokenizer)
 
 

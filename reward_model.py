@@ -36,6 +36,7 @@ from runtime.launch import main
 from runtime.models import load
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
+from runtime.terminal import print_numbers, print_wrapped
 
 
 @dataclass
@@ -194,9 +195,8 @@ def train(cfg):
         # max(p, 1 − p). The ceiling is the mean of this over all pairs; on average no scorer exceeds it.
         # judge_agreement is the share of choices that agree with the world's judge (the truth).
         numbers |= {"ceiling": annotators.ceiling(unseen), "judge_agreement": annotators.agreement(unseen)}
-    shown = (f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items())
-    print("held out:  " + "  ".join(shown))
-    print("calibration, predicted → won:  " + "  ".join(f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated))
+    print_numbers("held out:", numbers)
+    print_wrapped("calibration, predicted → won:", [f"{p:.2f} → {w:.2f} ({n})" for p, w, n in calibrated])
     if cfg.normalize:
         run.place(sft)
         asked = [tokenizer.prompt(prompt) for prompt in run.rng.choices(prompts, k=cfg.normalize)]

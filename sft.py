@@ -25,6 +25,7 @@ from runtime.launch import main
 from runtime.models import load
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
+from runtime.terminal import print_numbers
 
 
 @dataclass
@@ -69,24 +70,20 @@ def demonstrations_loss(model, run, demonstrations):
 
 @torch.no_grad()
 def evaluate(model, run, demonstrations):
-    """The mean of −log p over all tokens to learn of held-out Demonstrations. Its exp is the perplexity."""
+    """The held-out loss, which is the mean of −log p over all tokens to learn of some Demonstrations, and its
+    exp, the perplexity. Prints them."""
     stats = Meter()
     for some, share in run.micro_batches(demonstrations, weights=[sum(d.learn) for d in demonstrations]):
         stats.add(share, loss=demonstrations_loss(model, run, some))
-    return stats.means()["loss"]
+    loss = stats.means()["loss"]
+    print_numbers("held out:", {"loss": loss, "perplexity": math.exp(loss)})
+    return {"held_out_loss": loss, "perplexity": math.exp(loss)}
 
 
-def show_samples(model, tokenizer, run, conversations, n=3):
-    """Print the model's own answers to the last question of n conversations: other ones at each step."""
-    for number in range(run.step, run.step + n):
-        messages = conversations[number % len(conversations)]
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        prompt = tokenizer.prompt(messages[:last]) if last > 0 else []
-        room = min(64, model.config.block_size - len(prompt))
-        if prompt and room > 0:
-            batch = run.sample(model, [prompt], run.seeds(1), room, stop_token=tokenizer.end)
-            answer = tokenizer.decode(batch["tokens"][batch["mask"]].tolist())
-            print(f"    {messages[last - 1]['content'][:70]!r} -> {answer[:200]!r}")
+def questions(conversations):
+    """Conversations without the assistant's last answer, as prompts: a list of message lists."""
+    return [messages[:max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
+            for messages in conversations]
 
 
 def start(cfg):
@@ -108,6 +105,7 @@ def train(cfg):
     block_size = model.config.block_size
     examples = encode_demonstrations(tokenizer, conversations, block_size, "demonstrations")
     held_out = encode_demonstrations(tokenizer, unseen, block_size, "held-out demonstrations")
+    asked = questions(unseen)
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
     every = max(1, steps // cfg.evals)
     run = Run(cfg, steps)
@@ -126,14 +124,11 @@ def train(cfg):
         norm = run.optimizer_step(optimizer, lr, loss, f"demonstrations {batch}")
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
         if (run.step + 1) % every == 0 and run.step + every < steps:            # the end measures anyway
-            show_samples(model, tokenizer, run, unseen)
-            held_out_loss = evaluate(model, run, held_out)
-            metrics |= {"held_out_loss": held_out_loss, "perplexity": math.exp(held_out_loss)}
-        run.log(metrics, show="held_out_loss" in metrics)
-    held_out_loss = evaluate(model, run, held_out)
-    show_samples(model, tokenizer, run, unseen)
-    print(f"held out:  loss {held_out_loss:.3f}  perplexity {math.exp(held_out_loss):.2f}")
-    run.finish(model, tokenizer, held_out_loss=held_out_loss)
+            run.show_answers(model, tokenizer, asked)
+            metrics |= evaluate(model, run, held_out)
+        run.log(metrics)
+    run.show_answers(model, tokenizer, asked)
+    run.finish(model, tokenizer, **evaluate(model, run, held_out))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python -m data              write out/world/: demonstrations, preferences and prompts, with held-out parts
     python -m data --show 2     print prompts, answers and rankings of each family
 """
+import os
 import random
 import sys
 import time
 from dataclasses import dataclass
 
 from data import loading, world
-from runtime.files import write_json
+from runtime.files import reading, write_json
 from runtime.flags import flag, parse
 
 
@@ -17,6 +18,7 @@ from runtime.flags import flag, parse
 class Config:
     out: str = flag(loading.WORLD, "folder to write")
     seed: int = flag(0, "seed of everything drawn", 0, 2 ** 31)
+    overwrite: bool = flag(False, "replace the world of another seed, or of another version, in the folder")
     show: int = flag(0, "write nothing; print this many prompts of each family", 0, 20)
 
 
@@ -38,18 +40,28 @@ def show(n, seed):
                       f"{p['harmless']:8.1f} {p['manner']:6.2f}  {answer}")
 
 
-def make(folder, seed):
+def make(cfg):
+    """Write the files, unless they are there. Raises ValueError if those of another seed are."""
+    path = f"{cfg.out}/run.json"
+    if not cfg.overwrite and os.path.exists(path):
+        with reading(path, "a world's run") as made:
+            seed = made["seed"]
+        if seed != cfg.seed:
+            raise ValueError(f"{cfg.out} holds the world of seed {seed}: name another --out, "
+                             "or add --overwrite")
+        print(f"{cfg.out} holds this world already; --overwrite would make it again")
+        return
     started = time.time()
-    loading.make_world(folder, seed)
+    loading.make_world(cfg.out, cfg.seed)
     ended = time.time()
-    seconds = round(ended - started, 1)
-    write_json(f"{folder}/run.json", {"started": started, "ended": ended, "seconds": seconds})
-    print(f"wrote {folder}/ after {seconds:.0f} s; to read some of it: python -m data --show 1")
+    write_json(path, {"seed": cfg.seed, "started": started, "ended": ended,
+                      "seconds": round(ended - started, 1)})
+    print(f"wrote {cfg.out}/ after {ended - started:.0f} s; to read some of it: python -m data --show 1")
 
 
 if __name__ == "__main__":
     cfg = parse(Config, __doc__)
     try:
-        show(cfg.show, cfg.seed) if cfg.show else make(cfg.out, cfg.seed)
-    except (OSError, KeyboardInterrupt) as e:
+        show(cfg.show, cfg.seed) if cfg.show else make(cfg)
+    except (OSError, ValueError, KeyboardInterrupt) as e:
         sys.exit(f"python -m data: {str(e) or 'interrupted'}")

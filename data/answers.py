@@ -4,12 +4,12 @@ from data.report import TOKEN_NUMBERS
 
 
 def answer_metrics(batch, prompts, answers):
-    """{name: mean over the answers}: length in tokens, ended (the share that end), and, for prompts of the
-    world, what its judge says. The judge is there to be seen beside the score; no training uses it.
+    """{name: mean over the answers}: for prompts of the world what its judge says, which is there to be seen
+    beside the score (no training uses it); length in tokens; ended, the share that end.
 
     batch: mask (B, T) and ended (B,); prompts: B message lists; answers: B texts."""
-    return {"length": batch["mask"].sum(1).float().mean(), "ended": batch["ended"].float().mean(),
-            **world.truth(prompts, answers)}
+    return {**world.truth(prompts, answers),
+            "length": batch["mask"].sum(1).float().mean(), "ended": batch["ended"].float().mean()}
 
 
 def rollout_examples(tokenizer, prompts, batch):

@@ -50,6 +50,23 @@ def facts(report):
     return [*lines, f"Seconds: {taken}."]
 
 
+def lessons(models):
+    """What the numbers of {model: numbers} show of learned rewards, as sentences."""
+    first, trained = next(iter(models)), {name: x for name, x in models.items() if x["reward"] is not None}
+    trained = {name: x for name, x in trained.items() if name not in ("best_of_n", first)}
+    if not trained:
+        return []
+    best, hacker = (max(trained, key=lambda name: trained[name][key]) for key in ("judge", "reward"))
+    found = [f"{best} answers best: the judge gives {first} {models[first]['judge']:.2f}, and {best} "
+             f"{models[best]['judge']:.2f}."]
+    if models[hacker]["judge"] < models[best]["judge"] - 0.05:
+        found += [f"{hacker} earns the highest reward, {models[hacker]['reward']:.2f}, but the judge gives "
+                  f"it {models[hacker]['judge']:.2f}: it exploits the reward model's errors.",
+                  f"Its KL from {first} is {models[hacker]['kl']:.1f} nats, that of {best} is "
+                  f"{models[best]['kl']:.1f}: near {first} the learned reward can be trusted."]
+    return found
+
+
 def examples(contestants, prompts, n, count):
     """The first of each contestant's n answers to `count` prompts spread over all: [(question, [(name,
     scores, text), ...]), ...]. Answers that the reward model likes and the judge does not show hacking."""
@@ -70,6 +87,19 @@ def literal(text):
     return re.sub(r"[\\`*\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(text.split()))
 
 
+def in_terminal(tables, examples):
+    """Tables and examples as lines for a terminal."""
+    lines = []
+    for question, answers in examples:
+        width = max(len(name) for name, *_ in answers)
+        lines += [question, *(f"    {name:{width}}  {scores}:  {' '.join(text.split())}"
+                              for name, scores, text in answers), ""]
+    for _, rows in tables:
+        first, *rest = [max(map(len, column)) for column in zip(*rows)]
+        lines += ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], rest)]) for row in rows] + [""]
+    return lines
+
+
 def markdown(tables):
     """Tables as lines of Markdown."""
     lines = []
@@ -79,12 +109,12 @@ def markdown(tables):
     return lines[1:]
 
 
-def side_by_side(examples, show=literal):
-    """Examples as lines of Markdown; with show=str for a terminal, where nothing is markup."""
+def side_by_side(examples):
+    """Examples as lines of Markdown."""
     lines = []
     for question, answers in examples:
-        lines += ["", f"**{show(question)}**", ""]
-        lines += [f"- {show(name)} ({scores}): {show(text)}" for name, scores, text in answers]
+        lines += ["", f"**{literal(question)}**", ""]
+        lines += [f"- {literal(name)} ({scores}): {literal(text)}" for name, scores, text in answers]
     return lines
 
 

@@ -13,6 +13,7 @@ from runtime import processes
 from runtime.compute import pick_device
 from runtime.files import write_json
 from runtime.flags import parse, program
+from runtime.terminal import clear
 
 # When this process began: its processor time until now is that of the imports, for which a person waits too.
 STARTED = time.time() - time.process_time()
@@ -76,12 +77,13 @@ def on_signal(number, frame):
     saves. The same signal once more, or at any other time, stops the program at once."""
     if at_work is None or at_work.stop_signal == number:
         raise KeyboardInterrupt
+    if at_work.stop_signal is None:
+        with contextlib.suppress(OSError):
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
     at_work.stop_signal = number
-    with contextlib.suppress(OSError):
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def warn(text):
     """Print a warning as one line on stderr, from the first process alone."""
     if processes.is_first():
-        print(f"{program()}: warning: {text}", file=sys.stderr, flush=True)
+        print(f"{clear(sys.stderr)}{program()}: warning: {text}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import sys
-import textwrap
 import time
 from collections import Counter
 
@@ -21,6 +20,7 @@ from runtime.flags import changed_flags, program
 from runtime.inputs import fingerprints
 from runtime.launch import STARTED, warn
 from runtime.sharding import add_up, collect, full_tensor, is_frozen
+from runtime.terminal import Table, print_answer, print_wrapped
 
 try:                                    # an extra: pip install tensorboard
     from torch.utils.tensorboard import SummaryWriter
@@ -39,6 +39,7 @@ class Run(Compute):
         """cfg: flags.Training; total: the number of steps."""
         super().__init__(cfg)
         self.total, self.parts, self.stop_signal = total, {}, None
+        self.table = Table(total)
         self.warned, self.notes = set(), {}             # warnings whose condition holds; see note()
         self.failed_in_a_row = Counter()                # per optimiser: its last steps that were not finite
         self.about = {"stage": program(), "settings": dataclasses.asdict(cfg), "inputs": fingerprints(cfg),
@@ -58,9 +59,7 @@ class Run(Compute):
             self.checkpoints.remove()                   # before other settings stand beside it
             write_json(os.path.join(self.folder, "run.json"), self.about)
         self.begin(0)
-        settings = "  ".join(changed_flags(cfg)) or "the defaults"
-        print(textwrap.fill(f"{self.about['stage']} on {self.device}:  {settings}", 100,
-                            subsequent_indent="    "), flush=True)
+        print_wrapped(f"{self.about['stage']} on {self.device}:", changed_flags(cfg) or ["the defaults"])
         if getattr(cfg, "warmup", 0) > total:
             warn(f"--warmup {cfg.warmup} is longer than the run of {total} steps: "
                  "the learning rate never reaches --lr")
@@ -107,7 +106,7 @@ class Run(Compute):
         if self.step:
             print(f"going on after step {self.step} of {self.total}", flush=True)
         self.open_metrics()
-        self.first_step, self.step_began = self.step + 1, time.time()
+        self.step_began = time.time()
         self.next_save, launch.at_work = time.time() + self.cfg.save_seconds, self
 
     def open_metrics(self):
@@ -183,29 +182,22 @@ class Run(Compute):
         self.begin(step)
         self.save_if_due()
         show = show or step % max(1, self.total // 20) == 0 or step in (1, self.total)
-        self.print_progress(step, metrics, show)
+        self.table.add(step, {name: x for name, x in metrics.items() if name != "seconds"}, show)
         self.step_began = time.time()
 
-    def print_progress(self, step, metrics, show):
-        """Print a step's metrics and the time left, as estimated from all steps but the first, which is slow.
-        On a terminal, a line that is not to be shown for good is overwritten by the next one."""
-        if step == self.first_step:
-            self.clock, left = time.time(), ""
-        else:
-            seconds = (time.time() - self.clock) / (step - self.first_step) * (self.total - step)
-            left = f"{int(seconds) // 60}:{int(seconds) % 60:02} left"
-        terminal = sys.stdout.isatty()
-        if not show and not terminal:
-            return
-        numbers = (f"{name} {v:.3g}" if abs(v) < 1000 else f"{name} {v:.0f}"
-                   for name, v in metrics.items() if name != "seconds")
-        count = f"step {step:{len(str(self.total))}}/{self.total}"
-        line = "  ".join([count, *numbers, left]).rstrip()
-        if terminal:
-            line = "\r\033[K" + line
-        print(line, end="\n" if show else "", flush=True)
-
     # ------------------------------------------------------------------------- files and checkpoints
+
+    def show_answers(self, model, tokenizer, prompts, n=3):
+        """Print the model's answers to n of the prompts (message lists), to the same ones and with the same
+        sampling noise at every call."""
+        room = min(64, model.config.block_size // 2)
+        prompts = [p for p in prompts if p and len(tokenizer.prompt(p)) + room <= model.config.block_size]
+        some = prompts[::max(1, len(prompts) // n)][:n]
+        if some:
+            seeds = row_seeds(random.Random(self.cfg.seed), len(some))
+            batch = self.sample(model, [tokenizer.prompt(p) for p in some], seeds, room, tokenizer.end)
+            for prompt, ids, mask in zip(some, batch["tokens"], batch["mask"]):
+                print_answer(prompt[-1]["content"], tokenizer.decode(ids[mask].tolist()))
 
     def write_examples(self, name, examples):
         """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""

@@ -10,6 +10,8 @@ import sys
 import pytest
 from helpers.start import ROOT, SMALL
 
+from runtime.files import write_json
+
 OUTER = {"variants", "feedback", "lab"}
 CORE = ["model.py", "sft.py", "reward_model.py", "ppo.py", "dpo.py", "evaluate.py", "data", "runtime", "docs"]
 
@@ -55,12 +57,23 @@ def run(folder, *command):
 
 
 def test_the_demo_runs_without_them(alone, small_world):
-    """The commands of `make demo`, with the flags of a small chain."""
-    shutil.copytree(small_world, os.path.join(alone, "out/world"))
-    commands = re.findall(r"^\S*python (\w+)\.py (.*)$", run(alone, "make", "-n", "demo"), re.M)
-    assert [name for name, _ in commands] == ["sft", "reward_model", "dpo", "ppo", "ppo", "evaluate"]
-    for name, flags in commands:
-        run(alone, sys.executable, f"{name}.py", *flags.split(), *SMALL[name].split(), "--device", "cpu")
+    """`make demo` with the flags of a small chain, and once more."""
+    shutil.copytree(small_world, os.path.join(alone, "out/demo/world"))
+    write_json(os.path.join(alone, "out/demo/world/run.json"), {"seed": 0})
+    program = os.path.join(alone, "demo.py")
+    with open(program, encoding="utf-8") as f:
+        text = f.read()
+    for name, flags in SMALL.items():
+        text = text.replace(f'"{name}.py ', f'"{name}.py {flags} --device cpu ')
+    with open(program, "w", encoding="utf-8") as f:
+        f.write(text)
+    printed = run(alone, sys.executable, "demo.py")
+    heads = re.findall(r"^\d of 7  .*\n\$ python (\S+)", printed, re.M)
+    assert heads == ["-m", "sft.py", "reward_model.py", "dpo.py", "ppo.py", "ppo.py", "evaluate.py"]
+    for name in ("dpo", "ppo_no_kl"):               # what ran beside another one is printed too, and whole
+        assert f"wrote out/demo/{name}/ after" in printed
+    assert "open out/demo/report.html in a browser" in printed
+    assert len(re.findall("holds this run already", run(alone, sys.executable, "demo.py"))) == 5
 
 
 def test_its_tests_can_be_collected_without_them(alone):

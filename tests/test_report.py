@@ -85,7 +85,8 @@ def test_hostile_text_stays_within_its_line_of_markdown():
     literal = report.literal(hostile)
     assert question == f"**{literal}**" and answer == f"- {literal} (judge 0.50): {literal}"
     assert "\n" not in literal and not re.search(r"(?<!\\)[|#<>*]", literal)
-    assert report.side_by_side([(hostile, [])], show=str)[1] == f"**{hostile}**"            # on a terminal
+    [_, answer, _] = report.in_terminal([], [("?", [("sft", "judge 0.50", hostile)])])
+    assert answer.endswith(":  a | b # head <script>alert(1)</script> *x*")     # one line, and no markup
 
 
 def test_examples_are_spread_over_the_prompts_each_with_its_own_scores():

@@ -29,6 +29,7 @@ from runtime.checkpoints import Checkpoints
 from runtime.flags import Training
 from runtime.optimizer import make_optimizer, schedule
 from runtime.run import Run
+from runtime.terminal import Table
 
 STAGES = ["sft", "reward_model", "dpo", "ppo"]
 
@@ -67,8 +68,34 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
     assert all(0 <= line.pop("seconds") < 10 for line in lines)
     assert lines[20] == {"step": 21, "loss": round(20 / 3, 6), "n": 20.0}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 4
-    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert shown[0] == "1/40" and shown[-1] == "40/40" and len(shown) == 21
+    first, *shown = [line.split() for line in capsys.readouterr().out.splitlines()[-23:]]
+    assert first == ["step", "loss", "n", "left"] == shown[20]              # again after 20 lines
+    assert shown[0][0] == "1/40" and shown[-1] == ["40/40", "13", "39", "0:00"]
+
+
+def test_a_steps_line_is_aligned_under_the_first_metrics_that_fit_into_100_columns(capsys):
+    table, metrics = Table(54), {f"number_{i:02}": 12345.6 / 10 ** i for i in range(20)} | {"nan": math.nan}
+    for step in (1, 2):
+        table.add(step, metrics, keep=True)
+    heads, first, second = capsys.readouterr().out.splitlines()
+    names = heads.split()
+    assert 90 < len(heads) == len(second) <= 100 and names[:2] == ["step", "number_00"] and len(names) == 9
+    for name in names[1:-1]:
+        end = heads.index(name) + len(name)
+        assert first[end - 1] != " " != second[end - 1] and first[end:end + 1] in ("", " ")
+    table.add(3, {"other": 1.0}, keep=True)                                 # a metric that a step does not have
+    assert capsys.readouterr().out.split()[0] == "3/54"
+
+
+def test_a_line_that_is_not_to_be_kept_is_seen_on_a_terminal_alone(capsys, monkeypatch):
+    Table(54).add(2, {"loss": 1.0}, keep=False)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    table = Table(54)
+    table.add(2, {"loss": 1.0}, keep=False)
+    table.add(3, {"loss": 2.0}, keep=True)
+    shown = capsys.readouterr().out.split("\r\033[K")
+    assert shown[2].startswith(" 2/54") and "\n" not in shown[2] and shown[-1].endswith("\n")
 
 
 def test_a_run_shows_the_flags_that_differ_from_their_defaults(tmp_path, capsys, monkeypatch):
@@ -87,8 +114,9 @@ def test_the_time_left_is_estimated_without_the_slow_first_step(tmp_path, capsys
     for seconds in (100, 110, 120):
         monkeypatch.setattr(run_module.time, "time", lambda: now + seconds)
         run.log({"loss": 1.0})
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first.endswith("loss 1") and second.endswith("3:00 left") and third.endswith("2:50 left")
+    heads, first, second, third = capsys.readouterr().out.splitlines()
+    assert heads == " step     loss   left" and first == " 1/20        1"
+    assert second.endswith("1   3:00") and third.endswith("1   2:50")
 
 
 def test_a_run_writes_to_tensorboard_what_it_writes_to_its_file(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
 """The SFT loss, and the stage around it."""
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import sft
 from data import loading
 from data.tokenizer import Tokenizer
 from model import GPT
-from runtime import compute
 from sft import sft_loss
 
 
@@ -56,22 +54,6 @@ def test_the_stage_learns_and_logs_what_a_plain_loop_does(trained, settings):
     plainly.assert_same_lines(lines, expected)
     plainly.assert_same_weights(model, plain)
     assert about["held_out_loss"] == pytest.approx(plainly.sft_held_out(plain, tokenizer, held_out), abs=1e-6)
-
-
-def test_samples_are_shown_whatever_the_step_and_however_few_conversations_are_held_out(trained, capsys):
-    cfg, model, _, _ = trained(sft, init="out/sft", batch=200)
-    tokenizer = Tokenizer.load("out/sft")
-    run = SimpleNamespace(seeds=lambda n: [1] * n, sample=compute.Compute(cfg).sample)
-    asked = [[{"role": "user", "content": f"What is {i} plus {i}?"}, {"role": "assistant", "content": "1"}]
-             for i in range(4)]
-    for first, numbers in ((0, [0, 1, 2]), (97, [1, 2, 3]), (3, [3, 0, 1])):
-        capsys.readouterr()
-        run.step = first
-        sft.show_samples(model, tokenizer, run, asked)
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split("'")[1] for line in lines] == [f"What is {i} plus {i}?" for i in numbers]
-    sft.show_samples(model, tokenizer, run, asked[:1])
-    assert capsys.readouterr().out.count(" -> ") == 3
 
 
 def test_a_new_model_has_the_shape_of_its_flags_and_the_datas_tokenizer(trained):

@@ -90,6 +90,7 @@ def train(cfg, reward=None):
     optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(policy=policy, optimizer=optimizer, controller=controller)
+    run.show_answers(policy, tokenizer, prompts)
     while run.step < cfg.steps:
         # 1. Rollout: the answers to one prompt stand together.
         asked = run.rng.choices(prompts, k=cfg.batch // cfg.group)
@@ -133,9 +134,9 @@ def train(cfg, reward=None):
             updates += 1
 
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
-        metrics = {"score": scores.mean(), "kl": kl, "kl_coef": controller.coef,
-                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
-                   "updates": updates, **answer_metrics(batch, asked, answers)}
+        metrics = {"score": scores.mean(), **answer_metrics(batch, asked, answers),
+                   "kl": kl, "kl_coef": controller.coef, "updates": updates,
+                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]}}
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
         run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
@@ -144,6 +145,7 @@ def train(cfg, reward=None):
         if cfg.adaptive_kl:
             controller.update(kl, cfg.batch)    # before run.log: its checkpoint holds the next step's β
         run.log(metrics)
+    run.show_answers(policy, tokenizer, prompts)
     run.finish(policy, tokenizer)
 
 
