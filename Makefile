@@ -1,4 +1,5 @@
-# make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
+# make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores); goes on where
+#               it was stopped; FRESH=1 runs everything again
 # make seeds    the same for three seeds, and the README's table of them
 # make loop     three rounds: sample from the policy, label, learn, again; and one round with as many labels
 # make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them   (40 minutes)

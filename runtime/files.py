@@ -5,6 +5,7 @@ import json
 import os
 import re
 import warnings
+from glob import glob
 
 try:
     import fcntl
@@ -53,7 +54,9 @@ def find(name):
         return name
     script = os.path.basename(os.path.normpath(name)) + ".py"
     if script != "model.py" and os.path.exists(os.path.join(ROOT, script)):
-        raise ValueError(f"no model in {name}: run `python {script}` first, or name another folder")
+        others = [f for f in sorted(glob(f"out/*/{script[:-3]}")) if holds_model(f)]
+        raise ValueError(f"no model in {name}: run `python {script}` first, or name another folder"
+                         + (f" ({others[0]})" if others else ""))
     if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"no model in {name}: name another folder")
     try:

@@ -74,7 +74,7 @@ def parse(config, doc, argv=None):
     parser = Parser(program(), usage=" ".join([program(), *words, "[flags]"]), description=doc,
                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = parser.add_argument_group("flags of this script")
-    shared = parser.add_argument_group("flags that other scripts have too")
+    shared = parser.add_argument_group("engine: where and how it runs, in every script that has networks")
     inherited = {f.name for f in dataclasses.fields(Training)} if issubclass(config, Settings) else ()
     for f in fields:
         add_flag(shared if f.name in inherited else own, f)

@@ -69,6 +69,15 @@ def test_a_folder_without_a_model_says_what_to_run_first(tmp_path):
     assert files.find(str(tmp_path)) == str(tmp_path)
 
 
+def test_a_missing_default_model_names_one_of_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/demo/sft", "out/empty/sft"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out/demo/sft/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"or name another folder \(out/demo/sft\)$"):
+        files.find("out/sft")
+
+
 def test_a_name_of_the_hub_is_fetched_where_that_can_be_done(monkeypatch):
     hub = SimpleNamespace(snapshot_download=lambda name, allow_patterns: f"/fetched/{name}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)

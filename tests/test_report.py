@@ -51,6 +51,24 @@ def test_the_tables_show_what_was_measured_of_each_model_and_no_more():
     assert [title for title, _ in report.tables({"sft": SFT})] == ["Side by side"]
 
 
+def test_lessons_say_who_answers_best_and_who_exploits_the_reward_model():
+    models = {"sft": (0.42, -0.03, 0.0), "best_of_n": (0.95, 1.0, 1.8), "ppo": (0.87, 1.25, 3.4),
+              "free": (0.28, 1.81, 90.66)}
+    models = {name: dict(zip(("judge", "reward", "kl"), numbers)) for name, numbers in models.items()}
+    best, hacked, kl = report.lessons(models)
+    assert best == "ppo answers best: the judge gives sft 0.42, and ppo 0.87."
+    assert "free earns the highest reward, 1.81, but the judge gives it 0.28" in hacked
+    assert "KL from sft is 90.7 nats, that of ppo is 3.4" in kl
+    models["free"]["judge"] = 0.86                          # hardly worse: nothing is hacked
+    assert report.lessons(models) == [best]
+    assert report.lessons({"sft": SFT, "ppo": SFT}) == []                   # without a reward model
+
+
+def test_a_terminal_shows_aligned_columns():
+    rows = [["model", "judge"], ["a_long_name", "0.42"]]
+    assert report.in_terminal([("title", rows)], []) == ["model        judge", "a_long_name   0.42", ""]
+
+
 def test_facts_name_the_judge_the_reward_model_and_the_seconds():
     measured = {"prompts": 4, "answers_each": 2, "judge": "world", "seconds": {"sft": 60.4, "total": 99.5},
                 "reward_model": {"accuracy": 0.745, "pairs": 3000, "ceiling": 0.775}}

@@ -79,11 +79,11 @@ def test_a_steps_line_is_aligned_under_the_first_metrics_that_fit_into_100_colum
         table.add(step, metrics, keep=True)
     heads, first, second = capsys.readouterr().out.splitlines()
     names = heads.split()
-    assert 90 < len(heads) == len(second) <= 100 and names[:2] == ["step", "number_00"] and len(names) == 9
+    assert 90 < len(heads) == len(second) <= 100 and names[:2] == ["step", "number_00"] and len(names) == 10
     for name in names[1:-1]:
         end = heads.index(name) + len(name)
         assert first[end - 1] != " " != second[end - 1] and first[end:end + 1] in ("", " ")
-    table.add(3, {"other": 1.0}, keep=True)                                 # a metric that a step does not have
+    table.add(3, {"other": 1.0}, keep=True)                 # a metric that a step does not have
     assert capsys.readouterr().out.split()[0] == "3/54"
 
 
