@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ def run(cfg, names):
             processes.append(start(words_of(cfg, name), threads, log))
         for name, process in zip(names, processes):
             print(f"\n{list(COMMANDS).index(name) + 1} of {len(COMMANDS)}  {COMMANDS[name][0]}")
-            print(f"$ python {shlex.join(words_of(cfg, name))}", flush=True)
+            command = textwrap.wrap(f"$ python {shlex.join(words_of(cfg, name))}", 94,
+                                    break_long_words=False, break_on_hyphens=False)
+            print(" \\\n    ".join(command), flush=True)
             if name != names[0]:
                 follow(f"{cfg.out}/{name}.log", process)
             if process.wait():

@@ -320,8 +320,9 @@ def train(cfg, reward=None, auxiliary_loss=None):
         errors = returns - batch["old_values"]
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), **answer_metrics(batch, asked, answers),
-                   "kl": kl, "kl_coef": controller.coef, "updates": updates,
+                   "kl": kl, "kl_coef": controller.coef,
                    **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
+                   "updates": updates,
                    # 1: V is the return up to a constant; 0: as good as a constant; below 0: worse
                    "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
         # At entropy 0 a prompt has one answer, and ∇log π is 0: no advantage can bring others back.

@@ -7,6 +7,7 @@ from base64 import b64encode
 from html import escape
 from pathlib import Path
 from string import Template
+from textwrap import wrap
 
 # {title of a table: {head of a column: (key in report.json, format, what it means)}}
 COLUMNS = json.loads(Path(__file__).with_name("columns.json").read_text("utf-8"))
@@ -92,8 +93,11 @@ def in_terminal(tables, examples):
     lines = []
     for question, answers in examples:
         width = max(len(name) for name, *_ in answers)
-        lines += [question, *(f"    {name:{width}}  {scores}:  {' '.join(text.split())}"
-                              for name, scores, text in answers), ""]
+        lines.append(question)
+        for name, scores, text in answers:
+            lines += wrap(f"    {name:{width}}  {scores}:  {' '.join(text.split())}", 100,
+                          subsequent_indent=" " * 8)
+        lines.append("")
     for _, rows in tables:
         first, *rest = [max(map(len, column)) for column in zip(*rows)]
         lines += ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], rest)]) for row in rows] + [""]

@@ -35,7 +35,7 @@ def print_answer(question, answer):
 
 class Table:
     """The steps of a run, one per line: the step, the first of its metrics, as many as fit, and the time that
-    is left. The heads come again every 20 lines."""
+    is left. The heads come again every 12 lines."""
 
     def __init__(self, total):
         """total: the number of steps."""
@@ -62,7 +62,7 @@ class Table:
         for name, width in self.columns.items():
             heads += f"  {name:>{width}}"
             cells += f"  {readable(metrics.get(name)):>{width}}"
-        if self.lines % 20 == 0:
+        if self.lines % 12 == 0:
             print(f"{clear()}{heads}   left")
         print(f"{clear()}{cells}{self.left(step):>7}".rstrip(), end="\n" if keep else "", flush=True)
         self.lines += keep

@@ -69,7 +69,7 @@ def test_a_run_writes_its_settings_and_one_line_a_step(tmp_path, monkeypatch, ca
     assert lines[20] == {"step": 21, "loss": round(20 / 3, 6), "n": 20.0}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 4
     first, *shown = [line.split() for line in capsys.readouterr().out.splitlines()[-23:]]
-    assert first == ["step", "loss", "n", "left"] == shown[20]              # again after 20 lines
+    assert first == ["step", "loss", "n", "left"] == shown[12]              # again after 12 lines
     assert shown[0][0] == "1/40" and shown[-1] == ["40/40", "13", "39", "0:00"]
 
 

@@ -135,8 +135,9 @@ def train(cfg, reward=None):
 
         kl = (batch["old_logprobs"] - batch["ref_logprobs"]).sum(1).mean().item()
         metrics = {"score": scores.mean(), **answer_metrics(batch, asked, answers),
-                   "kl": kl, "kl_coef": controller.coef, "updates": updates,
-                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]}}
+                   "kl": kl, "kl_coef": controller.coef,
+                   **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
+                   "updates": updates}
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
         run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
