@@ -112,7 +112,8 @@ def assert_reaches_the_optimum(stage, choices, tmp_path, monkeypatch):
                            ("find_reward", lambda *_: Judge(true_reward()))):
         monkeypatch.setattr(stage, name, stand_in)
     monkeypatch.setattr(world, "truth", lambda *_: {})
-    monkeypatch.setattr(Run, "finish", lambda *_: None)
+    for name in ("finish", "show_answers"):
+        monkeypatch.setattr(Run, name, lambda *_: None)
     stage.train(stage.Config(steps=120, batch=384, lr=4e-3, out=str(tmp_path), **SETTINGS | choices))
     policy, reference = made[:2]
     distance = total_variation(answer_logprobs(policy).exp(), optimum(reference, true_reward()))
