@@ -1,5 +1,5 @@
-# make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores); goes on where
-#               it was stopped; FRESH=1 runs everything again
+# make demo     the whole of RLHF on the embedded world, then the report   (minutes on two CPU cores)
+#               it goes on where it was stopped; FRESH=1 make demo runs everything again
 # make seeds    the same for three seeds, and the README's table of them
 # make loop     three rounds: sample from the policy, label, learn, again; and one round with as many labels
 # make methods  PPO, RLOO, GRPO, DPO and others on three seeds, and a table of them   (40 minutes)
@@ -15,15 +15,16 @@
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
 #
 # All of them set up .venv with the pinned requirements first. PYTHON=python3.12 make demo takes another interpreter;
-# SEED=1 make demo takes another seed, for the world, the weights and the sampling.
+# SEED=1 OUT=out/demo1 make demo takes another seed, for the world, the weights and the sampling, and another folder.
 PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
+OUT ?= out/demo
 
 .PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real scratch bench clean
 
 demo: .venv/ready
-	@$(PY) demo.py --seed $(SEED) $(if $(FRESH),--overwrite)
+	@$(PY) demo.py --seed $(SEED) --out $(OUT) $(if $(FRESH),--overwrite)
 
 seeds: .venv/ready
 	for seed in 0 1 2; do $(PY) demo.py --seed $$seed --out out/seeds/$$seed || exit 1; done

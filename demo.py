@@ -61,7 +61,7 @@ def start(words, threads, log):
 
 def follow(path, process):
     """Print what a process has written into a file, and what it writes until its end."""
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:     # a read may end within a character
         ended = False
         while not ended:
             ended = process.poll() is not None

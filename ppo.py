@@ -322,9 +322,8 @@ def train(cfg, reward=None, auxiliary_loss=None):
         metrics = {"score": scores.mean(), **answer_metrics(batch, asked, answers),
                    "kl": kl, "kl_coef": controller.coef,
                    **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
-                   "updates": updates,
                    # 1: V is the return up to a constant; 0: as good as a constant; below 0: worse
-                   "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
+                   "updates": updates, "explained_variance": 1 - errors[mask].var() / returns[mask].var()}
         # At entropy 0 a prompt has one answer, and ∇log π is 0: no advantage can bring others back.
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
         run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target, "KL is far above its target: lower --lr")

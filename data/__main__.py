@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import loading, world
 from runtime.files import reading, write_json
@@ -45,12 +46,13 @@ def make(cfg):
     path = f"{cfg.out}/run.json"
     if not cfg.overwrite and os.path.exists(path):
         with reading(path, "a world's run") as made:
-            seed = made["seed"]
+            seed = made.get("seed", "unknown")
         if seed != cfg.seed:
             raise ValueError(f"{cfg.out} holds the world of seed {seed}: name another --out, "
                              "or add --overwrite")
         print(f"{cfg.out} holds this world already; --overwrite would make it again")
         return
+    Path(path).unlink(missing_ok=True)          # until all files are there, it does not say that they are
     started = time.time()
     loading.make_world(cfg.out, cfg.seed)
     ended = time.time()

@@ -52,19 +52,20 @@ def facts(report):
 
 
 def lessons(models):
-    """What the numbers of {model: numbers} show of learned rewards, as sentences."""
-    first, trained = next(iter(models)), {name: x for name, x in models.items() if x["reward"] is not None}
-    trained = {name: x for name, x in trained.items() if name not in ("best_of_n", first)}
-    if not trained:
+    """What the numbers of {model: numbers} show about learned rewards, as sentences."""
+    first, *others = [name for name in models if name != "best_of_n"]
+    if not others or models[first]["reward"] is None:
         return []
-    best, hacker = (max(trained, key=lambda name: trained[name][key]) for key in ("judge", "reward"))
-    found = [f"{best} answers best: the judge gives {first} {models[first]['judge']:.2f}, and {best} "
-             f"{models[best]['judge']:.2f}."]
-    if models[hacker]["judge"] < models[best]["judge"] - 0.05:
-        found += [f"{hacker} earns the highest reward, {models[hacker]['reward']:.2f}, but the judge gives "
-                  f"it {models[hacker]['judge']:.2f}: it exploits the reward model's errors.",
-                  f"Its KL from {first} is {models[hacker]['kl']:.1f} nats, that of {best} is "
-                  f"{models[best]['kl']:.1f}: near {first} the learned reward can be trusted."]
+    best, paid = (max(others, key=lambda name: models[name][key]) for key in ("judge", "reward"))
+    a, b = models[best], models[paid]
+    found = [f"The judge's score is {models[first]['judge']:.2f} for {first}; among the others {best} has "
+             f"the highest, {a['judge']:.2f}."]
+    if b["judge"] < a["judge"] - 0.05:
+        found.append(f"{paid} earns the highest reward, {b['reward']:.2f}, but the judge gives it "
+                     f"{b['judge']:.2f}: it exploits the reward model's errors (reward hacking).")
+        if b["kl"] > a["kl"]:
+            found.append(f"Its KL from {first} is {b['kl']:.1f} nats, that of {best} is {a['kl']:.1f}: near "
+                         f"{first} the learned reward can be trusted.")
     return found
 
 

@@ -128,7 +128,7 @@ def find(prompt):
     messages = tuple((m["role"], m["content"]) for m in prompt)
     if messages not in _items_by_messages():
         raise ValueError(f"the world knows no prompt {prompt[-1]['content'][:80]!r}: "
-                         "its files may be of another version (python -m data makes them anew)")
+                         "its files may be of another version (python -m data --overwrite makes them anew)")
     return _items_by_messages()[messages]
 
 

@@ -166,9 +166,9 @@ class Run(Compute):
         """Add numbers to the metrics of this step."""
         self.notes |= numbers
 
-    def log(self, metrics, show=False):
+    def log(self, metrics):
         """Finish a step: write its metrics, {name: number}, to the files, and print them at some twenty steps
-        of the run and where `show` is true. Saves a checkpoint if one is due, and stops after Ctrl-C."""
+        of the run. Saves a checkpoint if one is due, and stops after Ctrl-C."""
         metrics |= self.notes | {"seconds": time.time() - self.step_began}
         metrics = {name: float(value) for name, value in metrics.items()}
         step, self.notes = self.step + 1, {}
@@ -181,11 +181,9 @@ class Run(Compute):
                 self.board.add_scalar(name, value, step)
         self.begin(step)
         self.save_if_due()
-        show = show or step % max(1, self.total // 20) == 0 or step in (1, self.total)
+        show = step % max(1, self.total // 20) == 0 or step in (1, self.total)
         self.table.add(step, {name: x for name, x in metrics.items() if name != "seconds"}, show)
         self.step_began = time.time()
-
-    # ------------------------------------------------------------------------- files and checkpoints
 
     def show_answers(self, model, tokenizer, prompts, n=3):
         """Print the model's answers to n of the prompts (message lists), to the same ones and with the same
@@ -198,6 +196,8 @@ class Run(Compute):
             batch = self.sample(model, [tokenizer.prompt(p) for p in some], seeds, room, tokenizer.end)
             for prompt, ids, mask in zip(some, batch["tokens"], batch["mask"]):
                 print_answer(prompt[-1]["content"], tokenizer.decode(ids[mask].tolist()))
+
+    # ------------------------------------------------------------------------- files and checkpoints
 
     def write_examples(self, name, examples):
         """Write examples (dicts) of this step to NAME_first.json, at the first step, or NAME_last.json."""

@@ -7,12 +7,12 @@ WIDTH = 100
 
 
 def clear(stream=None):
-    """What removes an unfinished line from a terminal; nothing elsewhere."""
+    """The characters that remove an unfinished line from a terminal; none if the stream is no terminal."""
     return "\r\033[K" if (stream or sys.stdout).isatty() else ""
 
 
 def print_wrapped(start, texts):
-    """Print a start and texts behind it, on as many lines as it takes. No text is broken."""
+    """Print a start and the texts that follow it, on as many lines as it takes. No text is broken."""
     lines = [start]
     for text in texts:
         if len(lines[-1]) + 2 + len(text) > WIDTH:
@@ -22,7 +22,7 @@ def print_wrapped(start, texts):
 
 
 def print_numbers(start, numbers):
-    """Print {name: number} behind a start."""
+    """Print a start, and the names and numbers of {name: number}."""
     print_wrapped(start, [f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}"
                           for name, x in numbers.items()])
 
@@ -39,7 +39,7 @@ class Table:
 
     def __init__(self, total):
         """total: the number of steps."""
-        self.total, self.width, self.lines, self.columns = total, len(f"{total}/{total}"), 0, {}
+        self.total, self.width, self.lines, self.columns = total, max(4, len(f"{total}/{total}")), 0, {}
 
     def begin(self, step, metrics):
         """Choose the columns, {name: width}, by the first step's metrics."""
@@ -76,5 +76,5 @@ class Table:
 
 
 def readable(x):
-    """A number as text with three digits that count; nothing for None."""
+    """A number as text with three significant digits; nothing for None."""
     return "" if x is None else f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 from helpers.start import ROOT
@@ -80,5 +81,9 @@ def test_a_world_is_made_once_and_one_of_another_seed_is_refused(tmp_path, monke
     with pytest.raises(ValueError, match="holds the world of seed 1: name another --out, or add --overwrite"):
         make(World(out=str(tmp_path), seed=2))
     assert (tmp_path / "demonstrations.jsonl").read_text() == prompts
-    make(World(out=str(tmp_path), seed=2, overwrite=True))
+    with monkeypatch.context() as patch:                    # stopped at half: nothing says that it is whole
+        patch.setattr(loading, "learn", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(World(out=str(tmp_path), seed=2, overwrite=True))
+    make(World(out=str(tmp_path), seed=2))
     assert (tmp_path / "demonstrations.jsonl").read_text() != prompts

@@ -56,9 +56,11 @@ def test_lessons_say_who_answers_best_and_who_exploits_the_reward_model():
               "free": (0.28, 1.81, 90.66)}
     models = {name: dict(zip(("judge", "reward", "kl"), numbers)) for name, numbers in models.items()}
     best, hacked, kl = report.lessons(models)
-    assert best == "ppo answers best: the judge gives sft 0.42, and ppo 0.87."
+    assert best == "The judge's score is 0.42 for sft; among the others ppo has the highest, 0.87."
     assert "free earns the highest reward, 1.81, but the judge gives it 0.28" in hacked
     assert "KL from sft is 90.7 nats, that of ppo is 3.4" in kl
+    models["free"]["kl"] = 1.0                              # then distance does not explain it
+    assert report.lessons(models) == [best, hacked]
     models["free"]["judge"] = 0.86                          # hardly worse: nothing is hacked
     assert report.lessons(models) == [best]
     assert report.lessons({"sft": SFT, "ppo": SFT}) == []                   # without a reward model

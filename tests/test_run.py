@@ -87,7 +87,28 @@ def test_a_steps_line_is_aligned_under_the_first_metrics_that_fit_into_100_colum
     assert capsys.readouterr().out.split()[0] == "3/54"
 
 
+def test_answers_are_to_the_same_prompts_with_the_same_noise_and_change_no_random_number_of_the_run(
+        tiny_inputs, tmp_path, capsys):
+    folder = str(tiny_inputs / "out/sft")
+    run, model = Run(Training(out=str(tmp_path), device="cpu"), 9), GPT.load(folder).float()
+    tokenizer = Tokenizer.load(folder)
+    run.place(model)
+    prompts = [[{"role": "user", "content": f"What is {i} plus {i}?"}] for i in range(7)]
+    shown = []
+    for step in (0, 8):
+        run.begin(step)
+        before = run.rng.getstate(), torch.get_rng_state()
+        capsys.readouterr()
+        run.show_answers(model, tokenizer, [[], *prompts])                  # an empty prompt has no question
+        shown.append(capsys.readouterr().out)
+        assert run.rng.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert shown[0] == shown[1] and re.findall(r"What is (\d)", shown[0]) == ["0", "2", "4"]
+
+
 def test_a_line_that_is_not_to_be_kept_is_seen_on_a_terminal_alone(capsys, monkeypatch):
+    Table(3).add(1, {"loss": 1.0}, keep=True)                               # "step" is wider than "1/3"
+    heads, line = capsys.readouterr().out.splitlines()
+    assert heads.index("loss") + 4 == len(line)
     Table(54).add(2, {"loss": 1.0}, keep=False)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
