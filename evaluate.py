@@ -51,6 +51,8 @@ class Config(Sampling):
     models: tuple = flag((), f"checkpoint folders; none takes what there is of {', '.join(DEFAULT_MODELS)}")
     out: str = flag("out", "folder of the report")
     data: str = flag(loading.WORLD, "prompts: a folder of the world's (the held-out ones), or a file")
+    held_out: str = flag("", "file of prompts in place of the held-out ones of --data, such as "
+                         f"{loading.WORLD}/prompts_development.jsonl")
     judge: str = flag("world", "scores the answers: world, or the folder of a reward model")
     reward: str = flag("out/reward_model", "reward model that scores, and that picks the best of n")
     demonstrations: str = flag(loading.WORLD, "held-out demonstrations, for the SFT loss: as --data")
@@ -155,7 +157,7 @@ class Contest(Sampler):
         self.reference = self.load(folders[0], *self.scorers.values())
         self.first = None                                           # its Contestant, once it has answered
         size = self.reference.config.block_size
-        _, prompts = loading.load("prompts", cfg.data, "", cfg.max_dropped)
+        _, prompts = loading.load("prompts", cfg.data, cfg.held_out, cfg.max_dropped)
         self.prompts = fit_prompts(self.tokenizer, prompts, size - cfg.max_new_tokens, "held-out prompts")
         self.asked = [p for p in self.prompts for _ in range(cfg.samples)]
         _, demonstrations = loading.load("demonstrations", cfg.demonstrations, "", cfg.max_dropped)

@@ -28,7 +28,8 @@ def show(n, seed):
     rng = random.Random(seed)
     for family in dict.fromkeys(item.family for item in world.items()):
         items = [item for item in world.items() if item.family == family]
-        print(f"\n=== {family}: {len(items)} prompts, {sum(i.held_out for i in items)} of them held out")
+        held_out = sum(item.part == "heldout" for item in items)
+        print(f"\n=== {family}: {len(items)} prompts, {held_out} of them held out")
         for item in rng.sample(items, n):
             print()
             for role, text in item.messages:

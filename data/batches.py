@@ -82,27 +82,31 @@ def without_oldest_turn(messages):
 
 def fit(examples, length, block_size, name, shorter=lambda example: None):
     """The examples of at most block_size tokens, by length(example). Longer ones are replaced by
-    shorter(example), as often as necessary, and left out if that is None; prints how many of either. name:
-    the examples' name in messages. Raises ValueError if none is left."""
+    shorter(example), as often as necessary, and left out if that is None; prints how many of either, and
+    where the first of those left out stand in their file. name: the examples' name in messages. Raises
+    ValueError if none is left."""
     if not examples:
         raise ValueError(f"there are no {name}: a file that stands alone holds out every tenth record, "
                          "and has fewer than 10")
-    kept, cut = [], 0
+    kept, cut, left_out = [], 0, []
     for example in examples:
         rest = example
         while rest is not None and length(rest) > block_size:
             rest = shorter(rest)
-        if rest is not None:
+        if rest is None:
+            left_out.append(getattr(example, "where", ""))
+        else:
             kept.append(rest)
             cut += rest is not example
-    dropped, limit = len(examples) - len(kept), f"{block_size} tokens (block_size)"
+    limit = f"{block_size} tokens (block_size)"
     longer = f"of {len(examples)} {name} are longer than {limit}"
     if not kept:
         raise ValueError(f"none of the {len(examples)} {name} fits into {limit}")
     if cut:
         print(f"{cut} {longer}: without their oldest turns")
-    if dropped:
-        print(f"{dropped} {longer}: left out")
+    if left_out:
+        places = ", ".join(where for where in left_out[:3] if where)
+        print(f"{len(left_out)} {longer}: left out" + (f" (the first: {places})" if places else ""))
     return kept
 
 

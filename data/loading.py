@@ -13,14 +13,16 @@ DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 10000, 500
 
 
 def make_world(folder, seed=0):
-    """Write the embedded world's demonstrations, preferences and prompts, each with a held-out part, and its
-    tokenizer, into a folder. The same seed writes the same bytes."""
+    """Write the embedded world's demonstrations, preferences and prompts, each with a held-out part, its
+    development prompts, and its tokenizer, into a folder. The same seed writes the same bytes."""
     rng = random.Random(seed)
     os.makedirs(folder, exist_ok=True)
+    records.write(f"{folder}/prompts_development.jsonl",
+                  [{"prompt": item.prompt} for item in world.items() if item.part == "development"])
     # Held-out rankings come from one person each, because that is what a reward model has to predict.
     for suffix, n_demonstrations, n_preferences, panel in (
             ("", DEMONSTRATIONS, PREFERENCES, 5), ("_heldout", HELD_OUT_RECORDS, HELD_OUT_RECORDS, 1)):
-        pool = [item for item in world.items() if item.held_out == (suffix == "_heldout")]
+        pool = [item for item in world.items() if item.part == (suffix[1:] or "training")]
         demonstrations = [
             {"messages": [*item.turns, {"role": "assistant", "content": world.crowd_answer(item, rng)}]}
             for item in world.choose(pool, rng, n_demonstrations)]

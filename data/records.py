@@ -31,7 +31,7 @@ import json
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data.tokenizer import ROLES
 
@@ -48,6 +48,11 @@ class Unusable(RecordError):
     """A record that is well formed but cannot be used."""
 
 
+class Messages(list):
+    """A conversation or a prompt: a list of {"role", "content"}."""
+    where = ""              # its place in the file, such as "line 7", for what is printed about it
+
+
 @dataclass
 class Preference:
     prompt: list            # messages, a user's last
@@ -55,6 +60,7 @@ class Preference:
     ranks: list             # K whole numbers, 1 for the best; equal numbers are ties
     margin: float = 0.0     # how much higher the chosen answer should score (pairs only)
     probability: float = 1.0        # that the chosen answer is the better one (pairs only)
+    where: str = field(default="", compare=False)           # as of Messages
 
     @property
     def pairs(self):
@@ -76,8 +82,8 @@ def write(path, records):
 
 
 def read(kind, path, max_dropped=0.0):
-    """The records of a file: a list with a message list for each of the "demonstrations" or "prompts", a
-    Preference for each of the "preferences" or "tasks" (in which all answers tie); None for unusable ones."""
+    """The records of a file: a list with Messages for each of the "demonstrations" or "prompts", a Preference
+    for each of the "preferences" or "tasks" (in which all answers tie); None for unusable ones."""
     parse, shapes = KINDS[kind]
     out, malformed, unusable, chosen = [], [], [], 0
     for where, record in _records(str(path)):
@@ -86,7 +92,9 @@ def read(kind, path, max_dropped=0.0):
                 raise record
             if not isinstance(record, dict):
                 raise RecordError(f"expected an object, found {_kind(record)}")
-            out.append(parse(record))
+            example = parse(record)
+            out.append(Messages(example) if isinstance(example, list) else example)
+            out[-1].where = where
             chosen += "rejected" in record and not record.keys() & ANSWERS
         except Unusable as e:
             unusable.append(f"{where}: {e}")

@@ -3,7 +3,9 @@
 data/world.json holds the content: facts, questions and phrases. A prompt is a phrasing applied to an entity
 ("What is the capital of {x}?" and "Peru"). Pairs of a phrasing and an entity are held out, not whole facts: a
 model can learn that Lima is the capital of Peru, and still meet the question in a phrasing that it has never
-seen with Peru. Demonstrations come from a crowd of uneven quality, so that there is something to align.
+seen with Peru. Other pairs are for development: settings are chosen on them, so that the held-out ones can
+tell how good these settings are. Demonstrations come from a crowd of uneven quality, so that there is
+something to align.
 
 The judge looks for words and their form, not for meaning. It is exact about everything that the crowd can
 say. Text written to fool it can fool it, but no training file holds such text.
@@ -20,7 +22,7 @@ CONTENT = json.loads(Path(__file__).with_name("world.json").read_text("utf-8"))
 GROUPS, DEEDS, PHRASES = CONTENT["groups"], CONTENT["deeds"], CONTENT["phrases"]
 MEMBERS = {category: entry["members"] for category, entry in CONTENT["lists"]["categories"].items()}
 SIGNS = {name: re.compile("|".join(patterns), re.I) for name, patterns in CONTENT["signs"].items()}
-HELD_OUT = 15           # percent of phrasing-entity pairs that no training file contains
+HELD_OUT, DEVELOPMENT = 15, 10      # percent of the phrasing-entity pairs; no training file contains them
 
 # -------------------------------------------------------------------------------------- the questions
 
@@ -38,10 +40,13 @@ class Item:
     mistakes: tuple = ()            # the wrong answers that people give
 
     @property
-    def held_out(self):
-        """Whether no training file holds this phrasing-entity pair: the same in every run and process."""
-        pair = f"{self.family}/{self.phrasing}/{self.entity}"
-        return zlib.crc32(pair.encode()) % 100 < HELD_OUT
+    def part(self):
+        """"training", "development" or "heldout", by the phrasing-entity pair: the same in every run and
+        process."""
+        number = zlib.crc32(f"{self.family}/{self.phrasing}/{self.entity}".encode()) % 100
+        if number < HELD_OUT:
+            return "heldout"
+        return "development" if number < HELD_OUT + DEVELOPMENT else "training"
 
     @property
     def turns(self):
@@ -94,8 +99,8 @@ def _facts():
             yield from asked[x]
             for step in (1, 3) if family in follow_ups["relations"] else ():
                 earlier = entities[(number + step) % len(entities)]
-                # The conversation holds the answer to its first question, so that one must not be held out.
-                first = next(item for item in asked[earlier] if not item.held_out)
+                # The conversation holds the answer to its first question, which must be a training one.
+                first = next(item for item in asked[earlier] if item.part == "training")
                 before = (*first.messages, ("assistant", first.sentence.format(y=first.answer)))
                 for i, phrasing in enumerate(follow_ups["phrasings"]):
                     yield replace(asked[x][0], family="follow-up", entity=f"{earlier} {x}", phrasing=i,

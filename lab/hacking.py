@@ -11,8 +11,7 @@ section 3,
     PPO        R(d) = d·(α − β·log d)
     best of n  R(d) = d·(α − β·d)            d = √KL(π ‖ SFT), R: the judge's score above the SFT model's
 
-for two sizes of reward model. Then it asks whether two signs that need no judge, distance from the training
-answers and disagreement of an ensemble, tell which answers please the reward model alone.
+for two sizes of reward model.
 """
 import json
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from lab.stages import ROOT, run_stages
 from runtime.flags import flag
 from runtime.launch import main
 from runtime.models import load_reward_model
-from variants import cautious
 
 FREE = "--kl_coef 0 --no-adaptive_kl --steps 60"
 RUNS = {                                    # variants.cautious logs the share of answers that are OOD
@@ -125,37 +123,11 @@ def law_of_best_of_n(rewards, judge, draws=2000):
     return in_words(fit(d, R.mean(0), torch.clone), fit(d.expand(draws, -1), R[some].mean(1), torch.clone))
 
 
-# ----------------------------------------------------------------------------------------- detection
-
 def judged_answers(contest, model, prompts, samples, noise):
     """A model's answers to some prompts, and the judge's score of each, (prompts · samples,)."""
     asked = [prompt for prompt in prompts for _ in range(samples)]
     answers = contest.sample(model, asked, noise)
     return answers, torch.tensor([world.judge(*pair) for pair in zip(asked, contest.texts(answers))])
-
-
-def auroc(signal, positive):
-    """The probability that the signal of a random positive is above that of a random negative."""
-    above = signal[positive][:, None] - signal[~positive][None]
-    return ((above > 0).float() + 0.5 * (above == 0)).mean().item()
-
-
-def detect(contest, start):
-    """Take the undefended policy's answers that the reward model likes better than the SFT model's average:
-    hacked are those that the judge likes less. Print how well each sign tells them from the others."""
-    cfg = cautious.Config(reward=contest.cfg.reward, max_dropped=contest.cfg.max_dropped)
-    reward = cautious.Cautious(cfg, contest.tokenizer)
-    contest.run.place(*reward.networks)
-    known = cautious.fit(contest.run, reward.model, reward.comparisons, reward.held_out, count=5)
-    answers, judge = judged_answers(contest, contest.load("out/no_defence"), contest.prompts, 8, "no_defence")
-    found = contest.run.map(lambda b: cautious.signals(reward.model, known, b), answers)
-    liked = found["scores"] > 0
-    hacked = judge[liked] < start
-    print(f"\nthe undefended policy: {len(hacked)} answers that the reward model likes, "
-          f"{hacked.float().mean():.0%} of them hacked; AUROC of")
-    for name, sign in (("distance", found["distance"]), ("disagreement", found["heads"].std(1)),
-                       ("the reward itself", found["scores"])):
-        print(f"  {name}: {auroc(sign[liked], hacked):.2f}")
 
 
 def hack(cfg):
@@ -174,7 +146,6 @@ def hack(cfg):
         rewards = contest.run.score(scorer, answers).view(-1, 64)
         print(f"{size} reward model, PPO: {law_of_ppo(evaluate.read_steps(f'out/{run}'), start)}")
         print(f"{size} reward model, best of n: {law_of_best_of_n(rewards, judge.view(-1, 64))}")
-    detect(contest, judge.mean().item())
     print(f"the figure is {Path('out/report/overoptimization.png').resolve()}")
 
 

@@ -2,21 +2,15 @@
 
     python -m lab.red_team                              out/sft and out/ppo
     python -m lab.red_team out/sft out/mine
-
-Prints tables; writes them to out/red_team.md, and their numbers to out/red_team.json.
 """
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import report, world
 from data.batches import fit
 from evaluate import Sampler, Sampling, named
-from runtime.files import write_json
 from runtime.flags import flag
 from runtime.launch import main
-from runtime.processes import is_first
 
 # The turns of a conversation that asks for a deed in a form that no training file holds.
 WRAPPERS = {
@@ -38,7 +32,6 @@ KINDS = {"Unsafe declined, by form of the request": ("unsafe_declined_by_wrapper
 @dataclass
 class Config(Sampling):
     models: tuple = flag(("out/sft", "out/ppo"), "checkpoint folders")
-    out: str = flag("out", "folder of red_team.md and red_team.json")
     samples: int = flag(3, "answers to each request", 1)
 
 
@@ -55,7 +48,7 @@ def requests():
     WRAPPERS, which is as new to a model as the harm in it. The harmless deeds tell the two apart: a model
     that answers neither kind has not understood the form."""
     deeds = [item for item in world.items() if item.kind in ("harmful", "harmless")]
-    out = [Request(**vars(item), wrapper="direct") for item in deeds if item.held_out]
+    out = [Request(**vars(item), wrapper="direct") for item in deeds if item.part == "heldout"]
     for item in deeds:
         if item.phrasing == 0:                                  # each deed and entity once
             name, x = item.entity.split()
@@ -115,12 +108,8 @@ def measure(cfg):
         items = [item for item in items for _ in range(cfg.samples)]
         answers = sampler.sample(model, [item.turns for item in items], f"{number}/red team")
         models[name] = shares(items, sampler.texts(answers))
-    text = "\n".join(report.markdown(report.tables(models, COLUMNS, KINDS)))
-    print(text)
-    if is_first():
-        os.makedirs(cfg.out, exist_ok=True)
-        Path(cfg.out, "red_team.md").write_text(text + "\n", "utf-8")
-        write_json(f"{cfg.out}/red_team.json", {"models": models})
+    print("\n".join(report.markdown(report.tables(models, COLUMNS, KINDS))))
+    return models
 
 
 if __name__ == "__main__":

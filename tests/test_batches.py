@@ -1,4 +1,5 @@
 """Examples that fit, and their order in batches."""
+import json
 import math
 import random
 
@@ -15,7 +16,7 @@ from data.batches import (
     fit_prompts,
     without_oldest_turn,
 )
-from data.records import Preference
+from data.records import Preference, read
 from data.tokenizer import learn
 
 
@@ -33,6 +34,17 @@ def test_fit_shortens_what_can_be_and_leaves_out_and_counts_the_rest(capsys):
     assert fit(["a", "--bc", "abc"], len, 2, "answers", shorter) == ["a", "bc"]
     out = capsys.readouterr().out
     assert "1 of 3 answers are longer than 2 tokens" in out and "1 of 3 answers" in out
+
+
+@pytest.mark.parametrize("kind, encode", [
+    ("demonstrations", encode_demonstrations), ("preferences", encode_comparisons), ("prompts", fit_prompts)])
+def test_records_that_are_too_long_are_named_by_their_lines(tmp_path, capsys, kind, encode):
+    tok, path = learn(["a"], 300), tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": "a" * n, "chosen": "b", "rejected": "c"}) for n in (1, 9, 1, 8, 7, 9)]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]))
+    encode(tok, read(kind, path), len(tok.prompt([{"role": "user", "content": "a"}])) + 4, kind)
+    assert f"4 of 6 {kind} are longer" in (out := capsys.readouterr().out)
+    assert out.endswith("(the first: line 3, line 5, line 6)\n")
 
 
 U1, A1, U2, A2, S = [{"role": role, "content": text} for role, text in (

@@ -11,6 +11,7 @@ from helpers import plainly
 
 import evaluate
 from data import loading, records, world
+from data.report import literal
 from data.tokenizer import Tokenizer, learn
 from model import GPT
 from runtime import files
@@ -138,7 +139,7 @@ def evaluated(tmp_path, models, **settings):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(temperature=0.6, seed=7),
+    dict(temperature=0.6, seed=7, held_out="out/world/prompts_development.jsonl"),
     dict(judge="out/reward_model", micro_batch=7, sample_batch=11, best_of=6),
     dict(temperature=0, best_of=0, samples=1)], ids=str)
 def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkeypatch, settings):
@@ -151,7 +152,7 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
     models = ["out/sft", other]
     cfg, report, text = evaluated(tmp_path, models, **dict(max_new_tokens=5, samples=2, best_of=4) | settings)
     tokenizer = Tokenizer.load("out/sft")
-    _, prompts = loading.load("prompts", loading.WORLD)
+    _, prompts = loading.load("prompts", loading.WORLD, cfg.held_out)
     _, conversations = loading.load("demonstrations", loading.WORLD)
     reference, reward = GPT.load("out/sft"), GPT.load("out/reward_model")
 
@@ -175,7 +176,7 @@ def test_the_report_holds_what_plain_loops_find(trained, other, tmp_path, monkey
         rate, low, high = evaluate.win_rate(judge, first_judge or judge, cfg.samples)
         assert {key: found[key] for key in numbers} == pytest.approx(numbers, abs=6e-4), name
         assert [found["win_rate"], *found["win_rate_interval"]] == pytest.approx([rate, low, high], abs=1e-4)
-        assert f"(judge {judge[0]:.2f}, reward {rewards[0]:.2f}): {texts[0]}\n" in text
+        assert f"(judge {judge[0]:.2f}, reward {rewards[0]:.2f}): {literal(texts[0])}\n" in text
         return judge
 
     def sampled(model, prompts, n, noise):

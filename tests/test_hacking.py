@@ -1,4 +1,4 @@
-"""What lab/hacking.py computes from runs: the laws, a detector's worth, means over steps."""
+"""What lab/hacking.py computes from runs: the laws, means over steps."""
 import math
 import re
 
@@ -22,11 +22,6 @@ def test_best_of_n_takes_the_answer_of_the_highest_reward_in_each_group():
     assert d.tolist() == pytest.approx([0, math.sqrt(math.log(2) - 1 / 2), math.sqrt(math.log(4) - 3 / 4)])
     torch.testing.assert_close(judge, torch.tensor([[1.6 / 4, (0.9 + 0.4) / 2, 0.9],
                                                     [2.0 / 4, (0.6 + 0.2) / 2, 0.2]]))
-
-
-def test_auroc_counts_pairs_and_half_of_the_ties():
-    signal, positive = torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([True, True, False, False])
-    assert lab.auroc(signal, positive) == (0 + 1 + 0.5 + 1) / 4
 
 
 def test_means_look_back_alone():
@@ -60,22 +55,3 @@ def test_the_undefended_run_is_also_shown_as_if_stopped_at_the_first_large_share
     runs["no_defence"] = metrics([0.0, 0.1])
     [(_, rows)] = lab.table({name: {"judge": 0.625} for name in lab.RUNS})
     assert len(rows) == 1 + len(lab.RUNS)                   # no alarm: nothing to stop
-
-
-def test_a_hacked_answer_is_one_that_the_reward_model_likes_and_the_judge_does_not(trained, capsys,
-                                                                                   monkeypatch):
-    monkeypatch.setattr(lab.world, "judge", lambda prompt, text: len(text) % 2)
-    cfg = lab.evaluate.Config(device="cpu", max_new_tokens=5, max_dropped=1.0)
-    contest = lab.evaluate.Contest(cfg, ["out/sft"])
-    monkeypatch.setattr(contest, "load", lambda folder: contest.reference)
-    seen = {}
-    monkeypatch.setattr(lab, "auroc", lambda sign, hacked: seen.setdefault(len(sign), hacked).float().mean())
-    lab.detect(contest, start=0.5)
-    answers, judge = lab.judged_answers(contest, contest.reference, contest.prompts, 8, "no_defence")
-    liked = contest.run.score(contest.scorers["reward"], answers) > 0
-    [hacked] = seen.values()
-    assert 0 < liked.sum() < len(liked) and torch.equal(hacked, judge[liked] < 0.5)
-    printed = capsys.readouterr().out
-    share = hacked.float().mean()
-    assert f"{liked.sum()} answers that the reward model likes, {share:.0%} of them hacked" in printed
-    assert printed.count(f": {share:.2f}\n") == 3

@@ -10,7 +10,8 @@ from helpers.start import ROOT
 from data import loading, records, world
 
 FILES = sorted([f"{kind}{part}.jsonl" for kind in ("checkable", "demonstrations", "preferences", "prompts")
-                for part in ("", "_heldout")] + ["tokenizer.json", "tokenizer_config.json"])
+                for part in ("", "_heldout")]
+               + ["prompts_development.jsonl", "tokenizer.json", "tokenizer_config.json"])
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,9 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(made, sma
         assert (made / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
-def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
+def test_no_prompt_is_in_the_files_of_two_parts(made):
     asked = {"": set(), "_heldout": set()}
+    development = {json.dumps(p) for p in records.read("prompts", made / "prompts_development.jsonl")}
     for part in asked:
         for conversation in records.read("demonstrations", made / f"demonstrations{part}.jsonl"):
             asked[part].add(json.dumps(conversation[:-1]))
@@ -52,13 +54,14 @@ def test_no_held_out_prompt_is_a_training_prompt_in_any_file(made):
         for prompt in records.read("prompts", made / f"prompts{part}.jsonl"):
             asked[part].add(json.dumps(prompt))
     assert asked[""] and asked["_heldout"]
-    assert not asked[""] & asked["_heldout"]
-    assert len(asked[""]) + len(asked["_heldout"]) == len(world.items())    # the prompts' files hold them all
+    assert not asked[""] & asked["_heldout"] and not development & (asked[""] | asked["_heldout"])
+    # The prompts' files hold them all.
+    assert len(asked[""]) + len(asked["_heldout"]) + len(development) == len(world.items())
 
 
 def test_no_held_out_prompt_is_an_earlier_turn_of_training():
-    held_out = {item.prompt for item in world.items() if item.held_out and len(item.messages) == 1}
-    earlier = {text for item in world.items() if not item.held_out
+    held_out = {item.prompt for item in world.items() if item.part != "training" and len(item.messages) == 1}
+    earlier = {text for item in world.items() if item.part == "training"
                for role, text in item.messages[:-1] if role == "user"}
     assert earlier and not earlier & held_out
 
@@ -85,7 +88,7 @@ def test_the_worlds_tokenizer_reads_what_the_world_says(made):
 def test_the_world_is_made_once_where_it_is_missing(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train, held_out = loading.load("prompts", loading.WORLD)
-    assert len(train) + len(held_out) == len(world.items())
+    assert len(train) + len(held_out) == sum(item.part != "development" for item in world.items())
     assert capsys.readouterr().out.count("\n") == 1                     # says that it does
     assert loading.load("prompts", loading.WORLD) == (train, held_out)
     assert capsys.readouterr().out == ""

@@ -93,15 +93,15 @@ def test_wilsons_interval_is_that_of_published_examples(hits, n, low, high):
     assert red_team.wilson(hits / n, n) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_the_command_measures_what_plain_loops_find(trained, tmp_path, monkeypatch, capsys):
+def test_the_command_measures_what_plain_loops_find(trained, monkeypatch, capsys):
     def content(item, text):
         """In place of the judge's, which finds all answers of these models alike."""
         n = len(str(item.messages)) + len(text)
         return n % 2, n % 3 / 2, n % 5 / 4
 
     monkeypatch.setattr(world, "_content", content)
-    cfg = red_team.Config(models=("out/sft",), out=str(tmp_path), samples=2, max_new_tokens=5, device="cpu")
-    red_team.measure(cfg)
+    cfg = red_team.Config(models=("out/sft",), samples=2, max_new_tokens=5, device="cpu")
+    found = red_team.measure(cfg)["sft"]
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
 
     def sampled(prompts, noise):
@@ -114,9 +114,7 @@ def test_the_command_measures_what_plain_loops_find(trained, tmp_path, monkeypat
     assert len({item.wrapper for item in fitting}) == 5
     fitting = [item for item in fitting for _ in range(2)]
     expected = red_team.shares(fitting, sampled([item.turns for item in fitting], "0/red team"))
-    found = json.loads((tmp_path / "red_team.json").read_text())["models"]["sft"]
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=6e-4), name
-    text = (tmp_path / "red_team.md").read_text()
-    assert text in capsys.readouterr().out and f"| sft | {expected['unsafe_declined']:.0%} (" in text
+    assert f"| sft | {expected['unsafe_declined']:.0%} (" in capsys.readouterr().out

@@ -181,14 +181,15 @@ def test_all_prompts_are_distinct():
 
 
 def test_what_is_held_out_depends_on_the_item_alone_and_not_on_the_process():
-    assert all(copy.copy(item).held_out == item.held_out for item in world.items())
+    assert all(copy.copy(item).part == item.part for item in world.items())
 
 
-def test_every_family_is_both_in_training_and_held_out():
+def test_every_family_is_in_all_three_parts():
     families = {item.family for item in world.items()}
-    for held_out in (True, False):
-        assert {item.family for item in world.items() if item.held_out == held_out} == families
-    assert 0.05 < sum(item.held_out for item in world.items()) / len(world.items()) < 0.25
+    for part, low, high in (("training", 0.6, 0.9), ("development", 0.05, 0.15), ("heldout", 0.1, 0.25)):
+        items = [item for item in world.items() if item.part == part]
+        assert {item.family for item in items} == families
+        assert low < len(items) / len(world.items()) < high
 
 
 def test_no_phrase_of_manner_holds_an_answer_word():

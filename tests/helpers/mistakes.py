@@ -596,7 +596,6 @@ MISTAKES = {
     "lab/hacking.py": [
         ("steps after the alarm count", "steps[:first + 1]", "steps"),
         ("an alarm at any OOD answer", 'if s.get("ood", 0) > 0.1)', 'if s.get("ood", 0) > 0)'),
-        ("hacked is what the judge likes", "hacked = judge[liked] < start", "hacked = judge[liked] > start"),
         ("the mean of n for the best", "flatten()[evaluate.best_of(rewards, n, N // n)]", "flatten()"),
     ],
     "lab/plan.py": [
@@ -615,7 +614,7 @@ MISTAKES = {
          "(\"unsafe\", \"harmful\"), (\"safe\", \"harmless\")",
          "(\"unsafe\", \"harmless\"), (\"safe\", \"harmful\")"),
         ("the red team asks what was trained on",
-         "for item in deeds if item.held_out]",
+         "for item in deeds if item.part == \"heldout\"]",
          "for item in deeds]"),
     ],
     "data/report.py": [
