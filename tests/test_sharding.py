@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,8 @@ from helpers.start import (
     THRIFTY,
     assert_close,
     in_float64,
+    in_processes,
     script,
-    torchrun,
 )
 
 from model import GPT, GPTConfig
@@ -83,7 +82,7 @@ def test_in_float32_two_processes_end_close_to_one(chain, stage, kind):
     flags = f"{FLAGS[stage]} --parallel {kind} --lr 1e-3"
     assert script(stage, f"{flags} --out out/one_{stage}", chain[0]).returncode == 0
     arguments = [*flags.split(), "--out", f"out/two_{stage}"]
-    done = subprocess.run(**torchrun(2, f"{stage}.py", arguments, chain[0]))
+    done = in_processes(2, f"{stage}.py", arguments, chain[0])
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_tensors(str(chain[0] / f"out/{n}_{stage}/model.safetensors")) for n in ("one", "two"))
     for name in one:
@@ -92,7 +91,7 @@ def test_in_float32_two_processes_end_close_to_one(chain, stage, kind):
 
 @pytest.mark.parametrize("processes", SIZES)
 def test_under_fsdp_each_process_holds_its_share_of_parameters_gradients_and_moments(tmp_path, processes):
-    done = subprocess.run(**torchrun(processes, "tests/helpers/shard_bytes.py", [], tmp_path))
+    done = in_processes(processes, "tests/helpers/shard_bytes.py", [], tmp_path)
     lines = re.findall(r"process \d holds \[(.*?)\] of \[(.*?)\]", done.stdout)
     assert len(lines) == processes, done.stderr[-3000:]
     for held, whole in lines:
@@ -114,8 +113,7 @@ def test_in_bfloat16_a_policy_that_does_not_learn_stays_its_reference(alone, pro
     micro-batches than the rollout: only what that rounds differently is left between π and π_old."""
     out = f"out/still_{processes}_{kind}"
     flags = f"{FLAGS['ppo']} --lr 0 --critic_lr 0 --precision bfloat16 --parallel {kind} --out {out}"
-    start = torchrun(processes, "ppo.py", flags.split(), alone)
-    done = subprocess.run(**start) if processes else script("ppo", flags, alone)
+    done = in_processes(processes, "ppo.py", flags.split(), alone)
     assert done.returncode == 0, done.stderr
     for line in (alone / out / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)

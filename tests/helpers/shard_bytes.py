@@ -1,4 +1,4 @@
-"""Under torchrun: one training step of a network sharded by FSDP; each process prints the bytes that it
+"""In several processes: one training step of a network sharded by FSDP; each process prints the bytes that it
 holds and the whole's."""
 import os
 import sys

@@ -1,7 +1,13 @@
 """How tests start the scripts of this project: alone, under torchrun, in float64, and misbehaving."""
+import atexit
+import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +53,34 @@ def command(name, flags):
 
 
 def script(name, flags, folder, stdin=""):
-    return subprocess.run(**command(name, flags), cwd=folder, input=stdin, capture_output=True)
+    """Run a script, as a copy of a process that has imported PyTorch: what subprocess.run returns."""
+    start = command(name, flags)
+    return run_copies(start["args"][2:], folder, [start["env"]], stdin)
+
+
+@lru_cache(maxsize=1)
+def copier():
+    """The process of helpers/forks.py, started once."""
+    helper = os.path.join(ROOT, "tests/helpers/forks.py")
+    process = subprocess.Popen([sys.executable, "-u", helper], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    atexit.register(process.stdin.close)
+    return process
+
+
+def run_copies(args, folder, environments, stdin=""):
+    """Run a script with these arguments once for each environment, side by side: what subprocess.run returns,
+    with the highest status and what all have printed."""
+    with tempfile.TemporaryDirectory() as streams:
+        paths = {name: os.path.join(streams, name) for name in ("stdin", "stdout", "stderr")}
+        for name, path in paths.items():
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(stdin if name == "stdin" else "")
+        request = {"args": args, "cwd": str(folder), "env": environments, **paths}
+        print(json.dumps(request), file=copier().stdin, flush=True)
+        statuses = json.loads(copier().stdout.readline())
+        stdout, stderr = (Path(paths[name]).read_text("utf-8") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(args, max(statuses, key=abs), stdout, stderr)
 
 
 def torchrun(processes, script, arguments, folder, restarts=0):
@@ -59,12 +92,26 @@ def torchrun(processes, script, arguments, folder, restarts=0):
             "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
-def in_float64(commands, folder, processes=0):
-    """Scripts one after another, with all numbers in float64: alone, or under torchrun."""
-    start = torchrun(processes, "tests/helpers/in_float64.py", commands, folder)
+def ranks(processes):
+    """The environment of each process, as torchrun sets it; of one process alone if there are none."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes == 0:
-        start["args"] = [sys.executable, os.path.join(ROOT, "tests/helpers/in_float64.py"), *commands]
-    done = subprocess.run(**start)
+        return [environment]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    return [{**environment, **address, "RANK": str(rank), "LOCAL_RANK": str(rank),
+             "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} for rank in range(processes)]
+
+
+def in_processes(processes, script, arguments, folder):
+    """A script in several processes, which find each other as under torchrun."""
+    return run_copies([os.path.join(ROOT, script), *arguments], folder, ranks(processes))
+
+
+def in_float64(commands, folder, processes=0):
+    """Scripts one after another, with all numbers in float64: alone, or in several processes."""
+    done = in_processes(processes, "tests/helpers/in_float64.py", commands, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

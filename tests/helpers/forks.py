@@ -1,0 +1,83 @@
+"""One process that has imported PyTorch, and starts scripts in copies of itself (os.fork). A new interpreter
+would import PyTorch again each time, which takes seconds.
+
+It reads a request per line, {"args", "cwd", "env": one per copy, "stdin", "stdout", "stderr": files}, and
+writes the status of each copy once all have ended.
+"""
+import atexit
+import json
+import os
+import runpy
+import sys
+import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def import_what_scripts_use():
+    """The packages that the project's modules import, but none of these modules, which each copy imports for
+    itself, as a new interpreter would."""
+    sys.path.insert(0, ROOT)
+    for name in ("sft", "reward_model", "dpo", "ppo", "evaluate", "variants.grpo"):
+        __import__(name)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(ROOT + os.sep) and "site-packages" not in file and name != "__main__":
+            del sys.modules[name]
+    sys.path.remove(ROOT)
+
+
+def become(request, environment):
+    """Take over a request's folder, environment, streams and arguments, and run its script."""
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY | os.O_APPEND),
+                                            ("stderr", os.O_WRONLY | os.O_APPEND))):
+        os.dup2(os.open(request[name], flags), stream)
+    what, *sys.argv[1:] = request["args"]
+    for folder in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
+        sys.path.insert(0, folder)
+    if what == "-m":
+        module = sys.argv.pop(1)
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[0] = what
+        sys.path.insert(0, os.path.dirname(what))
+        runpy.run_path(what, run_name="__main__")
+
+
+def serve():
+    """Wait for requests, and answer them. Returns (request, environment) in each copy."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        copies = []
+        for environment in request["env"]:
+            copies.append(os.fork())
+            if copies[-1] == 0:
+                return request, environment
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) for copy in copies]
+        print(json.dumps(statuses), flush=True)
+    os._exit(0)
+
+
+def status_of(run, *arguments):
+    """The status with which a function's exception would end an interpreter, which prints it."""
+    try:
+        run(*arguments)
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+import_what_scripts_use()
+status = status_of(become, *serve())
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(status)            # an interpreter would free all that it has imported, which takes a second
