@@ -3,12 +3,11 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 from helpers.mistakes import MISTAKES
-from helpers.start import ROOT
+from helpers.start import ROOT, run_copies
 
 sys.path.append(os.path.join(ROOT, "docs"))
 from exercise import EXERCISES, PARTS, SPOILERS, STAGES, find  # noqa: E402
@@ -154,7 +153,7 @@ def project(tmp_path):
 
 
 def run(project, *words, script="docs/exercise.py"):
-    return subprocess.run([sys.executable, script, *words], cwd=project, capture_output=True, text=True)
+    return run_copies([str(project / script), *words], project, [dict(os.environ)])
 
 
 def grade(project):

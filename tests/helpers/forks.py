@@ -17,14 +17,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 def import_what_scripts_use():
     """The packages that the project's modules import, but none of these modules, which each copy imports for
     itself, as a new interpreter would."""
-    sys.path.insert(0, ROOT)
+    sys.path[0] = ROOT                                      # not tests/helpers
     for name in ("sft", "reward_model", "dpo", "ppo", "evaluate", "variants.grpo"):
         __import__(name)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         if file.startswith(ROOT + os.sep) and "site-packages" not in file and name != "__main__":
             del sys.modules[name]
-    sys.path.remove(ROOT)
+    del sys.path[0]
 
 
 def become(request, environment):
