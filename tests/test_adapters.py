@@ -2,6 +2,7 @@
 import copy
 import json
 import subprocess
+import time
 
 import pytest
 import torch
@@ -300,7 +301,7 @@ def test_a_killed_run_with_adapters_ends_in_the_same_weights(lora, stage):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     checkpoint = lora / f"out/lora/killed_{stage}/resume.safetensors"
     while process.poll() is None and not checkpoint.exists():
-        pass
+        time.sleep(0.005)
     process.kill()
     process.wait()
     assert checkpoint.exists(), process.stderr.read()
