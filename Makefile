@@ -51,7 +51,7 @@ LORA = --data $(DATA) --init $(MODEL) --lora_rank 16 --lora_alpha 32 --precision
 real: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make real needs MODEL=folder and DATA=file"; exit 2; }
 	$(PY) reward_model.py $(LORA) --epochs 2 --lr 3e-4 --no-merge --out out/real/reward_model
-	$(PY) dpo.py $(LORA) --epochs 2 --lr 3e-4 --nll_coef 1 --out out/real/dpo
+	$(PY) dpo.py $(LORA) --epochs 2 --lr 3e-4 --batch 8 --beta 0.5 --nll_coef 1 --out out/real/dpo
 	$(PY) ppo.py $(LORA) --reward out/real/reward_model --steps 40 --batch 32 --max_new_tokens 64 --lr 1.5e-4 \
 	    --critic_lr 2e-4 --kl_coef 0.2 --kl_target 6 --kl_horizon 300 --out out/real/ppo
 	$(PY) evaluate.py $(MODEL) out/real/dpo out/real/ppo --data $(DATA) --demonstrations $(DATA) --best_of 0 \
@@ -60,9 +60,9 @@ real: .venv/ready
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }
-	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --batch 16 --lr 1e-3 --out out/scratch/sft
-	$(PY) reward_model.py --data $(DATA) --init out/scratch/sft --out out/scratch/reward_model --epochs 2
-	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --nll_coef 2 --out out/scratch/dpo
+	$(PY) sft.py --data $(DATA) --tokenizer gpt2 --block_size 512 --epochs 3 --lr 1e-3 --out out/scratch/sft
+	$(PY) reward_model.py --data $(DATA) --init out/scratch/sft --out out/scratch/reward_model --epochs 2 --lr 5e-4
+	$(PY) dpo.py --data $(DATA) --init out/scratch/sft --batch 8 --lr 5e-4 --beta 0.5 --nll_coef 2 --out out/scratch/dpo
 
 test: .venv/ready
 	$(PY) -m ruff check .

@@ -30,7 +30,7 @@ COMMANDS = {                            # {name: (what it does, command)}; {out}
             "ppo.py --out {out}/ppo --data {out}/world --init {out}/sft --reward {out}/reward_model"),
     "ppo_no_kl": ("PPO without a KL penalty: maximise the learned reward, and nothing else",
                   "ppo.py --out {out}/ppo_no_kl --data {out}/world --init {out}/sft "
-                  "--reward {out}/reward_model --kl_coef 0 --no-adaptive_kl --steps 60"),
+                  "--reward {out}/reward_model --kl_coef 0 --no-adaptive_kl"),
     "report": ("evaluation: all models answer held-out prompts",
                "evaluate.py {out}/sft {out}/dpo {out}/ppo {out}/ppo_no_kl --out {out} --data {out}/world "
                "--demonstrations {out}/world --reward {out}/reward_model"),

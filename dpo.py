@@ -55,14 +55,14 @@ class Config(Training):
     data: str = flag(loading.WORLD, "preferences: a folder of the world's, or a file (.json, .jsonl)")
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     loss: str = flag("sigmoid", "loss of a pair; DPO has the sigmoid", choices=("sigmoid", "ipo", "hinge"))
-    beta: float = flag(0.5, "β, the weight of the KL penalty, usually 0.05 to 1", 1e-6)
+    beta: float = flag(0.25, "β, the weight of the KL penalty, usually 0.05 to 1", 1e-6)
     label_smoothing: float = flag(0.0, "assumed probability that a label is wrong", 0, 0.499)
     nll_coef: float = flag(0.0, "weight of −log p per token of best answers", 0)
     length_normalize: bool = flag(False, "compare log-probabilities per token; h is then smaller by about "
                                   "an answer's length, so β must be larger by it")
     epochs: int = flag(1, "passes over the preferences", 1)
-    batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
-    lr: float = flag(5e-4, "peak learning rate", 0)
+    batch: int = flag(16, "prompts per optimiser step, each with all its answers", 1)
+    lr: float = flag(1e-3, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("linear", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
 

@@ -43,7 +43,7 @@ class OnPolicy(Training):
     init: str = flag("out/sft", "SFT checkpoint: where the policy starts, and its reference")
     reward: str = flag("out/reward_model", "what gives answers their scores: see runtime/rewards.py")
     data: str = flag(WORLD, "prompts: a folder of the world's, or a file (.json, .jsonl)")
-    steps: int = flag(54, "steps of rollout and update", 1)
+    steps: int = flag(40, "steps of rollout and update", 1)
     batch: int = flag(128, "answers per rollout", 2)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
     temperature: float = flag(1.0, "of sampling, and of the answers' log-probabilities", 0.01)

@@ -47,7 +47,7 @@ class Config(Training):
     held_out: str = flag("", "file of held-out preferences; none holds out every tenth record")
     epochs: int = flag(1, "passes over the preferences; with more it overfits to annotators' noise", 1)
     batch: int = flag(8, "prompts per optimiser step, each with all its answers", 1)
-    lr: float = flag(5e-4, "peak learning rate", 0)
+    lr: float = flag(1e-3, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
     weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)

@@ -20,7 +20,7 @@ SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]           # numbers of proc
 
 # A chain of small stages.
 SMALL = {
-    "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2",
+    "sft": "--n_layer 1 --n_head 2 --n_embd 32 --evals 2 --warmup 4",
     "reward_model": "--normalize 32 --warmup 5",
     "dpo": "--warmup 2",
     "ppo": "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --whiten_rewards",
