@@ -3,8 +3,9 @@
     python demo.py                  everything it writes is in out/demo/
     python demo.py --seed 1 --out out/demo1
 
-Started again, it goes on where it was stopped, and runs nothing twice. Two commands of which neither needs
-the other run side by side, on one processor core each; what the second prints is shown after the first.
+Started again, it goes on where it was stopped, and runs nothing twice. A command begins as soon as the
+folders that it reads are ready and a processor core is free. What it prints is shown after what the commands
+before it print.
 """
 import os
 import shlex
@@ -19,23 +20,25 @@ from pathlib import Path
 from runtime.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = {                            # {name: (what it does, command)}; {out} is --out
-    "world": ("the world: demonstrations, preferences, prompts", "-m data --out {out}/world"),
-    "sft": ("SFT: imitate demonstrations, the bad ones too", "sft.py --out {out}/sft --data {out}/world"),
-    "reward_model": ("reward model: learn what people prefer",
+CORES = 2
+# {name: (what it does, number of threads, command)}, in the order in which they are shown; {out} is --out.
+# The number of threads is fixed because sums round differently with another one.
+COMMANDS = {
+    "world": ("the world: demonstrations, preferences, prompts", 1, "-m data --out {out}/world"),
+    "sft": ("SFT: imitate demonstrations, the bad ones too", 2, "sft.py --out {out}/sft --data {out}/world"),
+    "reward_model": ("reward model: learn what people prefer", 1,
                      "reward_model.py --out {out}/reward_model --data {out}/world --init {out}/sft"),
-    "dpo": ("DPO: learn from the same preferences, without a reward model",
+    "dpo": ("DPO: learn from the same preferences, without a reward model", 1,
             "dpo.py --out {out}/dpo --data {out}/world --init {out}/sft --nll_coef 2"),
-    "ppo": ("PPO: maximise the learned reward, stay near the SFT model",
-            "ppo.py --out {out}/ppo --data {out}/world --init {out}/sft --reward {out}/reward_model"),
-    "ppo_no_kl": ("PPO without a KL penalty: maximise the learned reward, and nothing else",
+    "ppo_no_kl": ("PPO without a KL penalty: maximise the learned reward, and nothing else", 1,
                   "ppo.py --out {out}/ppo_no_kl --data {out}/world --init {out}/sft "
-                  "--reward {out}/reward_model --kl_coef 0 --no-adaptive_kl"),
-    "report": ("evaluation: all models answer held-out prompts",
+                  "--reward {out}/reward_model --kl_coef 0 --no-adaptive_kl --steps 60"),
+    "ppo": ("PPO: maximise the learned reward, and stay near the SFT model", 1,
+            "ppo.py --out {out}/ppo --data {out}/world --init {out}/sft --reward {out}/reward_model"),
+    "report": ("evaluation: all models answer held-out prompts", 2,
                "evaluate.py {out}/sft {out}/dpo {out}/ppo {out}/ppo_no_kl --out {out} --data {out}/world "
                "--demonstrations {out}/world --reward {out}/reward_model"),
 }
-SIDE_BY_SIDE = [["world"], ["sft"], ["reward_model", "dpo"], ["ppo", "ppo_no_kl"], ["report"]]
 
 
 @dataclass
@@ -47,61 +50,65 @@ class Config:
 
 def words_of(cfg, name):
     """A command as the words of its command line."""
-    words = shlex.split(COMMANDS[name][1].format(out=shlex.quote(cfg.out))) + ["--seed", str(cfg.seed)]
+    words = shlex.split(COMMANDS[name][2].format(out=shlex.quote(cfg.out))) + ["--seed", str(cfg.seed)]
     return words + ["--overwrite"] * (cfg.overwrite and name != "report")
 
 
-def start(words, threads, log):
-    """Start a command on so many threads, and return its process. It prints to the terminal, or into the file
-    `log`. The number of threads is fixed because sums round differently with another one."""
-    script = words[0] if words[0] == "-m" else ROOT / words[0]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, script, *words[1:]], env=environment, stdout=log, stderr=log)
+def inputs_of(name):
+    """The commands whose folders a command reads."""
+    words = COMMANDS[name][2].split()
+    return [other for other in COMMANDS if other != name and f"{{out}}/{other}" in words]
 
 
-def follow(path, process):
-    """Print what a process has written into a file, and what it writes until its end."""
-    with open(path, encoding="utf-8", errors="replace") as f:     # a read may end within a character
-        ended = False
-        while not ended:
-            ended = process.poll() is not None
-            print(f.read(), end="", flush=True)
-            time.sleep(0 if ended else 0.2)
+def begin_what_can(cfg, processes):
+    """Start all commands whose inputs are ready and for which there are cores. processes: {name: process} of
+    those that have been started. They print into files, out/demo/<name>.log."""
+    for name, (_, threads, _) in COMMANDS.items():
+        busy = sum(COMMANDS[other][1] for other, process in processes.items() if process.poll() is None)
+        ready = all(other in processes and processes[other].poll() == 0 for other in inputs_of(name))
+        if name not in processes and ready and busy + threads <= CORES:
+            words = words_of(cfg, name)
+            script = words[0] if words[0] == "-m" else ROOT / words[0]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+            with open(f"{cfg.out}/{name}.log", "w", encoding="utf-8") as log:
+                processes[name] = subprocess.Popen([sys.executable, "-u", script, *words[1:]],
+                                                   env=environment, stdout=log, stderr=log)
 
 
-def run(cfg, names):
-    """Run commands side by side. What the first one prints is seen at once, and then what the others print.
-    Raises ValueError if one fails, after it has stopped the others, which save what they have."""
-    processes, threads = [], 2 // len(names)
-    try:
-        for name in names:
-            log = None if name == names[0] else open(f"{cfg.out}/{name}.log", "w", encoding="utf-8")
-            processes.append(start(words_of(cfg, name), threads, log))
-        for name, process in zip(names, processes):
-            print(f"\n{list(COMMANDS).index(name) + 1} of {len(COMMANDS)}  {COMMANDS[name][0]}")
-            command = textwrap.wrap(f"$ python {shlex.join(words_of(cfg, name))}", 94,
-                                    break_long_words=False, break_on_hyphens=False)
-            print(" \\\n    ".join(command), flush=True)
-            if name != names[0]:
-                follow(f"{cfg.out}/{name}.log", process)
-            if process.wait():
-                raise ValueError(f"{name} failed, see above; the same command goes on from here")
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
+def show(cfg, name, processes):
+    """Print a command, and what it prints until its end. Raises ValueError if it fails."""
+    print(f"\n{list(COMMANDS).index(name) + 1} of {len(COMMANDS)}  {COMMANDS[name][0]}")
+    command = textwrap.wrap(f"$ python {shlex.join(words_of(cfg, name))}", 94,
+                            break_long_words=False, break_on_hyphens=False)
+    print(" \\\n    ".join(command), flush=True)
+    log, ended = None, False
+    while not ended:
+        begin_what_can(cfg, processes)
+        if name in processes:
+            log = log or open(f"{cfg.out}/{name}.log", encoding="utf-8", errors="replace")
+            ended = processes[name].poll() is not None
+            print(log.read(), end="", flush=True)
+        time.sleep(0 if ended else 0.2)
+    log.close()
+    if processes[name].returncode:
+        raise ValueError(f"{name} failed, see above; the same command goes on from here")
 
 
 def demo(cfg):
     os.makedirs(cfg.out, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that run() stops what it has started
-    for names in SIDE_BY_SIDE:
-        run(cfg, names)
+    processes = {}
+    try:
+        for name in COMMANDS:
+            show(cfg, name, processes)
+    finally:
+        for process in processes.values():
+            process.terminate()                                     # a stage saves what it has
+        for process in processes.values():
+            process.wait()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that demo() stops what it has started
     try:
         demo(parse(Config, __doc__))
     except (OSError, ValueError) as e:

@@ -19,18 +19,23 @@ SAYS = "import sys, time; print('{0} begins', flush=True); time.sleep({1}); sys.
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-    """A function that makes small programs the demo's commands: {name: (seconds, status)}."""
+    """A function that makes small programs the demo's commands: {name: (seconds, status, threads, inputs)}.
+    """
     def make(**commands):
-        monkeypatch.setattr(demo, "COMMANDS", {name: (f"title of {name}", name) for name in commands})
+        monkeypatch.setattr(demo, "COMMANDS", {name: (f"title of {name}", threads, inputs)
+                                               for name, (*_, threads, inputs) in commands.items()})
         monkeypatch.setattr(demo, "words_of", lambda cfg, name: [str(tmp_path / f"{name}.py")])
-        for name, (seconds, status) in commands.items():
+        for name, (seconds, status, *_) in commands.items():
             (tmp_path / f"{name}.py").write_text(SAYS.format(name, seconds, status))
         return demo.Config(out=str(tmp_path))
     return make
 
 
 def test_every_command_is_run_and_has_the_seed_and_the_folder():
-    assert sorted(name for names in demo.SIDE_BY_SIDE for name in names) == sorted(demo.COMMANDS)
+    stages = ["sft", "reward_model", "dpo", "ppo_no_kl", "ppo"]
+    assert [demo.inputs_of(name) for name in demo.COMMANDS] == [
+        [], ["world"], ["world", "sft"], ["world", "sft"], *[["world", "sft", "reward_model"]] * 2,
+        ["world", *stages]]
     for name in demo.COMMANDS:
         words = demo.words_of(demo.Config(out="a folder", seed=3), name)
         out, seed = words[words.index("--out") + 1], words[words.index("--seed") + 1]
@@ -40,21 +45,32 @@ def test_every_command_is_run_and_has_the_seed_and_the_folder():
         assert ("--overwrite" in again) == (name != "report")          # a report replaces the one before
 
 
-def test_two_commands_run_side_by_side_and_print_one_after_the_other(program, capfd):
-    cfg, began = program(one=(1.5, 0), two=(1.5, 0)), time.time()
-    demo.run(cfg, ["one", "two"])
-    assert time.time() - began < 2.8
+def test_commands_begin_when_their_inputs_and_a_core_are_free_and_print_one_after_the_other(program, capfd):
+    cfg = program(one=(0.1, 0, 2, ""), two=(1.5, 0, 1, "{out}/one"), three=(0.5, 0, 1, "{out}/one"),
+                  four=(0.5, 0, 1, "{out}/three"), five=(0.1, 0, 2, "{out}/two"))
+    began = {}
+    popen = demo.subprocess.Popen
+
+    def noted(words, **more):
+        began[words[2].stem] = time.time()
+        return popen(words, **more)
+    with mock.patch.object(demo.subprocess, "Popen", noted):
+        demo.demo(cfg)
+    assert list(began) == ["one", "two", "three", "four", "five"]
+    assert began["three"] - began["two"] < 0.3 and began["four"] - began["three"] > 0.5
+    assert began["five"] - began["two"] > 1.5                       # it needs both cores
     printed = capfd.readouterr().out
-    parts = ["1 of 2  title of one", "one begins", "2 of 2  title of two", "two begins"]
+    parts = [part for i, name in enumerate(began, 1)
+             for part in (f"{i} of 5  title of {name}", f"{name} begins")]
     assert [printed.index(part) for part in parts] == sorted(printed.index(part) for part in parts)
 
 
-@pytest.mark.parametrize("bad, commands", [("one", {"one": (0.5, 1), "two": (30, 0)}),
-                                           ("two", {"one": (0.2, 0), "two": (0.5, 1)})])
+@pytest.mark.parametrize("bad, commands", [("one", {"one": (0.5, 1, 1, ""), "two": (30, 0, 1, "")}),
+                                           ("two", {"one": (0.2, 0, 1, ""), "two": (0.5, 1, 1, "")})])
 def test_a_command_that_fails_ends_the_demo_and_the_command_beside_it(program, bad, commands):
     cfg, began = program(**commands), time.time()
     with pytest.raises(ValueError, match=f"^{bad} failed, see above"):
-        demo.run(cfg, ["one", "two"])
+        demo.demo(cfg)
     assert time.time() - began < 20
 
 
