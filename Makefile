@@ -8,7 +8,7 @@
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
 # make capabilities    the tests that compare with plain loops, under each of the processor's vector instructions
-# make quick    only the tests of losses, known answers and flags      (half a minute on an idle machine)
+# make quick    only the tests of losses, the exact policy gradient and flags      (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
@@ -72,8 +72,9 @@ capabilities: .venv/ready
 	$(PY) tests/helpers/capabilities.py
 
 quick: .venv/ready
-	$(PY) -m pytest -q -k "not what_a_plain_loop_does" tests/test_formulas.py tests/test_sft.py \
-	    tests/test_reward_model.py tests/test_ppo.py tests/test_dpo.py tests/test_choices.py tests/test_known_answers.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -k "not (plain_loop or reaches or recovers or ends_at_the_margin)" \
+	    tests/test_formulas.py tests/test_sft.py tests/test_reward_model.py tests/test_ppo.py tests/test_dpo.py \
+	    tests/test_choices.py tests/test_known_answers.py
 
 proofs: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile

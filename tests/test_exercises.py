@@ -145,11 +145,18 @@ WRONG = {
 }
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project, in which exercises are made and graded."""
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project."""
     left_out = shutil.ignore_patterns(".git", ".venv", "out", "homework", "bench", "__pycache__", ".*_cache")
-    return shutil.copytree(ROOT, tmp_path / "project", ignore=left_out)
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("exercises") / "project", ignore=left_out)
+
+
+@pytest.fixture
+def project(copy):
+    """That copy, in which exercises are made and graded: all that a test writes is in homework/."""
+    yield copy
+    shutil.rmtree(copy / "homework", ignore_errors=True)
 
 
 def run(project, *words, script="docs/exercise.py"):
