@@ -52,16 +52,18 @@ class OnPolicy(Training):
     minibatches: int = flag(2, "optimiser steps per epoch", 1)
     lr: float = flag(1e-3, "the policy's peak learning rate", 0)
     warmup: int = flag(3, "steps of linear warm-up", 0)
-    decay: str = flag("linear", "of learning rates", choices=("constant", "linear", "cosine"))
+    decay: str = flag("linear", "of learning rates, to 0", choices=("constant", "linear", "cosine"))
     kl_coef: float = flag(0.1, "β, the weight of the KL penalty; its first value if it adapts", 0)
     adaptive_kl: bool = flag(True, "adapt β to keep the KL near kl_target")
     kl_target: float = flag(3.5, "nats per answer between policy and reference", 1e-6, needs="adaptive_kl")
     kl_horizon: int = flag(1000, "answers over which β adapts; more: slower", 1, needs="adaptive_kl")
-    clip: float = flag(0.2, "ε: a token whose ratio π/π_old is beyond 1 ± ε is pushed no further", 0)
+    clip: float = flag(0.2, "ε, the clip range of the ratio π/π_old", 0)
     entropy_coef: float = flag(0.0, "bonus per nat of entropy per token", 0)
     update_kl: float = flag(0.1, "nats per token from π_old at which an update stops; 0 never stops it", 0)
 
     def __post_init__(self):
+        if self.adaptive_kl and self.kl_coef == 0:
+            raise ValueError("--kl_coef 0 cannot adapt, because β changes by a factor: add --no-adaptive_kl")
         if self.adaptive_kl and 0.2 * self.batch >= self.kl_horizon:
             raise ValueError("--kl_horizon must exceed --batch/5, or β could turn negative")
         if self.minibatches > self.batch:
@@ -74,7 +76,7 @@ class Config(OnPolicy):
     critic_lr: float = flag(1e-3, "the critic's peak learning rate", 0)
     gamma: float = flag(1.0, "discount per token", 0, 1)
     lam: float = flag(0.95, "λ of GAE, usually 0.9 to 1; 1: the Monte Carlo return minus the value", 0, 1)
-    value_clip: float = flag(0.2, "a value further than this from the old one is pushed no further", 0)
+    value_clip: float = flag(0.2, "the clip range of a value around the old one", 0)
     whiten_rewards: bool = flag(False, "scale rewards to standard deviation 1, with their mean unchanged")
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
 
@@ -90,7 +92,8 @@ def whiten(x, mask, shift_mean=True):
     Advantages are scaled, so that the size of a step does not depend on the unit of the rewards, and shifted,
     which reduces the gradient's noise: ∇log π has mean 0, so a constant leaves the mean gradient as it is.
     Rewards (an option of OpenAI's code, off here) keep their mean: a constant on every token would reward or
-    punish length. Scaling around the mean still adds a small constant, mean·(1 − 1/σ)."""
+    punish length; a factor is undone when advantages are scaled. Scaling around the mean still adds a small
+    constant, mean·(1 − 1/σ)."""
     mean = masked_mean(x, mask)
     scaled = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0)

@@ -50,7 +50,7 @@ class Config(Training):
     lr: float = flag(1e-3, "peak learning rate", 0)
     warmup: int = flag(10, "steps of linear warm-up", 0)
     decay: str = flag("cosine", "of the learning rate, to 0", choices=("constant", "linear", "cosine"))
-    weight_decay: float = flag(0.1, "AdamW's, on matrices", 0)
+    weight_decay: float = flag(0.1, "AdamW's weight decay, of matrices only", 0)
     normalize: int = flag(256, "SFT samples that set the score's mean and scale; 0: no shift, no scale", 0)
 
 
@@ -106,7 +106,7 @@ def evaluate(model, run, comparisons):
     """How well the model predicts all pairs of held-out Comparisons: {metric: number}, and the rows of
     `calibration`. The loss is pairwise_loss over all pairs, without margins and soft labels."""
     scores = run.map(lambda rows: {"scores": score_answers(model, run, rows)[0]}, comparisons)["scores"]
-    gaps, longer = [], []           # of each pair: r⁺ − r⁻, and how many tokens longer y⁺ is than y⁻
+    gaps, longer = [], []           # per pair: r⁺ − r⁻, and the number of tokens of y⁺ minus that of y⁻
     for c, r in zip(comparisons, scores.tolist()):
         gaps += [r[i] - r[j] for i, j in c.pairs]
         longer += [c.lengths[i] - c.lengths[j] for i, j in c.pairs]

@@ -68,7 +68,8 @@ def ceiling(preferences):
 
 
 def agreement(preferences):
-    """Of the pairs that the judge tells apart, the share in which it too scores the better answer higher."""
+    """The share of pairs in which the judge, too, scores the better answer higher. Pairs with equal scores do
+    not count."""
     agree = []
     for r in preferences:
         score = [world.judge(r.prompt, response) for response in r.responses]

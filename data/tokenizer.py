@@ -111,7 +111,7 @@ class Tokenizer:
 
     def check_same(self, folder):
         """Raise ValueError if the model in a folder has another vocabulary or other control tokens (the end
-        token is one of them): these ids would be another text to it."""
+        token is one of them): it would decode these ids to another text."""
         other = Tokenizer.load(folder)
         for kind, ours, theirs in (("vocabularies", self.ranks, other.ranks),
                                    ("control tokens", self.special, other.special)):
@@ -255,7 +255,7 @@ def learn(texts, vocab_size):
         a, b = max(seen, key=lambda pair: (seen[pair], pair))  # the pair breaks ties, not the order of a dict
         ranks[a + b] = len(ranks)
         for parts in words.values():
-            for i in range(len(parts) - 1):         # past the end of what a merge has made shorter is no pair
+            for i in range(len(parts) - 1):         # a merge shortens parts: the last i may have no pair
                 if parts[i:i + 2] == [a, b]:
                     parts[i:i + 2] = [a + b]
     return Tokenizer(new_document(ranks, [END_OF_TEXT], PATTERN))

@@ -71,7 +71,7 @@ def row(name, steps, saved):
 
 
 def table(models):
-    """Of each run: its best judge, and its KL and OOD share at the end, all means over five steps of training
+    """One row per run: its highest judge, its last KL and OOD share, all means over five steps on training
     prompts; and the judge of the saved policy on held-out prompts. The last row stops the undefended run at
     the first OOD share above 10 %; its policy's judge is that step's rollout's. models: the report's."""
     rows = [["run", "best judge", "at step", "last KL", "last OOD share", "OOD share first above 10 %",

@@ -52,7 +52,7 @@ SHAPE = [(f.name, str if get_args(f.type) else f.type,
 Config = make_dataclass("Config", SHAPE, bases=(Stage,))            # a flag for each field of the shape
 
 
-# Parameters: of all, of one block, and of the ends, which are the embeddings, the last norm and the head.
+# Numbers of parameters: all, those of one block, and the rest (embeddings, last norm, head).
 Network = namedtuple("Network", "head all block ends")
 
 
@@ -76,8 +76,8 @@ class Plan:
         self.is_sharded = self.shards > 1
         self.minibatches = ppo.Config.minibatches if cfg.stage == "ppo" else 1
         self.passes = math.ceil(cfg.batch / self.minibatches / cfg.processes / cfg.micro_batch)  # per step
-        # Numbers per token: of all heads' queries, of their keys, and of an MLP before and after its
-        # nonlinearity, with a gate also of the gate and the product.
+        # Numbers per token: the queries of all heads, their keys, and an MLP's activations before and after
+        # the nonlinearity, with a gate also the gate and the product.
         self.q, self.kv = cfg.shape.n_head * cfg.shape.head_dim, cfg.shape.n_kv_head * cfg.shape.head_dim
         self.mlp = cfg.shape.mlp_hidden * (4 if cfg.shape.mlp == "swiglu" else 2)
 

@@ -81,7 +81,7 @@ def parse(config, doc, argv=None):
     values = vars(parser.parse_args(argv))
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     argv = sys.argv[1:] if argv is None else argv
-    given = {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in argv}
+    given = {word[2:].split("=")[0].removeprefix("no-") for word in argv if word.startswith("--")}
     for f in fields:
         if f.name in given and f.metadata["needs"] and not values[f.metadata["needs"]]:
             parser.error(f"--{f.name} does nothing without --{f.metadata['needs']}")

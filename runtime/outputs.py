@@ -1,5 +1,5 @@
-"""What a run finds in its folder: nothing, an unfinished run that it may continue, or a finished one that it
-must not overwrite unasked."""
+"""Output folders: one may be empty, hold an unfinished run, which the same command continues, or a finished
+one, which is overwritten only if --overwrite is given."""
 import dataclasses
 import json
 import os

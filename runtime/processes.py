@@ -1,4 +1,4 @@
-"""Several processes that work as one: how they meet, what they tell each other, and how they end together.
+"""Several processes of one job: start-up, sums over all processes, and shutdown.
 
 `torchrun --nproc_per_node=8 script.py` starts eight copies of a script, one per device. Without torchrun
 there is one process, and nothing here does anything: a sum over all processes is the number itself.
@@ -83,7 +83,7 @@ def start(device, timeout):
 
 def agree_on_a_name(store, number, size, deadline):
     """A new name, the same in all processes, for what they write to the store. torchrun keeps the store when
-    it restarts the processes: what dead ones wrote there must not be read as the living ones' words.
+    it restarts the processes, and the new ones must not read what the old ones wrote there.
 
     So every process but the first writes a ticket of its own, and the first answers each ticket that it finds
     with the name. It may answer a dead process's ticket, but a living one only takes the answer to its own;

@@ -79,7 +79,7 @@ def load_function(name):
     """The function of `file.py:name`, (messages, answer) -> float. The file may import modules beside it. An
     exception in it, and a result that is not a finite number, become a ValueError that names the prompt."""
     path, _, called = name.rpartition(":")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    sys.path.append(os.path.dirname(os.path.abspath(path)))         # the function may import them later, too
     try:
         spec = importlib.util.spec_from_file_location("reward_function", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look there
@@ -87,8 +87,6 @@ def load_function(name):
         function = getattr(module, called)
     except Exception as e:                              # the code is the user's own
         raise ValueError(f"--reward {name}: {type(e).__name__}: {e}") from e
-    finally:
-        sys.path.pop(0)
 
     def checked(messages, answer):
         try:

@@ -119,6 +119,7 @@ def test_a_flag_beside_the_one_that_it_needs_is_taken():
     argv = ["--kl_target", "3", "--lora_rank", "4", "--no-merge", "--lora_alpha=8"]
     cfg = flags.parse(ppo.Config, "", argv)
     assert cfg.kl_target == 3 and cfg.lora_alpha == 8 and not cfg.merge
+    assert flags.parse(ppo.Config, "", ["--out", "merge"]).out == "merge"       # a value is no flag
 
 
 def test_the_ends_of_a_range_are_allowed():

@@ -189,6 +189,12 @@ def test_policy_loss_ignores_large_finite_log_ratios_outside_the_mask():
          policy_loss(new, old, advantages, mask, 0.2)[0])
 
 
+def test_a_beta_of_0_that_could_not_adapt_is_refused():
+    ppo.Config(kl_coef=0, adaptive_kl=False)
+    with pytest.raises(ValueError, match="--kl_coef 0 cannot adapt"):
+        ppo.Config(kl_coef=0)
+
+
 def test_a_horizon_that_could_turn_beta_negative_is_refused():
     ppo.Config(batch=128, kl_horizon=26)
     with pytest.raises(ValueError, match="--kl_horizon must exceed --batch/5"):

@@ -81,9 +81,12 @@ def test_what_is_no_reward_is_one_line(program):
             scores(f"{program}:{called}")
 
 
-def test_a_reward_file_may_import_what_lies_beside_it(tmp_path):
+def test_a_reward_file_may_import_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "words_of_mine.py").write_text("WORDS = {'bb': 3}\n")
+    (tmp_path / "more_of_mine.py").write_text("MORE = 1\n")
     (tmp_path / "reward.py").write_text("import words_of_mine\n\ndef score(messages, answer):\n"
-                                        "    return words_of_mine.WORDS.get(answer, 0)\n")
+                                        "    import more_of_mine\n"
+                                        "    return words_of_mine.WORDS.get(answer, 0) + more_of_mine.MORE\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     _, found = scores(f"{tmp_path}/reward.py:score")
-    assert found == [0, 3, 0] and str(tmp_path) not in sys.path
+    assert found == [1, 4, 1]
