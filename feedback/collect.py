@@ -113,6 +113,8 @@ def reward_scores(run, model, tokenizer, prompts, answers):
 def collect(cfg):
     tokenizer, run, rng = Tokenizer.load(cfg.model), Compute(cfg), random.Random(cfg.seed)
     person = cfg.by == "person"                     # who ranks later: until then all answers tie
+    if person and cfg.constitution:
+        raise ValueError("--constitution is for a chat model that judges, and person is none")
     rank = None if person else labeller(cfg.by, run, tokenizer, cfg.constitution)
     prompts, answers = zip(*answer_prompts(cfg, run, tokenizer, rng))
     ranks = [[1] * len(some) for some in answers] if person else rank(prompts, answers, rng)

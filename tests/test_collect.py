@@ -141,7 +141,7 @@ def test_a_judge_judges_by_the_constitution_that_is_named(run, tmp_path, longer)
         assert record["ranks"] == [1 + sum(other > x for other in lengths) for x in lengths]
 
 
-@pytest.mark.parametrize("by", ["annotators", "out/reward_model"])
+@pytest.mark.parametrize("by", ["annotators", "person", "out/reward_model"])
 def test_a_constitution_for_whoever_does_not_read_it_is_refused(run, tmp_path, by):
     with pytest.raises(ValueError, match=f"--constitution is for a chat model that judges, and {by} is none"):
         collect.collect(settings(tmp_path, by=by, constitution="principles.txt"))
