@@ -1,5 +1,5 @@
-"""Run scripts of this project one after another in this process (or under torchrun in these), with all
-numbers in float64:
+"""Run scripts of this project one after another, with all numbers in float64, in this process, or in several
+that are started together:
 
     in_float64.py "sft.py --out out/a" "ppo.py --out out/b" ...
 """
