@@ -25,8 +25,9 @@ from runtime.compute import Compute, pad, row_seeds, select
 from runtime.files import find, write_json
 from runtime.flags import Settings, flag
 from runtime.launch import STARTED, main
-from runtime.models import load, load_reward_model
+from runtime.models import load
 from runtime.processes import is_first
+from runtime.rewards import find_reward
 
 try:                                        # an extra: pip install matplotlib
     from matplotlib.figure import Figure
@@ -40,8 +41,9 @@ DEFAULT_MODELS = ("out/sft", "out/dpo", "out/ppo", "out/ppo_no_kl")
 class Sampling(Settings):
     """The flags of every script that samples answers from checkpoints."""
     temperature: float = flag(1.0, "of sampling; 0 is greedy", 0)
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0 from all", 0)
-    top_p: float = flag(1.0, "sample from the fewest tokens that hold this share of the probability", 1e-6, 1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0 from all", 0, needs="temperature")
+    top_p: float = flag(1.0, "sample from the fewest tokens that hold this share of the probability", 1e-6, 1,
+                        needs="temperature")
     max_new_tokens: int = flag(64, "longest answer, in tokens", 1)
     micro_batch: int = flag(256, "sequences per forward pass: lower it if memory runs out", 1)
 
@@ -53,8 +55,8 @@ class Config(Sampling):
     data: str = flag(loading.WORLD, "prompts: a folder of the world's (the held-out ones), or a file")
     held_out: str = flag("", "file of prompts in place of the held-out ones of --data, such as "
                          f"{loading.WORLD}/prompts_development.jsonl")
-    judge: str = flag("world", "scores the answers: world, or the folder of a reward model")
-    reward: str = flag("out/reward_model", "reward model that scores, and that picks the best of n")
+    judge: str = flag("world", "scores the answers: world, or as --reward")
+    reward: str = flag("out/reward_model", "what scores, and picks the best of n: see runtime/rewards.py")
     demonstrations: str = flag(loading.WORLD, "held-out demonstrations, for the SFT loss: as --data")
     samples: int = flag(3, "answers to each prompt", 1)
     best_of: int = flag(16, "n of best-of-n, sampled from the first model; 0 leaves it out", 0)
@@ -152,9 +154,10 @@ class Contest(Sampler):
         names = {} if cfg.judge == "world" else {"judge": cfg.judge}
         if cfg.reward != Config.reward or os.path.exists(cfg.reward):           # the default may be missing
             names["reward"] = cfg.reward
-        super().__init__(cfg, [*folders, *names.values()])
-        self.scorers = {role: load_reward_model(name).requires_grad_(False) for role, name in names.items()}
-        self.reference = self.load(folders[0], *self.scorers.values())
+        super().__init__(cfg, folders)
+        self.scorers = {role: find_reward(name, self.tokenizer) for role, name in names.items()}
+        networks = [network for scorer in self.scorers.values() for network in scorer.networks]
+        self.reference = self.load(folders[0], *networks)
         self.first = None                                           # its Contestant, once it has answered
         size = self.reference.config.block_size
         _, prompts = loading.load("prompts", cfg.data, cfg.held_out, cfg.max_dropped)
@@ -169,7 +172,8 @@ class Contest(Sampler):
         """The Contestant that gave these answers. kl: nats per answer from the first model; sft_loss: nats
         per token on held-out demonstrations."""
         texts, more = self.texts(answers), {}
-        scores = {role: self.run.score(scorer, answers).tolist() for role, scorer in self.scorers.items()}
+        scores = {role: scorer(self.run, self.asked, texts, answers).tolist()
+                  for role, scorer in self.scorers.items()}
         judge, reward = scores.get("judge"), scores.get("reward", [])
         if judge is None:
             judge = [world.judge(prompt, text) for prompt, text in zip(self.asked, texts)]
@@ -203,8 +207,9 @@ class Contest(Sampler):
         hold a curve over n = 1, 2, 4, ..., with the same number of answers for every n, out of one pool."""
         cfg, many, curve = self.cfg, self.cfg.samples * self.cfg.best_of, []
         print(f"best of {cfg.best_of}: {many} answers to each prompt ...", flush=True)
-        answers = self.sample(self.reference, [p for p in self.prompts for _ in range(many)], "best_of_n")
-        scores = self.run.score(self.scorers["reward"], answers).view(-1, many)
+        asked = [prompt for prompt in self.prompts for _ in range(many)]
+        answers = self.sample(self.reference, asked, "best_of_n")
+        scores = self.scorers["reward"](self.run, asked, self.texts(answers), answers).view(-1, many)
         for n in [*(2 ** i for i in range(10) if 2 ** i < cfg.best_of), cfg.best_of]:
             winners, kl = select(answers, best_of(scores, n, cfg.samples)), best_of_n_kl(n)
             entered = self.contestant("best_of_n", winners, kl, self.first.numbers["sft_loss"])
@@ -305,7 +310,7 @@ def evaluate(cfg):
     for folder in folders:
         find(folder)
     if cfg.judge == "world" and not loading.is_world(cfg.data):
-        raise ValueError("the world's judge knows only the world's prompts: name a reward model with --judge")
+        raise ValueError("the world's judge knows only the world's prompts: name another with --judge")
     checkpoints = named(folders)
     os.makedirs(cfg.out, exist_ok=True)                             # before the work, so that none is lost
     contest, contestants = Contest(cfg, list(checkpoints.values())), []

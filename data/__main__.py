@@ -6,12 +6,10 @@
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import loading, world
-from runtime.files import reading, write_json
+from runtime.files import reading
 from runtime.flags import flag, parse
 
 
@@ -53,13 +51,8 @@ def make(cfg):
                              "or add --overwrite")
         print(f"{cfg.out} holds this world already; --overwrite would make it again")
         return
-    Path(path).unlink(missing_ok=True)          # until all files are there, it does not say that they are
-    started = time.time()
     loading.make_world(cfg.out, cfg.seed)
-    ended = time.time()
-    write_json(path, {"seed": cfg.seed, "started": started, "ended": ended,
-                      "seconds": round(ended - started, 1)})
-    print(f"wrote {cfg.out}/ after {ended - started:.0f} s; to read some of it: python -m data --show 1")
+    print(f"wrote {cfg.out}/; to read some of it: python -m data --show 1")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """From --data to records: which files are read, how the embedded world's are made, what is held out."""
 import os
 import random
+import time
 import warnings
+from pathlib import Path
 
 from data import annotators, records, world
 from data.batches import fit_prompts
 from data.tokenizer import Tokenizer, learn
+from runtime.files import write_json
 
 WORLD = "out/world"         # the folder of the embedded world's files, which are made when they are asked for
 # The numbers of the world's training records, and of its held-out demonstrations and preferences.
@@ -14,9 +17,11 @@ DEMONSTRATIONS, PREFERENCES, HELD_OUT_RECORDS = 26000, 10000, 500
 
 def make_world(folder, seed=0):
     """Write the embedded world's demonstrations, preferences and prompts, each with a held-out part, its
-    development prompts, and its tokenizer, into a folder. The same seed writes the same bytes."""
-    rng = random.Random(seed)
+    development prompts, and its tokenizer, into a folder. The same seed writes the same bytes. run.json holds
+    the seed and the time that it took; while the files are written there is none."""
+    rng, started = random.Random(seed), time.time()
     os.makedirs(folder, exist_ok=True)
+    Path(folder, "run.json").unlink(missing_ok=True)
     records.write(f"{folder}/prompts_development.jsonl",
                   [{"prompt": item.prompt} for item in world.items() if item.part == "development"])
     # Held-out rankings come from one person each, because that is what a reward model has to predict.
@@ -35,6 +40,9 @@ def make_world(folder, seed=0):
         if not suffix:
             texts = [m["role"] + "\n" + m["content"] for d in demonstrations for m in d["messages"]]
             learn(texts, vocab_size=1024).save(folder)
+    ended = time.time()
+    write_json(f"{folder}/run.json", {"seed": seed, "started": started, "ended": ended,
+                                      "seconds": round(ended - started, 1)})
 
 
 def preference(item, rng, panel):

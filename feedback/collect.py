@@ -21,6 +21,7 @@ from data.batches import fit_prompts
 from data.tokenizer import Tokenizer
 from feedback.judge import Judge
 from runtime.compute import Compute, row_seeds
+from runtime.files import refuse_existing
 from runtime.flags import Settings, flag
 from runtime.launch import main
 from runtime.models import load
@@ -37,6 +38,7 @@ class Config(Settings):
     answers: int = flag(4, "answers sampled to each prompt; equal ones count once", 2, 9)
     temperature: float = flag(1.0, "sampling temperature; 0 is greedy", 0)
     max_new_tokens: int = flag(48, "longest answer, in tokens", 1)
+    overwrite: bool = flag(False, "replace the file that is in --out")
 
 
 @dataclass
@@ -111,8 +113,10 @@ def reward_scores(run, model, tokenizer, prompts, answers):
 
 
 def collect(cfg):
-    tokenizer, run, rng = Tokenizer.load(cfg.model), Compute(cfg), random.Random(cfg.seed)
     person = cfg.by == "person"                     # who ranks later: until then all answers tie
+    file = os.path.join(cfg.out, "tasks.jsonl" if person else "preferences.jsonl")
+    refuse_existing(file, cfg.overwrite)
+    tokenizer, run, rng = Tokenizer.load(cfg.model), Compute(cfg), random.Random(cfg.seed)
     if person and cfg.constitution:
         raise ValueError("--constitution is for a chat model that judges, and person is none")
     rank = None if person else labeller(cfg.by, run, tokenizer, cfg.constitution)
@@ -120,7 +124,6 @@ def collect(cfg):
     ranks = [[1] * len(some) for some in answers] if person else rank(prompts, answers, rng)
     rankings = [{"prompt": prompt, "responses": [a.text for a in some], "ranks": places}
                 for prompt, some, places in zip(prompts, answers, ranks)]
-    file = os.path.join(cfg.out, "tasks.jsonl" if person else "preferences.jsonl")
     os.makedirs(cfg.out, exist_ok=True)
     records.write(file, rankings)
     print(f"wrote {file}: answers to {len(rankings)} prompts")

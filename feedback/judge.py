@@ -19,6 +19,7 @@ from data import records
 from data.batches import fit
 from data.tokenizer import Tokenizer
 from runtime.compute import Compute
+from runtime.files import refuse_existing
 from runtime.flags import Settings, flag
 from runtime.launch import main
 from runtime.models import load
@@ -34,6 +35,7 @@ class Config(Settings):
     model: str = flag("out/sft", "chat model that judges")
     data: str = flag("out/world/preferences_heldout.jsonl", "file of preferences")
     constitution: str = flag("", "file of the principles; none is feedback/principles.txt")
+    overwrite: bool = flag(False, "replace the file that is in --out")
 
 
 class Judge:
@@ -80,6 +82,7 @@ class Judge:
 
 
 def label(cfg):
+    refuse_existing(f"{cfg.out}/labels.jsonl", cfg.overwrite)
     tokenizer, run = Tokenizer.load(cfg.model), Compute(cfg)
     model = load(cfg.model, "lm", tokenizer.vocab_size).requires_grad_(False)
     run.place(model)

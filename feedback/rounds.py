@@ -54,7 +54,7 @@ def label(cfg, policy, name, seed):
     flags = {"by": cfg.by, "model": policy, "prompts": cfg.labels, "seed": seed}
     if cfg.constitution and cfg.by != "person":
         flags["constitution"] = cfg.constitution
-    folder = part(cfg, "-m feedback.collect", f"labels_{name}", **flags)
+    folder = part(cfg, "-m feedback.collect --overwrite", f"labels_{name}", **flags)
     file = f"{folder}/preferences.jsonl"
     if cfg.by == "person":
         run_stage("-m feedback.label", f"{folder}/ranked.json", tasks=f"{folder}/tasks.jsonl", out=file,

@@ -18,7 +18,7 @@ from runtime.flags import flag
 from runtime.launch import main
 
 BASE = {"world": "-m data", "sft": "sft.py", "reward_model": "reward_model.py"}
-COLLECT = "-m feedback.collect --by out/reward_model"
+COLLECT = "-m feedback.collect --overwrite --by out/reward_model"
 METHODS = {                                 # {name: {folder in out/: command}}
     "rejection": {"picked": f"{COLLECT} --prompts 4000 --answers 9",
                   "rejection": "sft.py --init out/sft --data out/picked/preferences.jsonl --lr 5e-4"},

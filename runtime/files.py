@@ -25,6 +25,12 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
+def refuse_existing(path, overwrite):
+    """Raise ValueError if there is such a file, unless it may be overwritten."""
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"{path} is there already: name another --out, or add --overwrite")
+
+
 @contextlib.contextmanager
 def reading(path, kind):
     """A context manager that yields the value of a JSON file. Raises ValueError saying that the file is not

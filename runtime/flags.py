@@ -9,19 +9,18 @@ import os
 import sys
 
 
-def flag(default, help, low=None, high=None, choices=None, needs=None):
-    """A dataclass field that is also a command-line flag. low and high are inclusive; needs: the name of a
-    flag without which this one does nothing. A field of type tuple takes words that no flag's name
-    precedes."""
+def flag(default, help, low=None, high=None, choices=None, needs=None, unless=None):
+    """A dataclass field that is also a command-line flag. low and high are inclusive; needs and unless: the
+    names of flags without which, or with which, this one does nothing. A field of type tuple takes words
+    that no flag's name precedes."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
-                                                            needs=needs))
+                                                            needs=needs, unless=unless))
 
 
 @dataclasses.dataclass
 class Settings:
     """The flags of every script that runs networks. Apart from rounding, only `seed`, `precision` and
     `max_dropped` change results."""
-    out: str = flag("out/run", "folder that the run writes")
     max_dropped: float = flag(0.01, "share of a file's records that may be left out because they are of no "
                               "use, but at least one; more stop the run", 0, 1)
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
@@ -83,8 +82,9 @@ def parse(config, doc, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     given = {word[2:].split("=")[0].removeprefix("no-") for word in argv if word.startswith("--")}
     for f in fields:
-        if f.name in given and f.metadata["needs"] and not values[f.metadata["needs"]]:
-            parser.error(f"--{f.name} does nothing without --{f.metadata['needs']}")
+        needs, unless = f.metadata["needs"], f.metadata["unless"]
+        if f.name in given and (needs and not values[needs] or unless and values[unless]):
+            parser.error(f"--{f.name} does nothing with --{needs or unless} {values[needs or unless]}")
     try:
         return config(**values)
     except ValueError as e:                     # flags that do not go together

@@ -156,7 +156,9 @@ def test_what_is_collected_is_a_preference_file(run, tmp_path, by):
     prompts = records.read("prompts", "out/world/prompts.jsonl")
     assert all(p.prompt in prompts for p in found)
     assert any(len(set(p.ranks)) > 1 for p in found)
-    assert collected(tmp_path, by=by) == lines
+    with pytest.raises(ValueError, match="preferences.jsonl is there already: name another --out, or add"):
+        collected(tmp_path, by=by)
+    assert collected(tmp_path, by=by, overwrite=True) == lines
 
 
 def test_for_a_person_the_same_answers_are_written_to_be_ranked(run, tmp_path):

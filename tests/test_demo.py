@@ -90,7 +90,7 @@ def test_a_world_is_made_once_and_one_of_another_seed_is_refused(tmp_path, monke
     monkeypatch.setattr(loading, "DEMONSTRATIONS", 50)
     monkeypatch.setattr(loading, "PREFERENCES", 10)
     monkeypatch.setattr(loading, "HELD_OUT_RECORDS", 10)
-    make(World(out=str(tmp_path), seed=1))
+    loading.make_world(str(tmp_path), seed=1)
     prompts = (tmp_path / "demonstrations.jsonl").read_text()
     make(World(out=str(tmp_path), seed=1))
     assert "holds this world already" in capsys.readouterr().out

@@ -235,6 +235,16 @@ def test_two_checkpoints_are_compared_on_the_prompts_of_a_file(trained, other, t
     assert report["models"][b]["win_rate"] == plainly.mean(wins)
 
 
+def test_a_function_scores_judges_and_picks_the_best_of_n(trained, tmp_path):
+    (tmp_path / "mine.py").write_text("def letters(messages, answer):\n    return len(answer)\n"
+                                      "def minus(messages, answer):\n    return -len(answer)\n")
+    cfg, report, _ = evaluated(tmp_path, ["out/sft"], reward=f"{tmp_path}/mine.py:letters", max_new_tokens=5,
+                               judge=f"0.5*{tmp_path}/mine.py:minus", samples=2, best_of=4)
+    some, best = report["models"]["sft"], report["models"]["best_of_n"]
+    assert best["reward"] > some["reward"] > 0
+    assert all(m["judge"] == pytest.approx(-0.5 * m["reward"], abs=1e-3) for m in (some, best))
+
+
 def test_top_k_and_top_p_reach_the_sampler(trained, tmp_path):
     def texts(**settings):
         cfg = evaluate.Config(models=("out/sft",), out=str(tmp_path), device="cpu", samples=2, best_of=0,

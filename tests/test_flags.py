@@ -104,14 +104,17 @@ def test_flags_that_do_not_go_together_are_refused(capsys):
     assert e.value.code == 2 and "n_embd 100 is no multiple of n_head 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--no-adaptive_kl", "--kl_target", "3"], "--kl_target does nothing without --adaptive_kl"),
-    (["--kl_horizon=500", "--no-adaptive_kl"], "--kl_horizon does nothing without --adaptive_kl"),
-    (["--lora_alpha", "16"], "--lora_alpha does nothing without --lora_rank"),
-    (["--no-merge"], "--merge does nothing without --lora_rank")])
-def test_a_flag_that_would_do_nothing_is_refused(capsys, argv, said):
+@pytest.mark.parametrize("stage, argv, said", [
+    (ppo, "--no-adaptive_kl --kl_target 3", "--kl_target does nothing with --adaptive_kl False"),
+    (ppo, "--kl_horizon=500 --no-adaptive_kl", "--kl_horizon does nothing with --adaptive_kl False"),
+    (ppo, "--lora_alpha 16", "--lora_alpha does nothing with --lora_rank 0"),
+    (ppo, "--no-merge", "--merge does nothing with --lora_rank 0"),
+    (sft, "--init out/sft --n_layer 8", "--n_layer does nothing with --init out/sft"),
+    (sft, "--tokenizer=gpt2 --init=out/sft", "--tokenizer does nothing with --init out/sft"),
+    (evaluate, "--temperature 0 --top_k 3", "--top_k does nothing with --temperature 0.0")])
+def test_a_flag_that_would_do_nothing_is_refused(capsys, stage, argv, said):
     with pytest.raises(SystemExit) as e:
-        flags.parse(ppo.Config, "", argv)
+        flags.parse(stage.Config, "", argv.split())
     assert e.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -146,6 +149,5 @@ def test_help_shows_a_script_s_own_flags_before_those_that_it_inherits(capsys):
     text = capsys.readouterr().out
     own, shared = re.split(r"\nengine: .*:\n", text.split("flags of this script:")[1])
     assert text.startswith("usage: ") and text.splitlines()[0].endswith("[words ...] [flags]")
-    assert all(f"--{name} " in own for name in ("n", "rate", "shape", "last")) and "  words" in own
+    assert all(f"--{name} " in own for name in ("n", "rate", "shape", "last", "out")) and "  words" in own
     assert all(f"--{f.name}" in shared and f"--{f.name}" not in own for f in dataclasses.fields(Training))
-    assert "out/own" in shared

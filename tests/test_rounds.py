@@ -18,7 +18,7 @@ def commands(tiny_inputs, tmp_path, monkeypatch):
     done, status = [], {}
 
     def run(command, **how):
-        words = [str(word) for word in command[1:]]
+        words = [str(word) for word in command[1:] if word != "--overwrite"]
         flags = {w[2:]: words[i + 1] for i, w in enumerate(words) if w.startswith("--")}
         name = words[1] if words[0] == "-m" else os.path.basename(words[0])
         done.append((name, flags))

@@ -94,6 +94,11 @@ def test_every_flag_of_a_variant_out_of_range_is_refused_with_the_range(capsys, 
     assert_refused(capsys, stage, name, value, said)
 
 
+def test_a_coefficient_of_another_kind_of_pessimism_is_refused():
+    with pytest.raises(ValueError, match="pessimism_coef does nothing without --pessimism deviation"):
+        cautious.Config(pessimism="worst", pessimism_coef=2.0)
+
+
 @pytest.mark.parametrize("stage, flags", [
     ("variants.grpo", "--steps 3 --batch 16 --max_new_tokens 12 --micro_batch 8 --advantage rloo"),
     ("variants.online_dpo", "--warmup 2 --max_new_tokens 12")])

@@ -38,6 +38,11 @@ class Config(ppo.Config):
     pessimism_coef: float = flag(1.0, "c in mean − c·standard deviation", 0)
     ood_penalty: float = flag(0.0, "penalty per unit of distance/threshold beyond 1", 0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pessimism != "deviation" and self.pessimism_coef != Config.pessimism_coef:
+            raise ValueError("--pessimism_coef does nothing without --pessimism deviation")
+
 
 def read_states(run, model, comparisons):
     """The hidden states (N, C) at the last token of each of the N answers in Comparisons."""

@@ -139,6 +139,7 @@ def train(cfg, reward=None):
                    **{name: sum(m[name] for m in history) / len(history) for name in history[0]},
                    "updates": updates}
         run.warn_if(metrics["entropy"] < 0.01, "entropy is near 0: raise --entropy_coef or --kl_coef")
+        run.warn_if(cfg.adaptive_kl and kl > 4 * cfg.kl_target, "KL is far above its target: lower --lr")
         run.warn_if(metrics["ended"] < 0.1, "few answers end: raise --max_new_tokens, lower --no_end_score")
         run.write_examples("rollout", rollout_examples(tokenizer, asked, batch))
 

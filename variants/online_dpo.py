@@ -26,6 +26,7 @@ from runtime.run import Run
 class Config(dpo.Config):
     out: str = flag("out/online_dpo", "folder that the run writes")
     by: str = flag("annotators", "who ranks: annotators, or the folder of a reward model or of a chat model")
+    constitution: str = flag("", "file of a chat model's principles; none is feedback/principles.txt")
     max_new_tokens: int = flag(48, "longest sampled answer, in tokens", 1)
 
 
@@ -53,7 +54,7 @@ def train(cfg):
 
     run = Run(cfg, steps)
     run.place(policy, reference)
-    rank = labeller(cfg.by, run, tokenizer)
+    rank = labeller(cfg.by, run, tokenizer, cfg.constitution)
     dpo.add_reference(reference, run, held_out)
     optimizer = make_optimizer(policy, cfg.lr)
     run.resume(model=policy, optimizer=optimizer)
