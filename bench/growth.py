@@ -1,7 +1,7 @@
-"""How cost grows: with the answers and their length, with the vocabulary, and what a second process loses.
+"""How cost grows: with length, batch and vocabulary, and what a second process loses.
 
-    python -m bench.growth              everything, a quarter of an hour on two cores
-    python -m bench.growth time         one of: time, memory, processes
+    python -m bench.growth              everything, half an hour on two cores
+    python -m bench.growth sizes        one of: sizes, memory, processes
 
 Each comparison is made in turn, in processes of their own; what is printed are medians.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from bench.shapes import GROWTH, TASKS, make
+from bench.shapes import GROWTH, SIZES, TASKS, make
 
 ROUNDS, STEPS = 3, 3                # processes in turn, and steps in each, of which the first warms up
 
@@ -45,11 +45,17 @@ def in_turn(runs, rounds=ROUNDS):
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in found.items()}
 
 
-def time():
-    found = in_turn({name: (name, {}) for name in ("ppo", "ppo-rows", "ppo-long")})
-    base, rows, long = (found[name][0] for name in ("ppo", "ppo-rows", "ppo-long"))
-    print(f"PPO step, 32 answers of 64 tokens: {base:.2f} s; 64 answers: {rows / base:.2f} times as long; "
-          f"32 answers of 128 tokens: {long / base:.2f} times", flush=True)
+def sizes():
+    """Time per token and peak memory of a step of SFT and of PPO, while one size grows at a time. Linear cost
+    is a constant time per token, apart from attention, where a token reads all tokens before it."""
+    found = in_turn({(kind, name): (f"{kind}-{name}", {"precision": "float32"})
+                     for name in SIZES for kind in ("sft", "ppo")}, rounds=2)
+    print("| length | batch | vocabulary | SFT: µs per token | GB | PPO: µs per token | GB |\n"
+          "|---|---|---|---|---|---|---|")
+    for name, (length, rows, vocabulary) in SIZES.items():
+        cells = [f"{seconds / (rows * length) * 1e6:.0f} | {peak / 1e9:.2f}"
+                 for seconds, peak in (found["sft", name], found["ppo", name])]
+        print(f"| {length:,} | {rows} | {vocabulary:,} | {' | '.join(cells)} |", flush=True)
 
 
 def memory():
@@ -74,5 +80,5 @@ def processes():
 
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or ("time", "memory", "processes"):
-        {"time": time, "memory": memory, "processes": processes}[part]()
+    for part in sys.argv[1:] or ("sizes", "memory", "processes"):
+        {"sizes": sizes, "memory": memory, "processes": processes}[part]()

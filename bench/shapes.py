@@ -44,8 +44,6 @@ TASKS = {                           # beside others: bench/__main__.py
     "sample-llama": Task("sample", "llama-6x384", 32),
     "sample-small": Task("sample", "gpt2-small", 32)}
 GROWTH = {                          # by itself: bench/growth.py
-    "ppo-rows": Task("ppo", "gpt2-6x384", 64),
-    "ppo-long": Task("ppo", "gpt2-6x384", 32, answer=128),
     "ppo-4k": Task("ppo", "gpt2-6x384", 64, epochs=1),
     "ppo-64k": Task("ppo", "gpt2-64k", 64, epochs=1),
     "dpo-4k": Task("dpo", "gpt2-6x384", 32),
@@ -53,6 +51,15 @@ GROWTH = {                          # by itself: bench/growth.py
     "sft-4k": Task("sft", "gpt2-6x384", 64),
     "sft-64k": Task("sft", "gpt2-64k", 64),
     "ppo-world": Task("ppo", "world", 128, uneven=True, answer=48, epochs=4)}  # its 2 epochs of 2 minibatches
+# One of three sizes grows at a time: {name: (tokens in a sequence, sequences in a step, tokens known)}.
+SIZES = {f"{length}x{rows}x{vocabulary}": (length, rows, vocabulary)
+         for length, rows, vocabulary in [*((n, 8, 4096) for n in (128, 256, 512, 1024, 2048)),
+                                          *((128, n, 4096) for n in (32, 128)),
+                                          *((128, 8, n) for n in (1024, 16384, 50257, 150000))]}
+for _name, (_length, _rows, _vocabulary) in SIZES.items():
+    SHAPES[_name] = dict(vocab_size=_vocabulary, block_size=2048, n_layer=4, n_head=4, n_embd=256)
+    GROWTH |= {f"{kind}-{_name}": Task(kind, _name, _rows, answer=_length - PROMPT, epochs=1)
+               for kind in ("sft", "ppo")}
 
 
 def make(task, folder):

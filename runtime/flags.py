@@ -44,6 +44,7 @@ class Settings:
 @dataclasses.dataclass
 class Training(Settings):
     """The flags of every script that trains."""
+    out: str = flag("out/run", "folder that the run writes")
     system: str = flag("", "system message for conversations that have none; none keeps the checkpoint's")
     save_seconds: float = flag(60.0, "seconds between checkpoints to go on from; 0 saves every step", 0)
     resume: bool = flag(True, "go on with the unfinished run in the folder, if there is one")

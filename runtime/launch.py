@@ -68,7 +68,7 @@ def explain(e, cfg):
     if isinstance(e, BrokenPipeError):
         return "nobody reads the output any more"
     if isinstance(e, OSError):
-        return f"{e.filename or 'a file'}: {e.strerror or e}"
+        return f"{e.filename or getattr(cfg, 'out', 'a file')}: {e.strerror or e}"
     return str(e) if isinstance(e, ValueError) else None
 
 

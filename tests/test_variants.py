@@ -6,6 +6,7 @@ import test_choices
 import test_dpo
 import test_known_answers
 import test_ppo
+import torch
 from helpers import plainly
 from helpers.start import FLAGS, KINDS, assert_close, in_float64, script
 from test_flags import assert_refused, every_flag
@@ -15,6 +16,7 @@ import dpo
 import ppo
 from data import loading
 from data.tokenizer import Tokenizer
+from feedback import judge
 from model import GPT
 from variants import cautious, grpo, online_dpo, ppo_ptx
 
@@ -30,6 +32,7 @@ CASES = [                                       # each flag of the variants is s
                     preferences="rankings.jsonl")),
     (cautious, dict(pessimism="worst", heads=2, preferences="pairs.jsonl", seed=5)),
 ]
+CONSTITUTION = dict(by="out/sft", constitution="rules.txt")
 ONLINE = dict(by="out/reward_model", data="rankings.jsonl", batch=9, max_new_tokens=9, epochs=2, nll_coef=0.5)
 SHARES = {grpo: ppo.OnPolicy, ppo_ptx: ppo.Config, cautious: ppo.Config, online_dpo: dpo.Config}
 
@@ -55,7 +58,7 @@ def test_online_dpo_learns_and_logs_what_a_plain_loop_does(trained, data):
 
 @pytest.mark.parametrize("stage", SHARES, ids=lambda stage: stage.__name__)
 def test_every_flag_of_a_variant_is_held_against_the_plain_loop_with_all_its_kinds(stage):
-    cases = [settings for of, settings in [*CASES, (online_dpo, ONLINE)] if of is stage]
+    cases = [settings for of, settings in [*CASES, (online_dpo, ONLINE | CONSTITUTION)] if of is stage]
     test_choices.assert_every_flag_is_held(stage, cases, SHARES[stage])
 
 
@@ -68,6 +71,19 @@ def test_where_all_fresh_answers_tie_the_old_ones_teach_and_a_warning_says_so(tr
     assert capsys.readouterr().err.count("all fresh answers tie") == 1
     _, without, *_ = trained(dpo, **settings)
     plainly.assert_same_weights(model, without)
+
+
+def test_a_chat_model_ranks_the_fresh_answers_by_the_constitution(trained, tmp_path, monkeypatch):
+    (tmp_path / "rules.txt").write_text("The shorter answer is better.")
+    found = []
+
+    def compare(self, pairs):
+        found.append(self.principles)
+        return torch.zeros(2, len(pairs))
+    monkeypatch.setattr(judge.Judge, "compare", compare)
+    settings = test_dpo.SHARED | ONLINE | CONSTITUTION | dict(constitution=str(tmp_path / "rules.txt"))
+    trained(online_dpo, **settings)
+    assert set(found) == {"The shorter answer is better."}
 
 
 # ------------------------------------------------------------------------------------------- known answers
