@@ -2,6 +2,7 @@
 
     folder                                      a reward model
     file.py:function                            a Python function (messages, answer) -> number
+    file.py:Class                               a class of your own: Class(tokenizer) is a reward
     0.3*folder,file.py:function                 their weighted sum
 
 A reward is an object with
@@ -11,7 +12,7 @@ A reward is an object with
     reward(run, prompts, answers, batch)        scores (B,)
 
 for B answers: prompts are message lists, answers texts; batch holds their tokens (B, T), mask (B, T) and
-lengths (B,). A class of your own needs no more than that.
+lengths (B,).
 """
 import importlib.util
 import math
@@ -33,7 +34,7 @@ def find_reward(names, tokenizer):
             weight = float(weight or 1)
         except ValueError:
             raise ValueError(f"--reward {names}: the weight {weight!r} is not a number") from None
-        terms.append((weight, FunctionReward(name) if ".py:" in name else ModelReward(name, tokenizer)))
+        terms.append((weight, from_file(name, tokenizer) if ".py:" in name else ModelReward(name, tokenizer)))
     return WeightedSum(terms)
 
 
@@ -54,8 +55,8 @@ class FunctionReward:
     there is no wrong guess to exploit."""
     folder, networks = None, []
 
-    def __init__(self, name):
-        self.function = load_function(name)
+    def __init__(self, function):
+        self.function = function
 
     def __call__(self, run, prompts, answers, batch):
         def score(rows):
@@ -75,9 +76,10 @@ class WeightedSum:
         return sum(weight * reward(run, prompts, answers, batch) for weight, reward in self.terms)
 
 
-def load_function(name):
-    """The function of `file.py:name`, (messages, answer) -> float. The file may import modules beside it. An
-    exception in it, and a result that is not a finite number, become a ValueError that names the prompt."""
+def from_file(name, tokenizer):
+    """The reward of `file.py:name`, a class or a function. The file may import modules beside it. An
+    exception in a function, and a result that is not a finite number, become a ValueError that names the
+    prompt."""
     path, _, called = name.rpartition(":")
     sys.path.append(os.path.dirname(os.path.abspath(path)))         # the function may import them later, too
     try:
@@ -85,6 +87,8 @@ def load_function(name):
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look there
         spec.loader.exec_module(module)
         function = getattr(module, called)
+        if isinstance(function, type):
+            return function(tokenizer)
     except Exception as e:                              # the code is the user's own
         raise ValueError(f"--reward {name}: {type(e).__name__}: {e}") from e
 
@@ -98,4 +102,4 @@ def load_function(name):
             wrong = f"{type(e).__name__}: {e}"
         prompt = messages[-1]["content"]
         raise ValueError(f"--reward {name}: {wrong}, for the answer {answer[:80]!r} to {prompt[:80]!r}")
-    return checked
+    return FunctionReward(checked)

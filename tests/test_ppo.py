@@ -15,7 +15,7 @@ from model import GPT
 from ppo import AdaptiveKL, gae, kl_rewards, masked_mean, policy_loss, state_values, value_loss, whiten
 from runtime import compute, sharding
 from runtime.models import load
-from runtime.rewards import load_function
+from runtime.rewards import from_file
 from sft import sft_loss
 
 # -------------------------------------------------------------------------------------------- means
@@ -329,7 +329,7 @@ def assert_learns_as_plain_loop(trained, stage, settings, monkeypatch, doubts=No
             "critic": GPT.load("out/reward_model"), "reward": GPT.load("out/reward_model")}
     prompts, _ = loading.load("prompts", loading.WORLD)
     demonstrations, _ = loading.load("demonstrations", loading.WORLD)
-    program = load_function("program.py:words") if "words" in cfg.reward else None
+    program = from_file("program.py:words", None).function if "words" in cfg.reward else None
     if "reward_model" not in cfg.reward:
         del nets["reward"]
     known = doubts(cfg, nets["reward"]) if doubts else None

@@ -60,6 +60,16 @@ def test_a_sum_weighs_its_terms(program, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_class_of_a_file_is_a_reward_that_gets_the_tokenizer(program):
+    with open(program, "a", encoding="utf-8") as f:
+        f.write("import torch\nclass Mine:\n    networks, folder = [], 'mine'\n"
+                "    def __init__(self, tokenizer): self.tokenizer = tokenizer\n"
+                "    def __call__(self, run, prompts, answers, batch): return batch['lengths'].float()\n")
+    reward, found = scores(f"{program}:size,2*{program}:Mine")
+    assert found == [10 * 5 + 1 + 2 * 2, 10 * 4 + 2 + 2 * 3, 10 * 4 + 4 + 2 * 1] and reward.folder == "mine"
+    assert isinstance(reward.terms[1][1].tokenizer, AnyTokenizer)
+
+
 def test_a_single_reward_has_its_weight_too(program):
     assert scores(f"0.5*{program}:size")[1] == [25.5, 21, 22]
 

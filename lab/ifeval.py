@@ -1,0 +1,210 @@
+"""IFEval: how often a model keeps rules that a program can check (Zhou et al. 2023, arXiv 2311.07911).
+
+    python -m lab.ifeval MODEL out/follow/sft out/follow/ppo --data ifeval.jsonl
+    python -m lab.ifeval --responses answers.jsonl --data ifeval.jsonl      answers that others have sampled
+
+The benchmark is 541 prompts with one to three rules each, in Google's repository google-research, folder
+instruction_following_eval; --data names its input_data.jsonl. "Strict" takes an answer as it is. "Loose" also
+accepts it without its first line, its last line, both, or its asterisks, each of which may be an addition
+that a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences are paired: from
+the first model, prompt by prompt. Nothing here is used in training.
+"""
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import report
+from evaluate import Sampler, Sampling, named
+from lab import rules
+from runtime.files import write_json
+from runtime.flags import flag
+from runtime.launch import main
+
+MEASURES = ("prompt strict", "instruction strict", "prompt loose", "instruction loose")
+
+
+@dataclass
+class Config(Sampling):
+    models: tuple = flag((), "checkpoint folders; differences are measured from the first one")
+    data: str = flag("ifeval.jsonl", "the benchmark's prompts and rules")
+    responses: str = flag("", 'file of {"prompt", "response"} lines, in place of models')
+    every: int = flag(1, "take every n-th prompt", 1)
+    out: str = flag("out/ifeval", "folder of the answers and results")
+    temperature: float = flag(0.0, "of sampling; 0 is greedy", 0)
+    max_new_tokens: int = flag(256, "longest answer, in tokens", 1)
+
+
+# Which letters, and which frequent words, tell the benchmark's languages apart.
+SCRIPTS = {"ru bg": "\u0400-\u04ff", "ar fa ur": "\u0600-\u06ff", "hi mr ne": "\u0900-\u097f",
+           "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f", "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff",
+           "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff", "th": "\u0e00-\u0e7f", "ko": "\uac00-\ud7af",
+           "en de fr es pt it fi sw vi": "A-Za-z\u00c0-\u024f\u1e00-\u1eff"}
+FREQUENT = {"ru": "и не что это на как по", "bg": "и не че това на как се", "ar": "في من على إلى هذا أن التي",
+            "fa": "در از به که این را است", "ur": "میں کے کی سے ہے اور کو", "hi": "में के की से है और को",
+            "mr": "आहे आणि च्या ळ मध्ये हे ते", "ne": "छ र को मा यो हो गर्न",
+            "en": "the of and to is in that a i you it", "de": "der die und das ist nicht ein",
+            "fr": "le la les et des est une", "es": "el la los y que es una", "pt": "o os e que um uma não",
+            "it": "il la e che di un sul", "fi": "ja on ei se että oli hän", "sw": "na ya wa kwa ni za",
+            "vi": "và là của có không một những"}
+
+
+def language_of(text):
+    """The code of a text's language, by its commonest script and then by frequent words; "" without any."""
+    names = max(SCRIPTS, key=lambda names: len(re.findall(f"[{SCRIPTS[names]}]", text))).split()
+    words = Counter(re.findall(r"[^\s.,!?;:\"*()]+", text.lower()))
+    words["ळ"] = text.count("ळ")             # of these languages, only Marathi has this letter
+    counts = {name: sum(words[word] for word in FREQUENT[name].split()) for name in names if name in FREQUENT}
+    return names[0] if not counts else max(counts, key=counts.get) if any(counts.values()) else ""
+
+
+@dataclass
+class Language(rules.Rule):
+    language: str
+
+    def check(self, answer):
+        return language_of(answer) == self.language
+
+
+class EnglishUpper(rules.Upper):
+    def check(self, answer):
+        return super().check(answer) and language_of(answer) == "en"
+
+
+class EnglishLower(rules.Lower):
+    def check(self, answer):
+        return super().check(answer) and language_of(answer) == "en"
+
+
+KINDS = {                               # {name in the benchmark: the rule, from the benchmark's parameters}
+    "keywords:existence": lambda p: rules.Keywords(p["keywords"]),
+    "keywords:frequency": lambda p: rules.Frequency(p["keyword"], p["relation"], p["frequency"]),
+    "keywords:forbidden_words": lambda p: rules.Forbidden(p["forbidden_words"]),
+    "keywords:letter_frequency": lambda p: rules.Letters(p["letter"], p["let_relation"], p["let_frequency"]),
+    "language:response_language": lambda p: Language(p["language"]),
+    "length_constraints:number_sentences": lambda p: rules.Sentences(p["relation"], p["num_sentences"]),
+    "length_constraints:number_paragraphs": lambda p: rules.Paragraphs(p["num_paragraphs"]),
+    "length_constraints:number_words": lambda p: rules.Words(p["relation"], p["num_words"]),
+    "length_constraints:nth_paragraph_first_word": lambda p: rules.FirstWord(
+        p["num_paragraphs"], p["nth_paragraph"], p["first_word"]),
+    "detectable_content:number_placeholders": lambda p: rules.Placeholders(p["num_placeholders"]),
+    "detectable_content:postscript": lambda p: rules.Postscript(p["postscript_marker"]),
+    "detectable_format:number_bullet_lists": lambda p: rules.Bullets(p["num_bullets"]),
+    "detectable_format:constrained_response": lambda p: rules.Choice(
+        ["My answer is yes.", "My answer is no.", "My answer is maybe."]),
+    "detectable_format:number_highlighted_sections": lambda p: rules.Highlights(p["num_highlights"]),
+    "detectable_format:multiple_sections": lambda p: rules.Sections(p["section_spliter"], p["num_sections"]),
+    "detectable_format:json_format": lambda p: rules.Json(),
+    "detectable_format:title": lambda p: rules.Title(),
+    "combination:two_responses": lambda p: rules.TwoAnswers(),
+    "combination:repeat_prompt": lambda p: rules.Repeat(p["prompt_to_repeat"]),
+    "startend:end_checker": lambda p: rules.End(p["end_phrase"]),
+    "startend:quotation": lambda p: rules.Quoted(),
+    "change_case:capital_word_frequency": lambda p: rules.CapitalWords(
+        p["capital_relation"], p["capital_frequency"]),
+    "change_case:english_capital": lambda p: EnglishUpper(),
+    "change_case:english_lowercase": lambda p: EnglishLower(),
+    "punctuation:no_comma": lambda p: rules.NoComma(),
+}
+
+
+def variants_of(answer):
+    """The answer as it is, and in the seven other forms that count in the loose measure."""
+    lines = answer.split("\n")
+    forms = [answer, *("\n".join(some).strip() for some in (lines[1:], lines[:-1], lines[1:-1]))]
+    return forms + [form.replace("*", "") for form in forms]
+
+
+def keeps(rule, answers):
+    """Whether one of the answers keeps a rule. An empty answer keeps none."""
+    return any(answer.strip() and rule.check(answer) for answer in answers)
+
+
+def read(path, every):
+    """Every n-th record of a file, the benchmark's or one of lab/follow.py: a list of (prompt, the names of
+    its rules, the rules)."""
+    found = []
+    for line in Path(path).read_text("utf-8").splitlines()[::every]:
+        row = json.loads(line)
+        if "rules" in row:
+            names, some = [rule["kind"] for rule in row["rules"]], map(rules.from_dict, row["rules"])
+        else:
+            names = row["instruction_id_list"]
+            some = [KINDS[name](parameters) for name, parameters in zip(names, row["kwargs"])]
+        found.append((row["prompt"], names, list(some)))
+    return found
+
+
+def verdicts(records, answers):
+    """For each record a pair of lists, strict and loose: whether the answer keeps each of its rules."""
+    return [tuple([keeps(rule, forms) for rule in some] for forms in ([answer], variants_of(answer)))
+            for (_, _, some), answer in zip(records, answers)]
+
+
+def shares(found):
+    """Verdicts of N records as counts (N, 4, 2): of what is counted, and of what counts, for each measure."""
+    return torch.tensor([[[float(all(strict)), 1], [sum(strict), len(strict)],
+                          [float(all(loose)), 1], [sum(loose), len(loose)]] for strict, loose in found])
+
+
+def intervals(counts, resamples=2000):
+    """Shares of counts (N, 4, 2), (4,), and shares of resampled records (resamples, 4)."""
+    picks = torch.randint(len(counts), (resamples, len(counts)), generator=torch.Generator().manual_seed(0))
+    totals, many = counts.sum(0), counts[picks].sum(1)
+    return totals[:, 0] / totals[:, 1], many[..., 0] / many[..., 1]
+
+
+def with_interval(value, many):
+    low, high = many.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def tables(records, found):
+    """Three tables of {name: verdicts}: the four measures, differences from the first, and the kinds."""
+    counted = {name: intervals(shares(some)) for name, some in found.items()}
+    first = next(iter(counted.values()))
+    measures, differences = [["model", *MEASURES]], [["model", *MEASURES]]
+    for name, (values, many) in counted.items():
+        measures.append([name, *(with_interval(v, m) for v, m in zip(values, many.T))])
+        differences.append([name, *(with_interval(v - w, m - k)
+                                    for v, m, w, k in zip(values, many.T, first[0], first[1].T))])
+    kinds = [["kind", "prompts", *found]]
+    names = [names for _, names, _ in records]
+    for kind in sorted(set(itertools.chain(*names))):
+        kept = [[x for some, (strict, _) in zip(names, ruled) for n, x in zip(some, strict) if n == kind]
+                for ruled in found.values()]
+        kinds.append([kind, str(len(kept[0])), *(f"{sum(some) / len(some):.0%}" for some in kept)])
+    return [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds),
+            ("Differences from the first model (95 % intervals)", [differences[0], *differences[2:]])]
+
+
+def measure(cfg):
+    records, answers = read(cfg.data, cfg.every), {}
+    prompts = [[{"role": "user", "content": prompt}] for prompt, _, _ in records]
+    if cfg.responses:
+        # In the order of the prompts: the published file words one of them in another way.
+        rows = [json.loads(line) for line in Path(cfg.responses).read_text("utf-8").splitlines()][::cfg.every]
+        answers[os.path.basename(cfg.responses)] = [row["response"] for row in rows]
+    checkpoints = named(cfg.models)
+    sampler = Sampler(cfg, list(checkpoints.values())) if checkpoints else None
+    for name, folder in checkpoints.items():
+        print(f"{folder} answers {len(prompts)} prompts ...", flush=True)
+        batch = sampler.sample(sampler.load(folder), prompts, 0)
+        answers[name] = sampler.texts(batch)
+    found = {name: verdicts(records, texts) for name, texts in answers.items()}
+    os.makedirs(cfg.out, exist_ok=True)
+    write_json(f"{cfg.out}/ifeval.json", {name: {
+        "shares": dict(zip(MEASURES, intervals(shares(some))[0].tolist())),
+        "words": sum(len(text.split()) for text in answers[name]) / len(records),
+        "answers": answers[name]} for name, some in found.items()})
+    print("\n".join(report.markdown(tables(records, found))))
+    return found
+
+
+if __name__ == "__main__":
+    main(Config, measure, __doc__)
