@@ -10,14 +10,15 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from string import Template
 
 import tiktoken
 
+from data.templates import CHATML, LLAMA3, Template
 from runtime.files import base_of, find, reading
 
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
+EXAMPLE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 # How a learnt tokenizer cuts text before merging: into words, numbers and punctuation, each with the space
 # before it, and whitespace. Uses only syntax that Python's re and tiktoken's engine share.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
@@ -25,31 +26,22 @@ PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-# Chat formats: the texts before the first message (begin), before a message's role (before), between its role
-# and its content (after), after its content (end: the token that the model learns to end with), and between
-# two messages (gap).
-CHATML = {"begin": "", "before": IM_START, "after": "\n", "end": IM_END, "gap": "\n"}
-LLAMA3 = {"begin": "<|begin_of_text|>", "before": "<|start_header_id|>", "after": "<|end_header_id|>\n\n",
-          "end": "<|eot_id|>", "gap": ""}
-# In Jinja: what transformers and vLLM do with a conversation. The names after $ stand for texts of a format.
-TEMPLATE = Template(
-    "{{ $begin }}{% if messages[0]['role'] != 'system' %}{{ $system }}{% endif %}"
-    "{% for m in messages %}{{ $before + m['role'] + $after + m['content'] + $end }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ $assistant }}{% endif %}")
-
 
 class Tokenizer:
     """document: the content of a tokenizer.json; system: the message put before conversations that have none;
-    name: the tokenizer's name in messages. Raises ValueError for kinds other than byte-level BPE.
+    name: the tokenizer's name in messages; template: the model's own chat template, (source, config), if it
+    has one. Raises ValueError for kinds other than byte-level BPE.
 
     ranks: {bytes: id} of the text's tokens; special: {text: id} of the control tokens."""
 
-    def __init__(self, document, system="", name="a new tokenizer"):
+    def __init__(self, document, system="", name="a new tokenizer", template=None):
         self.system, self.name = system, name
         self.ranks, self.special = ranks, special = read_vocabulary(document)
-        is_llama3 = {LLAMA3["before"], LLAMA3["end"]} <= special.keys() and IM_END not in special
-        self.chat_format = chat = LLAMA3 if is_llama3 else CHATML
-        for text in (chat["before"], chat["end"]):      # a base model lacks them: they get ids after its last
+        is_llama3 = {LLAMA3.before, LLAMA3.end} <= special.keys() and CHATML.end not in special
+        known = LLAMA3 if is_llama3 else CHATML
+        own = template and template[0] != known.source(system)          # else it was written by `save`
+        self.chat_format = chat = Template(*template) if own else known
+        for text in () if own else (chat.before, chat.end):     # a base model lacks them: they get new ids
             if text not in special:
                 special[text] = 1 + max([*ranks.values(), *special.values()])
                 added = [*document["added_tokens"], control_token(text, special[text])]
@@ -61,18 +53,23 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=read_pattern(document["pre_tokenizer"]), special_tokens=special,
             mergeable_ranks=ranks | {byte: self.vocab_size + i for i, byte in enumerate(lacking)})
-        self.text_ids, self.end = set(ranks.values()), special[chat["end"]]
+        self.text_ids, self.end = set(ranks.values()), special[self.end_of_answers() if own else chat.end]
         # The token that pads must not be the one that ends answers: other libraries look for the last token
         # that does not pad, and read a reward model's score there.
-        fillers = [text for text in special if text not in "".join(chat.values())]
-        best_first = [text for text in fillers if "pad" in text] + fillers + [chat["before"]]
-        self.pad = special[best_first[0]]
-        self.begin, self.gap = self.with_control(chat["begin"]), self.with_control(chat["gap"])
-        self.headers = {role: self.with_control(chat["before"] + role + chat["after"]) for role in ROLES}
+        used = "".join(chat.cut(EXAMPLE, prompt=True)[0])
+        fillers = [text for text in special if text not in used]
+        best_first = [text for text in fillers if "pad" in text] + fillers
+        self.pad = special[(best_first or [text for text in special if text in used])[0]]
+        longest_first = sorted(special, key=len, reverse=True)
+        self.control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def with_control(self, text):
-        """Text of the chat format itself to ids, control tokens and all."""
-        return self.encoding.encode(text, allowed_special="all")
+    def end_of_answers(self):
+        """The control token that comes after an answer in the model's own chat template."""
+        after = self.chat_format.cut(EXAMPLE)[0][-1]
+        here = [text for text in self.special if after.startswith(text)]
+        if not here:
+            raise ValueError(f"its chat template ends answers with {after!r}, which is no control token")
+        return max(here, key=len)
 
     def encode(self, text):
         """Text to a list of ids, none of them a control token."""
@@ -87,19 +84,43 @@ class Tokenizer:
     def chat(self, messages):
         """A conversation to (ids, learn): learn[t] is true on the assistant's words and the token that ends
         them."""
+        return self.join(messages)
+
+    def join(self, messages, prompt=False):
+        """A conversation as (ids, learn), up to the point where the assistant starts to speak if `prompt`."""
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        ids, learn = [], []
-        for i, message in enumerate(messages):
-            header = (self.gap if i else self.begin) + self.headers[message["role"]]
-            content = self.encode(message["content"]) + [self.end]
-            ids += header + content
-            learn += [False] * len(header) + [message["role"] == "assistant"] * len(content)
+        frames, contents = self.chat_format.cut(messages, prompt)
+        # The text since the last control token is encoded in one piece, as transformers does it. Only the
+        # assistant's words are encoded alone, as they are where it speaks.
+        ids, learn, text = [], [], ""
+        for i, frame in enumerate(frames):
+            answered = i and messages[i - 1]["role"] == "assistant"
+            if answered:
+                before, said = self.encode(text), self.encode(contents[i - 1])
+                ids += before + said
+                learn += [False] * len(before) + [True] * len(said)
+                text = ""
+            elif i:
+                text += contents[i - 1]
+            for part in self.control.split(frame):      # text, control token, text, ...
+                if part not in self.special:
+                    text += part
+                    continue
+                before = self.encode(text)
+                ids += [*before, self.special[part]]
+                learn += [False] * len(before) + [bool(answered and not text)]      # the end of an answer
+                text, answered = "", False
+        before = self.encode(text)
+        ids, learn = ids + before, learn + [False] * len(before)
+        if messages[-1]["role"] == "assistant" and not prompt:          # nothing after the end token
+            length = 1 + max(i for i, x in enumerate(learn) if x)
+            ids, learn = ids[:length], learn[:length]
         return ids, learn
 
     def prompt(self, messages):
         """A conversation as ids up to the point where the assistant starts to speak."""
-        return self.chat(messages)[0] + self.gap + self.headers["assistant"]
+        return self.join(messages, prompt=True)[0]
 
     def response(self, text):
         """An answer as ids: the ones that follow a prompt, with the token that ends them."""
@@ -121,15 +142,14 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        chat, names = self.chat_format, {i: text for text, i in self.special.items()}
-        header, end = chat["before"] + "{}" + chat["after"], chat["end"] + chat["gap"]
-        system = header.format("system") + self.system + end if self.system else ""
-        texts = chat | {"system": system, "end": end, "assistant": header.format("assistant")}
+        names = {i: text for text, i in self.special.items()}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[self.end],
                   "pad_token": names[self.pad], "clean_up_tokenization_spaces": False,
                   # transformers 4 adds token_type_ids, which Llama refuses and GPT-2 adds to its embeddings.
                   "model_input_names": ["input_ids", "attention_mask"], "system": self.system,
-                  "chat_template": TEMPLATE.substitute({k: json.dumps(text) for k, text in texts.items()})}
+                  "chat_template": self.chat_format.source(self.system)}
+        if isinstance(self.chat_format, Template):
+            config = self.chat_format.special | config
         os.makedirs(folder, exist_ok=True)
         for name, content in (("tokenizer.json", self.document), ("tokenizer_config.json", config)):
             unfinished = Path(folder, f"{name}.{os.getpid()}.tmp")                  # the file appears whole
@@ -146,11 +166,17 @@ class Tokenizer:
         path, config = Path(folder, "tokenizer.json"), Path(folder, "tokenizer_config.json")
         if not path.exists():
             raise ValueError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
-        if not system and config.exists():
+        own, jinja, settings = None, Path(folder, "chat_template.jinja"), {}
+        if config.exists():
             with reading(config, "a tokenizer's settings") as settings:
-                system = settings.get("system", "")
+                system, own = system or settings.get("system", ""), settings.get("chat_template")
+        if isinstance(own, list):                       # several, by name
+            own = next((x["template"] for x in own if x["name"] == "default"), None)
+        own = jinja.read_text("utf-8") if jinja.exists() else own
+        names = {name: x["content"] if isinstance(x, dict) else x for name, x in settings.items()
+                 if name in ("bos_token", "eos_token", "unk_token", "pad_token") and x}
         with reading(path, "a readable tokenizer") as document:
-            return cls(document, system, name)
+            return cls(document, system, name, own and (own, names))
 
     @classmethod
     def gpt2(cls, system=""):

@@ -39,7 +39,7 @@ class Config(Sampling):
     model: str = flag("", "chat model that answers the instructions")
     data: str = flag("", "instructions with two answers each: a file of preferences")
     out: str = flag(FOLDER, "folder to write")
-    copies: int = flag(3, "demonstrations of each instruction, each with other rules", 1)
+    copies: int = flag(2, "demonstrations of each instruction, each with other rules", 1)
     temperature: float = flag(0.7, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(160, "longest answer, in tokens", 1)
     overwrite: bool = flag(False, "replace the files that are in --out")
@@ -100,7 +100,8 @@ def make(cfg):
             add("prompts", [answer], best)
             add("demonstrations", [answer], best, write=lambda record, answers: {
                 "prompt": record["prompt"], "response": answers[0]})
-        files["demonstrations"].append({"prompt": request, "response": answer})
+        if i % 4 == 0:                                      # without rules it should answer as before
+            files["demonstrations"].append({"prompt": request, "response": answer})
         add("preferences", [best, worst], answer, write=lambda record, answers: {
             "prompt": record["prompt"], "chosen": answers[0], "rejected": answers[1]})
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class Rule:
         """The rule in words."""
         said = {name: " and ".join(f'"{x}"' for x in value) if isinstance(value, list) else value
                 for name, value in vars(self).items()}
-        return rng.choice(self.wordings).format(**said)
+        return rng.choice(self.wordings).format(**said, reply=rng.choice(["answer", "response", "reply"]))
 
     def check(self, answer):
         """Whether an answer keeps the rule."""
@@ -100,8 +100,10 @@ class Count(Rule):
 
 
 class Words(Count):
-    wordings = ("Write {relation} {number} words.", "Your answer should have {relation} {number} words.",
-                "Use {relation} {number} words in all.")
+    wordings = ("Write {relation} {number} words.", "Your {reply} should have {relation} {number} words.",
+                "Use {relation} {number} words in all.",
+                "The length of the {reply} must be {relation} {number} words.",
+                "Answer with {relation} {number} words.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -121,8 +123,9 @@ class Words(Count):
 
 
 class Sentences(Count):
-    wordings = ("Write {relation} {number} sentences.", "Give an answer of {relation} {number} sentences.",
-                "The number of sentences should be {relation} {number}.")
+    wordings = ("Write {relation} {number} sentences.", "Give a {reply} of {relation} {number} sentences.",
+                "The number of sentences should be {relation} {number}.",
+                "Your entire {reply} must have {relation} {number} sentences.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -143,7 +146,8 @@ class Sentences(Count):
 class CapitalWords(Count):
     wordings = ("Write words in all capital letters {relation} {number} times.",
                 "The number of words in capital letters should be {relation} {number}.",
-                "Use {relation} {number} words that are written entirely in capitals.")
+                "Use {relation} {number} words that are written entirely in capitals.",
+                "In your {reply}, words in ALL CAPS should appear {relation} {number} times.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -167,8 +171,8 @@ class CapitalWords(Count):
 @dataclass
 class Keywords(Rule):
     words: list
-    wordings = ("Include the words {words}.", "The words {words} must appear in your answer.",
-                "Make sure that you use {words} somewhere.")
+    wordings = ("Include the words {words}.", "The keywords {words} must appear in your {reply}.",
+                "Make sure that you use {words} somewhere.", "Mention {words} in the {reply}.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -189,8 +193,9 @@ class Frequency(Rule):
     relation: str
     number: int
     wordings = ('Use the word "{word}" {relation} {number} times.',
-                'The word "{word}" should appear {relation} {number} times.',
-                'In your answer, "{word}" has to occur {relation} {number} times.')
+                "The word {word} should appear {relation} {number} times.",
+                'In your {reply}, "{word}" has to occur {relation} {number} times.',
+                "Mention {word} {relation} {number} times.")
     more = ("In short, it is about {}.", "Think of {} first.", "That is why {} matters.",
             "Again, {} is the point.", "Nothing here goes without {}.", "Keep {} in mind.")
 
@@ -216,7 +221,9 @@ class Frequency(Rule):
 @dataclass
 class Forbidden(Rule):
     words: list
-    wordings = ("Do not use the words {words}.", "Avoid {words}.", "The words {words} are not allowed.")
+    wordings = ("Do not use the words {words}.", "Avoid {words}.",
+                "The words {words} are not allowed in the {reply}.",
+                "Your {reply} must not include the keywords {words}.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -237,9 +244,10 @@ class Letters(Rule):
     letter: str
     relation: str
     number: int
-    wordings = ('The letter "{letter}" should appear {relation} {number} times.',
+    wordings = ("The letter {letter} should appear {relation} {number} times.",
                 'Use the character "{letter}" {relation} {number} times.',
-                'There should be {relation} {number} of the letter "{letter}" in the answer.')
+                'There should be {relation} {number} of the letter "{letter}" in the {reply}.',
+                "In your entire {reply}, write the letter {letter} {relation} {number} times.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -256,7 +264,7 @@ class Letters(Rule):
 
 
 class NoDigits(Rule):
-    wordings = ("Do not use any digits.", "Write all numbers as words.", "Your answer must have no digit.")
+    wordings = ("Do not use any digits.", "Write all numbers as words.", "Your {reply} must have no digit.")
 
     def check(self, answer):
         return not re.search(r"\d", answer)
@@ -278,8 +286,9 @@ class Parts(Rule):
 
 class Paragraphs(Parts):
     wordings = ("Write {number} paragraphs, with *** between them.",
-                "Separate the {number} paragraphs of your answer by three asterisks: ***",
-                "There should be exactly {number} paragraphs; put the divider *** between two of them.")
+                "Separate the {number} paragraphs of your {reply} by three asterisks: ***",
+                "There should be exactly {number} paragraphs; put the divider *** between two of them.",
+                "Your {reply} must have {number} paragraphs. Write *** between two of them.")
 
     def check(self, answer):
         parts = re.split(r"\s?\*\*\*\s?", answer)
@@ -292,7 +301,8 @@ class Paragraphs(Parts):
 class Bullets(Parts):
     wordings = ("Answer in exactly {number} bullet points, each of which begins with * or -.",
                 "Use {number} bullet points, such as:\n* one point\n* another",
-                "Give a list of exactly {number} bullets in markdown.")
+                "Give a list of exactly {number} bullets in markdown.",
+                "Your {reply} must contain exactly {number} bullet points.")
 
     def check(self, answer):
         stars, dashes = r"^\s*\*[^\*].*$", r"^\s*-.*$"
@@ -319,8 +329,9 @@ class Sections(Rule):
     name: str
     number: int
     wordings = ("Write {number} sections, and begin each with {name} and its number, as in {name} 1.",
-                "Divide your answer into {number} sections. Mark their beginnings with {name} X.",
-                "The answer has {number} sections with the headings {name} 1, {name} 2 and so on.")
+                "Divide your {reply} into {number} sections. Mark their beginnings with {name} X.",
+                "The {reply} has {number} sections with the headings {name} 1, {name} 2 and so on.",
+                "There should be {number} sections, each with the line {name} X on top, where X is 1, 2, ...")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -345,7 +356,7 @@ class FirstWord(Rule):
                 "There should be {paragraphs} paragraphs, separated by two line breaks, and the first word "
                 "of paragraph {number} is {word}.",
                 "Use exactly {paragraphs} paragraphs (an empty line separates two). Start paragraph {number} "
-                "with the word {word}.")
+                "of the {reply} with the word {word}.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -368,7 +379,8 @@ class FirstWord(Rule):
 class TwoAnswers(Rule):
     wordings = ("Give two different answers, with ****** (six asterisks) between them.",
                 "Write two answers and separate them by six asterisks: ******",
-                "I want two different answers. Put ****** between them, and nothing else.")
+                "I want two different {reply}s. Put ****** between them, and nothing else.",
+                "Respond twice, in different ways, with ****** in between.")
 
     def check(self, answer):
         parts = answer.split("******")
@@ -380,7 +392,8 @@ class TwoAnswers(Rule):
 
 
 class Json(Rule):
-    wordings = ("Answer in JSON.", "The whole answer has to be a JSON object.", "Wrap the answer in JSON.")
+    wordings = ("Answer in JSON.", "The entire {reply} has to be a JSON object.",
+                "Wrap the {reply} in JSON format.", "Your {reply} must be valid JSON and nothing else.")
 
     def check(self, answer):
         text = re.sub(r"^```(json|Json|JSON)?", "", answer.strip()).removesuffix("```")
@@ -398,7 +411,8 @@ class Highlights(Rule):
     number: int
     wordings = ("Highlight at least {number} parts with asterisks, like *this*.",
                 "Emphasise at least {number} phrases in markdown: *a phrase*.",
-                "At least {number} parts of the answer must be highlighted, as in *highlighted part*.")
+                "At least {number} parts of the {reply} must be highlighted, as in *highlighted part*.",
+                "Mark {number} or more parts of your {reply} in markdown, as in *a part*.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -419,9 +433,10 @@ class Highlights(Rule):
 @dataclass
 class Placeholders(Rule):
     number: int
-    wordings = ("Use at least {number} placeholders in square brackets, such as [name].",
-                "There should be {number} or more placeholders like [address] in your answer.",
-                "Leave at least {number} gaps to fill in, in square brackets, as in [date].")
+    wordings = ("Use at least {number} placeholders in square brackets: [name], for example.",
+                "There should be {number} or more placeholders like [address] in your {reply}.",
+                "Leave at least {number} gaps to fill in, in square brackets, as in [date].",
+                "At least {number} placeholders in brackets, for example [place], are needed.")
     gaps = ("name", "date", "address", "time", "place", "phone number", "email", "price", "company", "city",
             "title", "reason")
 
@@ -440,8 +455,8 @@ class Placeholders(Rule):
 @dataclass
 class Choice(Rule):
     options: list
-    wordings = ("Your answer must contain one of these phrases: {options}.", "Answer with one of {options}.",
-                "Choose one of {options} and say it in your answer.")
+    wordings = ("Your {reply} must contain one of these phrases: {options}.",
+                "Answer with one of {options}.", "Choose one of {options} and say it in your {reply}.")
     sets = (["I agree.", "I disagree.", "I cannot tell."], ["Yes, I think so.", "No, I do not think so."],
             ["It is true.", "It is false.", "It is unknown."], ["I would say yes.", "I would say no."])
 
@@ -457,9 +472,9 @@ class Choice(Rule):
 
 
 class Title(Rule):
-    wordings = ("Give your answer a title in double angular brackets, such as <<a title>>.",
-                "The answer must have a title, wrapped as in <<my title>>.",
-                "Put a title in << and >> above your answer.")
+    wordings = ("Give your {reply} a title in double angle brackets: <<a title>>.",
+                "The {reply} needs a title, which looks like <<this>>.",
+                "Put a title in << and >> above your {reply}.")
 
     def check(self, answer):
         return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", answer))
@@ -471,7 +486,7 @@ class Title(Rule):
 @dataclass
 class Start(Rule):
     phrase: str
-    wordings = ('Begin your answer with "{phrase}"', 'The first words of the answer must be "{phrase}"',
+    wordings = ('Begin your {reply} with "{phrase}"', 'The first words of the {reply} must be "{phrase}"',
                 'Start with "{phrase}"')
     phrases = ("Here is what I think:", "Let me see.", "Of course!", "In my view,", "To begin with,")
 
@@ -490,7 +505,8 @@ class Start(Rule):
 class Postscript(Rule):
     mark: str
     wordings = ("Add a postscript that begins with {mark}", "Add a postscript, marked {mark}",
-                "At the end, write a postscript starting with {mark}")
+                "At the end, write a postscript starting with {mark}",
+                "Finish the {reply} with a postscript that starts with {mark}")
     more = ("I hope that this helps.", "Ask me if anything is unclear.", "Take your time with it.")
 
     @classmethod
@@ -508,8 +524,9 @@ class Postscript(Rule):
 @dataclass
 class End(Rule):
     phrase: str
-    wordings = ('End your answer with exactly "{phrase}" and nothing after it.',
-                'Finish with "{phrase}" and add nothing to it.', 'The last words must be "{phrase}"')
+    wordings = ('End your {reply} with exactly "{phrase}" and nothing after it.',
+                'Finish with "{phrase}" and add nothing to it.', 'The last words must be "{phrase}"',
+                "The very end of your {reply} should read: {phrase}")
     phrases = ("That is all there is to it.", "I hope that this is clear.", "Thank you for asking.", "DONE",
                "What would you like to hear next?", "Tell me if you want to know more.")
 
@@ -525,8 +542,8 @@ class End(Rule):
 
 
 class Question(Rule):
-    wordings = ("End with a question.", "The last sentence of your answer must be a question.",
-                "Finish your answer by asking something.")
+    wordings = ("End with a question.", "The last sentence of your {reply} must be a question.",
+                "Finish your {reply} by asking something.")
     phrases = ("Does that help?", "What do you think?", "Would you like an example?")
 
     def check(self, answer):
@@ -540,7 +557,7 @@ class Question(Rule):
 class Parentheses(Rule):
     number: int
     wordings = ("Use at least {number} remarks in parentheses (like this one).",
-                "Put at least {number} parts of your answer in round brackets.",
+                "Put at least {number} parts of your {reply} in round brackets.",
                 "There should be {number} or more parentheses ( ) with words in them.")
 
     @classmethod
@@ -559,7 +576,9 @@ class Parentheses(Rule):
 
 class Upper(Rule):
     wordings = ("Write in capital letters only.", "Use no small letters: all letters must be capital.",
-                "THE WHOLE ANSWER MUST BE IN CAPITALS, like this sentence's beginning.")
+                "Your entire {reply} must be in capital letters.",
+                "Answer in English and in ALL CAPS.",
+                "All letters of the {reply} should be capitalized.")
 
     def check(self, answer):
         return answer.isupper()
@@ -570,7 +589,9 @@ class Upper(Rule):
 
 class Lower(Rule):
     wordings = ("Write in small letters only.", "Do not use any capital letter.",
-                "your whole answer should be in lower case, without capitals.")
+                "Your entire {reply} must be in lowercase letters.",
+                "Answer in English, with lowercase letters only.",
+                "All letters of the {reply} should be lowercase.")
 
     def check(self, answer):
         return answer.islower()
@@ -580,7 +601,8 @@ class Lower(Rule):
 
 
 class NoComma(Rule):
-    wordings = ("Use no commas.", "Your answer must not contain a comma.", "Do without commas altogether.")
+    wordings = ("Use no commas.", "Your {reply} must not contain a comma.", "Do without commas altogether.",
+                "You are not allowed to use commas in your {reply}.")
 
     def check(self, answer):
         return "," not in answer
@@ -590,8 +612,9 @@ class NoComma(Rule):
 
 
 class Quoted(Rule):
-    wordings = ("Put the whole answer in double quotation marks.", "Wrap your answer in double quotes.",
-                'The answer begins and ends with the character ".')
+    wordings = ("Put the entire {reply} in double quotation marks.", "Wrap your {reply} in double quotes.",
+                'The {reply} begins and ends with the character ".',
+                "Surround your whole {reply} with double quotation marks.")
 
     def check(self, answer):
         answer = answer.strip()
@@ -604,9 +627,10 @@ class Quoted(Rule):
 @dataclass
 class Repeat(Rule):
     request: str
-    wordings = ("First repeat the request above word for word, and then answer it.",
+    wordings = ("Copy the request above, word by word, and then answer it.",
                 "Before you answer, copy my request as it stands, without this sentence.",
-                "Say the request again, without any change and without these words, and then answer it.")
+                "Say the request again, without any change and without these words, and then answer it.",
+                "The {reply} starts with my request, copied exactly, and only then comes what I asked for.")
 
     @classmethod
     def draw(cls, rng, request, answer):

@@ -13,10 +13,10 @@ from helpers.start import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.templates import CHATML
 from data.tokenizer import (
     DIGITS_PATTERN,
     GPT2_PATTERN,
-    IM_END,
     PATTERN,
     ROLES,
     Tokenizer,
@@ -25,6 +25,7 @@ from data.tokenizer import (
     new_document,
 )
 
+IM_END = CHATML.end
 TEXTS = ["The cat sat on the mat, and the cat was happy.", "What is 12 plus 30? It is 42!", "naïve café — 猫"]
 TOK = learn(TEXTS * 5, vocab_size=300)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))    # every character; half a surrogate is none
