@@ -11,6 +11,8 @@
 # make quick    only the tests of losses, the exact policy gradient and flags      (half a minute)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
+# make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that
+#               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark   (an hour)
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
 #
@@ -57,6 +59,25 @@ real: .venv/ready
 	$(PY) evaluate.py $(MODEL) out/real/dpo out/real/ppo --data $(DATA) --demonstrations $(DATA) --best_of 0 \
 	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 \
 	    --precision bfloat16 --out out/real
+
+# Of CPUs, only some multiply bfloat16 numbers fast.
+FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
+ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --precision $(FAST)
+METHOD ?= ppo
+EVERY ?= 3
+PPO = ppo.py --critic_lr 2e-4
+GRPO = -m variants.grpo --group 8
+follow: .venv/ready
+	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" || { echo "make follow needs MODEL=folder, DATA= and IFEVAL=file"; exit 2; }
+	$(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
+	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 1.5e-3 --warmup 10 --evals 1 \
+	    --out out/follow/sft
+	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 \
+	    --out out/follow/reward_model
+	$(PY) $(if $(filter grpo,$(METHOD)),$(GRPO),$(PPO)) $(ADAPT) --init out/follow/sft --data out/follow/prompts.jsonl \
+	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --out out/follow/$(METHOD)
+	$(PY) -m lab.ifeval $(MODEL) out/follow/sft out/follow/$(METHOD) --data $(IFEVAL) --every $(EVERY) \
+	    --precision $(FAST) --out out/follow/ifeval
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }

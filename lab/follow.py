@@ -2,8 +2,9 @@
 
     python -m lab.follow --model MODEL --data instructions.json       writes out/follow/
 
-The model answers each instruction of --data. Then one to three rules of lab/rules.py are added to the
-instruction, and the answer is changed until it keeps them. It gives
+One to three rules of lab/rules.py are added to each instruction of --data, and an answer is changed until it
+keeps them. Demonstrations start from the short answers of --data, because with few other words a model learns
+the rules in the fewest steps. How long an answer may be is taken from the model's own answers. It gives
 
     demonstrations.jsonl        such prompts and answers, for SFT
     preferences.jsonl           the same with the two answers of --data, for a reward model
@@ -57,7 +58,8 @@ def with_rules(request, answers, other, kinds, rng, most=3):
         changed = answers
         for rule in some:
             changed = [rule.repair(answer, other, rng) for answer in changed]
-        if all(rule.check(answer) and rules.words_of(answer) for rule in some for answer in changed):
+        kept = all(rule.check(answer) for rule in some for answer in changed)
+        if kept and all(map(rules.words_of, changed)) and len(set(changed)) == len(answers):
             said = " ".join(rule.text(rng) for rule in rng.sample(some, len(some)))
             record = {"prompt": request + rng.choice([" ", "\n", "\n\n"]) + said,
                       "rules": [rules.as_dict(rule) for rule in some], "words": len(changed[0].split())}
@@ -98,7 +100,7 @@ def make(cfg):
             continue
         for _ in range(cfg.copies):
             add("prompts", [answer], best)
-            add("demonstrations", [answer], best, write=lambda record, answers: {
+            add("demonstrations", [best], answer, write=lambda record, answers: {
                 "prompt": record["prompt"], "response": answers[0]})
         if i % 4 == 0:                                      # without rules it should answer as before
             files["demonstrations"].append({"prompt": request, "response": answer})

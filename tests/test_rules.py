@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from data import records
 from lab import follow, ifeval, rules
 
 AT_LEAST, LESS = rules.AT_LEAST, rules.LESS
@@ -105,6 +106,35 @@ def test_the_reward_is_the_share_of_rules_kept_less_what_is_missing_of_the_answe
 def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence():
     assert follow.whole("One. Two is", False) == "One." and follow.whole("One. Two is", True) == "One. Two is"
     assert follow.whole("One", False) == "One"
+
+
+def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monkeypatch):
+    asked = [f"How do bees number {i} find their way?" for i in range(40)]
+    records.write(tmp_path / "data.jsonl",
+                  [{"prompt": x, "chosen": f"{PLAIN} {x}", "rejected": PLAIN} for x in asked])
+    monkeypatch.setattr(follow, "answer_all", lambda cfg, preferences: [PLAIN] * len(preferences))
+    cfg = follow.Config(data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "out"))
+    follow.make(cfg)
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+            for path in (tmp_path / "out").iterdir()}
+    assert {name: len(some) for name, some in rows.items()} == {
+        "demonstrations": 36 * 2 + 9, "prompts": 36 * 2, "preferences": 36, "prompts_heldout": 4,
+        "prompts_new_kinds": 4}
+    held_out = {x for x in asked if any(x in row["prompt"] for row in rows["prompts_heldout"])}
+    assert len(held_out) == 4 and held_out == {
+        x for x in asked if any(x in row["prompt"] for row in rows["prompts_new_kinds"])}
+    for name in ("demonstrations", "prompts", "preferences"):
+        assert not any(x in row["prompt"] for x in held_out for row in rows[name])
+    kinds = {name: {rule["kind"] for row in rows[name] for rule in row["rules"]}
+             for name in rows if "prompts" in name}
+    assert kinds["prompts_new_kinds"] <= set(follow.NEW_KINDS) and len(kinds["prompts"]) > 15
+    assert not (kinds["prompts"] | kinds["prompts_heldout"]) & set(follow.NEW_KINDS)
+    texts = [text for name in follow.NEW_KINDS for text in rules.KINDS[name].wordings if "{" not in text]
+    asked = [row["prompt"] for name in ("demonstrations", "preferences") for row in rows[name]]
+    assert texts and not any(text in prompt for text in texts for prompt in asked)
+    assert all(p.pairs for p in records.read("preferences", tmp_path / "out/preferences.jsonl"))
+    with pytest.raises(ValueError, match="prompts.jsonl is there already"):
+        follow.make(cfg)
 
 
 # ------------------------------------------------------------------------------------------------- IFEval
