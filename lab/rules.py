@@ -60,6 +60,7 @@ def without(text, pattern):
 
 # --------------------------------------------------------------------------------------------------- rules
 
+@dataclass
 class Rule:
     """What all kinds have. In a wording, {name} stands for a field."""
     wordings = ()
@@ -652,7 +653,7 @@ KINDS = {kind.__name__: kind for kind in (
 
 def as_dict(rule):
     """A rule as it is written in a file: {"kind", and its fields}."""
-    return {"kind": type(rule).__name__, **(asdict(rule) if vars(rule) else {})}
+    return {"kind": type(rule).__name__, **asdict(rule)}
 
 
 def from_dict(fields):
