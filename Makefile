@@ -23,7 +23,7 @@ PY = .venv/bin/python
 SEED ?= 0
 OUT ?= out/demo
 
-.PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real scratch bench clean
+.PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real follow scratch bench clean
 
 demo: .venv/ready
 	@$(PY) demo.py --seed $(SEED) --out $(OUT) $(if $(FRESH),--overwrite)
@@ -60,22 +60,28 @@ real: .venv/ready
 	    --reward out/real/reward_model --judge out/real/reward_model --samples 1 --show 10 \
 	    --precision bfloat16 --out out/real
 
-# Of CPUs, only some multiply bfloat16 numbers fast.
+# Not every processor multiplies bfloat16 numbers fast.
 FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
 ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --precision $(FAST)
 METHOD ?= ppo
 EVERY ?= 3
-PPO = ppo.py --critic_lr 2e-4
-GRPO = -m variants.grpo --group 8
+FOLLOW_ppo = ppo.py --critic_lr 2e-4
+FOLLOW_grpo = -m variants.grpo --group 8
 follow: .venv/ready
-	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" || { echo "make follow needs MODEL=folder, DATA= and IFEVAL=file"; exit 2; }
+	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" || \
+	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file"; exit 2; }
 	$(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
-	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 1.5e-3 --warmup 10 --evals 1 \
+	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 2.5e-3 --warmup 10 --evals 1 \
 	    --out out/follow/sft
-	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 \
+	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 --normalize 64 \
 	    --out out/follow/reward_model
-	$(PY) $(if $(filter grpo,$(METHOD)),$(GRPO),$(PPO)) $(ADAPT) --init out/follow/sft --data out/follow/prompts.jsonl \
-	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --out out/follow/$(METHOD)
+	$(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init out/follow/sft --data out/follow/prompts.jsonl \
+	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --steps 14 --batch 64 --max_new_tokens 112 --lr 4e-4 \
+	    --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 --out out/follow/$(METHOD)
+	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_heldout.jsonl \
+	    --precision $(FAST) --out out/follow/own
+	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_new_kinds.jsonl \
+	    --precision $(FAST) --out out/follow/new_kinds
 	$(PY) -m lab.ifeval $(MODEL) out/follow/sft out/follow/$(METHOD) --data $(IFEVAL) --every $(EVERY) \
 	    --precision $(FAST) --out out/follow/ifeval
 
