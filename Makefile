@@ -61,16 +61,16 @@ real: .venv/ready
 	    --precision bfloat16 --out out/real
 
 # Not every processor multiplies bfloat16 numbers fast.
-FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,float32)
+FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,auto)
 ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --precision $(FAST)
 METHOD ?= ppo
 EVERY ?= 3
 FOLLOW_ppo = ppo.py --critic_lr 2e-4
 FOLLOW_grpo = -m variants.grpo --group 8
 follow: .venv/ready
-	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" || \
-	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file"; exit 2; }
-	$(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
+	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
+	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
+	test -e out/follow/prompts.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
 	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 2.5e-3 --warmup 10 --evals 1 \
 	    --out out/follow/sft
 	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 --normalize 64 \

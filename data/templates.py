@@ -1,8 +1,8 @@
 """Chat formats: a conversation as one text, with control tokens around the messages.
 
-A format cuts a conversation of n messages into their n contents, which are data, and the n + 1 frames before,
-between and after them, which alone may hold control tokens: cut(messages, prompt) returns (frames, contents).
-With `prompt` the last frame ends where the assistant starts to speak.
+cut(messages, prompt) splits a conversation of n messages into (frames, contents): the n contents, which are
+data, and the n + 1 frames around them. Only frames may hold control tokens. With `prompt` the last frame ends
+where the assistant starts to speak.
 """
 import json
 import re
@@ -14,7 +14,12 @@ try:
 except ImportError:                         # then only the formats below are known
     ImmutableSandboxedEnvironment = None
 
-MARK = "\ue000{}\ue000"                     # in place of a content: no template has this private letter
+MARK = "\ue000{}\ue000"                     # stands for a content: a private-use character
+
+
+def quoted(text):
+    """A text as Jinja writes it, which knows no pairs of \\u for characters such as emoji."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Format:
         """The format as a Jinja template, which is what transformers and vLLM read. system: the message put
         before conversations that have none."""
         first = self.head("system") + system + self.end + self.gap if system else ""
-        texts = [json.dumps(x) for x in (self.begin, first, self.before, self.after, self.end + self.gap,
+        texts = [quoted(x) for x in (self.begin, first, self.before, self.after, self.end + self.gap,
                                          self.head("assistant"))]
         return ("{{ %s }}{%% if messages[0]['role'] != 'system' %%}{{ %s }}{%% endif %%}"
                 "{%% for m in messages %%}{{ %s + m['role'] + %s + m['content'] + %s }}{%% endfor %%}"
@@ -91,12 +96,12 @@ class Template:
                 break
         else:
             raise ValueError("the chat template changes what messages say")
-        if len(said) < len(messages):
-            raise ValueError("the chat template leaves out messages")
+        if parts[1::2] != [str(i) for i in range(len(messages))]:
+            raise ValueError("the chat template leaves out messages, or changes their order")
         return frames, said
 
     def source(self, system):
         """The template as it came. system: a message that it puts before conversations that have none."""
         first = ("{%% if messages[0]['role'] != 'system' %%}{%% set messages = [{'role': 'system', "
-                 "'content': %s}] + messages %%}{%% endif %%}" % json.dumps(system)) if system else ""
+                 "'content': %s}] + messages %%}{%% endif %%}" % quoted(system)) if system else ""
         return self.text if self.text.startswith(first) else first + self.text

@@ -3,14 +3,16 @@
     python -m lab.follow --model MODEL --data instructions.json       writes out/follow/
 
 One to three rules of lab/rules.py are added to each instruction of --data, and an answer is changed until it
-keeps them. Demonstrations start from the short answers of --data, because with few other words a model learns
-the rules in the fewest steps. How long an answer may be is taken from the model's own answers. It gives
+keeps them. The script writes
 
-    demonstrations.jsonl        such prompts and answers, for SFT
+    demonstrations.jsonl        such prompts and answers, and the model's own to some without rules, for SFT
     preferences.jsonl           the same with the two answers of --data, for a reward model
     prompts.jsonl               other rules for the same instructions, for PPO and GRPO
     prompts_heldout.jsonl       instructions that are in none of these files
     prompts_new_kinds.jsonl     the same instructions with kinds of rules that are in no other file
+
+Demonstrations start from the short answers of --data: with few other words to imitate, a model learns the
+rules in fewer steps. How short an answer may be is taken from the model's own answer to the instruction.
 
 `kept` is the reward: ppo.py --reward lab/follow.py:kept. It needs no judge, but says nothing about how good
 the answer is otherwise. `Quality` is a term for that.
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import loading, records
+from data.batches import fit
 from evaluate import Sampler, Sampling
 from lab import rules
 from runtime.files import refuse_existing
@@ -29,27 +32,27 @@ from runtime.flags import flag
 from runtime.launch import main
 from runtime.rewards import ModelReward
 
-FOLDER = "out/follow"                                   # where the rewards look for prompts and their rules
+FOLDER = "out/follow"               # where everything is written, and where the rewards look for prompts
 NEW_KINDS = ("Numbered", "Parentheses", "Start", "Question", "NoDigits")    # held out of training
-FILES = ("demonstrations", "preferences", "prompts", "prompts_heldout", "prompts_new_kinds")
-SHORT = 0.6             # an answer with a smaller share of the words of its demonstration counts as too short
+KNOWN = [name for name in rules.KINDS if name not in NEW_KINDS]
+SHORT = 0.6         # an answer is too short with a smaller share of the words that the model's own answer had
 
 
 @dataclass
 class Config(Sampling):
     model: str = flag("", "chat model that answers the instructions")
     data: str = flag("", "instructions with two answers each: a file of preferences")
-    out: str = flag(FOLDER, "folder to write")
     copies: int = flag(2, "demonstrations of each instruction, each with other rules", 1)
     temperature: float = flag(0.7, "of sampling; 0 is greedy", 0)
-    max_new_tokens: int = flag(160, "longest answer, in tokens", 1)
-    overwrite: bool = flag(False, "replace the files that are in --out")
+    max_new_tokens: int = flag(112, "longest answer, in tokens", 1)
+    overwrite: bool = flag(False, f"replace the files that are in {FOLDER}")
 
 
 def with_rules(request, answers, other, kinds, rng, most=3):
-    """Add up to `most` rules to a request (text): {"prompt", "rules", "words"}, and its answers, changed to
-    keep them. Draws again until all do; None if 50 draws are not enough. other: an answer for rules that want
-    two; words: of the first answer, once changed."""
+    """Add up to `most` rules to a request (text), and change its answers (texts) so that they keep them.
+    other: a second answer, for rules that need two. Returns {"prompt", "rules", "words"} and the changed
+    answers, where words is the number of words of the first one; or None if no draw of 50 gives rules that
+    all answers keep."""
     for _ in range(50):
         drawn = rng.sample(kinds, rng.randint(1, most))
         some = [rules.KINDS[name].draw(rng, request, answers[0]) for name in rules.KINDS if name in drawn]
@@ -68,48 +71,67 @@ def with_rules(request, answers, other, kinds, rng, most=3):
 
 
 def whole(text, ended):
-    """An answer without the last sentence if that was cut off."""
+    """An answer; where sampling stopped before its end, without the unfinished sentence."""
     parts = rules.sentences_of(text.strip())
-    return text.strip() if ended or len(parts) < 2 else text[:text.rindex(parts[-1])].strip()
+    return text.strip() if ended or not parts else text[:text.rindex(parts[-1])].strip()
 
 
 def answer_all(cfg, preferences):
-    """The model's own answers to the prompts of Preferences, without what was cut off."""
+    """The model's own answers to those of the Preferences that it can read: pairs of both."""
     sampler = Sampler(cfg, [cfg.model])
+    model = sampler.load(cfg.model)
+    preferences = fit(preferences, lambda p: len(sampler.tokenizer.prompt(p.prompt)),
+                      model.config.block_size - cfg.max_new_tokens, "instructions")
     print(f"{cfg.model} answers {len(preferences)} instructions ...", flush=True)
-    batch = sampler.sample(sampler.load(cfg.model), [p.prompt for p in preferences], "follow")
-    return [whole(*pair) for pair in zip(sampler.texts(batch), batch["ended"].tolist())]
+    batch = sampler.sample(model, [p.prompt for p in preferences], "follow")
+    return list(zip(preferences, map(whole, sampler.texts(batch), batch["ended"].tolist())))
+
+
+def training_files(cfg, answered, rng):
+    """{name: records} of the files for training. answered: as from `answer_all`."""
+    demonstrations, preferences, prompts = [], [], []
+    for i, (p, own) in enumerate(answered):
+        request, (best, *_, worst) = p.prompt[-1]["content"], ranked(p)
+        for _ in range(cfg.copies):
+            if made := with_rules(request, [own], best, KNOWN, rng):
+                prompts.append(made[0])
+            if made := with_rules(request, [best], own, KNOWN, rng):
+                demonstrations.append({"prompt": made[0]["prompt"], "response": made[1][0]})
+        if i % 4 == 0 and own:          # so that the model still answers as before where there are no rules
+            demonstrations.append({"prompt": request, "response": own})
+        if made := with_rules(request, [best, worst], own, KNOWN, rng):
+            chosen, rejected = made[1]
+            preferences.append({"prompt": made[0]["prompt"], "chosen": chosen, "rejected": rejected})
+    return {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
+
+
+def held_out_files(answered, rng):
+    """{name: records} of the files for evaluation."""
+    files = {"prompts_heldout": (KNOWN, 3), "prompts_new_kinds": (list(NEW_KINDS), 1)}
+    made = {name: [with_rules(p.prompt[-1]["content"], [own], ranked(p)[0], kinds, rng, most)
+                   for p, own in answered] for name, (kinds, most) in files.items()}
+    return {name: [pair[0] for pair in some if pair] for name, some in made.items()}
+
+
+def ranked(preference):
+    """The answers of a Preference, the best first."""
+    return [text for _, text in sorted(zip(preference.ranks, preference.responses))]
 
 
 def make(cfg):
-    refuse_existing(f"{cfg.out}/prompts.jsonl", cfg.overwrite)
+    refuse_existing(f"{FOLDER}/prompts.jsonl", cfg.overwrite)
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
-    known = [name for name in rules.KINDS if name not in NEW_KINDS]
-    files = {name: [] for name in FILES}
-    rng = random.Random(cfg.seed)
-    for i, (p, answer) in enumerate(zip(train + held_out, answer_all(cfg, train + held_out))):
-        request = p.prompt[-1]["content"]
-        best, *_, worst = [text for _, text in sorted(zip(p.ranks, p.responses))]
-
-        def add(name, answers, other, kinds=known, most=3, write=lambda record, answers: record):
-            if made := with_rules(request, answers, other, kinds, rng, most):
-                files[name].append(write(*made))
-        if i >= len(train):
-            add("prompts_heldout", [answer], best)
-            add("prompts_new_kinds", [answer], best, list(NEW_KINDS), 1)
-            continue
-        for _ in range(cfg.copies):
-            add("prompts", [answer], best)
-            add("demonstrations", [best], answer, write=lambda record, answers: {
-                "prompt": record["prompt"], "response": answers[0]})
-        if i % 4 == 0:                                      # without rules it should answer as before
-            files["demonstrations"].append({"prompt": request, "response": answer})
-        add("preferences", [best, worst], answer, write=lambda record, answers: {
-            "prompt": record["prompt"], "chosen": answers[0], "rejected": answers[1]})
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        records.write(f"{cfg.out}/{name}.jsonl", rows)
-        print(f"wrote {cfg.out}/{name}.jsonl: {len(rows)}")
+    single = [p for p in train + held_out if len(p.prompt) == 1]
+    print(f"{len(single)} of {len(train) + len(held_out)} instructions have no turns before them: the others "
+          "are left out")
+    seen, rng = {p.prompt[0]["content"] for p in train}, random.Random(cfg.seed)
+    answered, kept_out = answer_all(cfg, single), {id(p) for p in held_out}
+    for_training = [pair for pair in answered if id(pair[0]) not in kept_out]
+    unseen = [pair for pair in answered if pair[0].prompt[0]["content"] not in seen]
+    Path(FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, rows in (training_files(cfg, for_training, rng) | held_out_files(unseen, rng)).items():
+        records.write(f"{FOLDER}/{name}.jsonl", rows)
+        print(f"wrote {FOLDER}/{name}.jsonl: {len(rows)}")
 
 
 # ---------------------------------------------------------------------------------------------- rewards
@@ -118,7 +140,7 @@ def make(cfg):
 def known_prompts():
     """{prompt: its record} of all prompts in FOLDER."""
     rows = [json.loads(line) for path in sorted(Path(FOLDER).glob("prompts*.jsonl"))
-            for line in path.read_text("utf-8").splitlines()]
+            for line in path.read_text("utf-8").split("\n") if line]
     return {row["prompt"]: row for row in rows}
 
 
@@ -132,8 +154,8 @@ def kept(messages, answer):
 
 
 class Quality(ModelReward):
-    """The reward model's score, cut off at −2 and 2 standard deviations. Few of the answers that it was
-    trained on have scores beyond that: those would be guesses."""
+    """The reward model's score, cut off at −2 and 2. Its scale gives the SFT model's answers mean 0 and
+    standard deviation 1, so few answers that it knows lie beyond: such scores would be extrapolation."""
 
     def __init__(self, tokenizer):
         super().__init__(f"{FOLDER}/reward_model", tokenizer)

@@ -5,9 +5,9 @@
 
 The benchmark is 541 prompts with one to three rules each, in Google's repository google-research, folder
 instruction_following_eval; --data names its input_data.jsonl. "Strict" takes an answer as it is. "Loose" also
-accepts it without its first line, its last line, both, or its asterisks, each of which may be an addition
-that a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences are paired: from
-the first model, prompt by prompt. Nothing here is used in training.
+accepts it without its first line, its last line or both, each with or without its asterisks: additions that
+a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences from the first model are
+paired: both are measured on the same resampled prompts. No prompt of the benchmark is used in training.
 """
 import itertools
 import json
@@ -33,11 +33,15 @@ MEASURES = ("prompt strict", "instruction strict", "prompt loose", "instruction 
 class Config(Sampling):
     models: tuple = flag((), "checkpoint folders; differences are measured from the first one")
     data: str = flag("ifeval.jsonl", "the benchmark's prompts and rules")
-    responses: str = flag("", 'file of {"prompt", "response"} lines, in place of models')
+    responses: str = flag("", 'file of {"response"} lines, one for each prompt, in place of models')
     every: int = flag(1, "take every n-th prompt", 1)
     out: str = flag("out/ifeval", "folder of the answers and results")
     temperature: float = flag(0.0, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(256, "longest answer, in tokens", 1)
+
+    def __post_init__(self):
+        if bool(self.models) == bool(self.responses):
+            raise ValueError("name either checkpoint folders or --responses")
 
 
 # Which letters, and which frequent words, tell the benchmark's languages apart.
@@ -57,7 +61,7 @@ FREQUENT = {"ru": "и не что это на как по", "bg": "и не че 
 def language_of(text):
     """The code of a text's language, by its commonest script and then by frequent words; "" without any."""
     names = max(SCRIPTS, key=lambda names: len(re.findall(f"[{SCRIPTS[names]}]", text))).split()
-    words = Counter(re.findall(r"[^\s.,!?;:\"*()]+", text.lower()))
+    words = Counter(re.findall(r"[^\s.,!?;:\"*()।۔،؟]+", text.lower()))
     words["ळ"] = text.count("ळ")             # of these languages, only Marathi has this letter
     counts = {name: sum(words[word] for word in FREQUENT[name].split()) for name in names if name in FREQUENT}
     return names[0] if not counts else max(counts, key=counts.get) if any(counts.values()) else ""
@@ -125,12 +129,16 @@ def keeps(rule, answers):
     return any(answer.strip() and rule.check(answer) for answer in answers)
 
 
+def rows_of(path):
+    """The records of a .jsonl file: a list of dicts."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line]
+
+
 def read(path, every):
     """Every n-th record of a file, the benchmark's or one of lab/follow.py: a list of (prompt, the names of
     its rules, the rules)."""
     found = []
-    for line in Path(path).read_text("utf-8").splitlines()[::every]:
-        row = json.loads(line)
+    for row in rows_of(path)[::every]:
         if "rules" in row:
             names, some = [rule["kind"] for rule in row["rules"]], map(rules.from_dict, row["rules"])
         else:
@@ -147,13 +155,13 @@ def verdicts(records, answers):
 
 
 def shares(found):
-    """Verdicts of N records as counts (N, 4, 2): of what is counted, and of what counts, for each measure."""
+    """Verdicts of N records as counts (N, 4, 2): for each of the MEASURES the number kept, and of all."""
     return torch.tensor([[[float(all(strict)), 1], [sum(strict), len(strict)],
                           [float(all(loose)), 1], [sum(loose), len(loose)]] for strict, loose in found])
 
 
 def intervals(counts, resamples=2000):
-    """Shares of counts (N, 4, 2), (4,), and shares of resampled records (resamples, 4)."""
+    """The shares (4,) of counts (N, 4, 2), and those of bootstrap samples of the records (resamples, 4)."""
     picks = torch.randint(len(counts), (resamples, len(counts)), generator=torch.Generator().manual_seed(0))
     totals, many = counts.sum(0), counts[picks].sum(1)
     return totals[:, 0] / totals[:, 1], many[..., 0] / many[..., 1]
@@ -165,7 +173,8 @@ def with_interval(value, many):
 
 
 def tables(records, found):
-    """Three tables of {name: verdicts}: the four measures, differences from the first, and the kinds."""
+    """Tables, as (title, rows), of {model: verdicts of the records}: the measures, the kinds of rules, and
+    the differences from the first model where there are several."""
     counted = {name: intervals(shares(some)) for name, some in found.items()}
     first = next(iter(counted.values()))
     measures, differences = [["model", *MEASURES]], [["model", *MEASURES]]
@@ -179,16 +188,19 @@ def tables(records, found):
         kept = [[x for some, (strict, _) in zip(names, ruled) for n, x in zip(some, strict) if n == kind]
                 for ruled in found.values()]
         kinds.append([kind, str(len(kept[0])), *(f"{sum(some) / len(some):.0%}" for some in kept)])
-    return [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds),
-            ("Differences from the first model (95 % intervals)", [differences[0], *differences[2:]])]
+    out = [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds)]
+    del differences[1]                                                      # of the first model from itself
+    return out + [("Differences from the first model (95 % intervals)", differences)] * (len(found) > 1)
 
 
 def measure(cfg):
     records, answers = read(cfg.data, cfg.every), {}
     prompts = [[{"role": "user", "content": prompt}] for prompt, _, _ in records]
     if cfg.responses:
-        # In the order of the prompts: the published file words one of them in another way.
-        rows = [json.loads(line) for line in Path(cfg.responses).read_text("utf-8").splitlines()][::cfg.every]
+        # Matched with the prompts by position, because the published file words one prompt differently.
+        rows = rows_of(cfg.responses)[::cfg.every]
+        if len(rows) != len(records):
+            raise ValueError(f"{cfg.responses} has {len(rows)} answers to {len(records)} prompts")
         answers[os.path.basename(cfg.responses)] = [row["response"] for row in rows]
     checkpoints = named(cfg.models)
     sampler = Sampler(cfg, list(checkpoints.values())) if checkpoints else None

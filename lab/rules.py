@@ -1,9 +1,9 @@
 """Rules for an answer that a program can check, such as "use no commas" or "write at least 40 words".
 
 A rule is an object whose fields are its parameters. It has wordings, a check, and a way to change a plain
-answer into one that keeps it, which makes demonstrations for SFT. 24 of the 25 kinds of IFEval (Zhou et al.
-2023, arXiv 2311.07911) are among them, under names of our own. lab/ifeval.py uses their checks too, so they
-count as that benchmark does. The wordings are ours: IFEval's prompts are for evaluation alone.
+answer into one that keeps it; such answers are demonstrations for SFT. 24 of the 25 kinds of IFEval (Zhou et
+al. 2023, arXiv 2311.07911) are among them, under names of our own. lab/ifeval.py uses their checks too, so
+they count as that benchmark does. The wordings are ours: IFEval's prompts are for evaluation alone.
 """
 import json
 import re
@@ -18,15 +18,16 @@ def words_of(text):
     return re.findall(r"\w+", text)
 
 
-# A full stop after one of these ends no sentence: an initial, the number of an item, an abbreviation.
-NO_END = re.compile(r"[(\"*]*([A-Za-z]|\d+|Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|([A-Z]\.)+[A-Z])\.")
+# A full stop after an initial or an abbreviation ends no sentence; nor does one after the number of an item.
+NO_END = re.compile(r"[(\"*]*([A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|([A-Z]\.)+[A-Z])\.")
 
 
 def sentences_of(text):
-    """The sentences of a text. One ends at . ! or ? before a space."""
+    """The sentences of a text. One ends at . ! or ? before whitespace."""
     parts, start = [], 0
     for end in re.finditer(r"[.!?]+[\"')\]*]*\s+", text):
-        if not NO_END.fullmatch(text[start:end.end()].split()[-1]):
+        *before, last = text[start:end.end()].split()
+        if not NO_END.fullmatch(last) and (before or not re.fullmatch(r"\d+\.", last)):
             parts.append(text[start:end.end()].strip())
             start = end.end()
     return parts + [text[start:].strip()] * bool(text[start:].strip())
@@ -37,17 +38,17 @@ def holds(count, relation, number):
 
 
 def near(rng, count, relation):
-    """A number near a count for which the relation holds."""
+    """A number of at least 1 near a count; the count then mostly has this relation to it."""
     return max(1, round(count * rng.uniform(0.6, 1))) if relation == AT_LEAST else count + rng.randint(1, 5)
 
 
 def content_words(text):
-    """Different words of at least four letters, in small letters."""
+    """The distinct words of at least four letters, in lower case."""
     return list(dict.fromkeys(word.lower() for word in re.findall(r"[A-Za-z]{4,}", text)))
 
 
 def pieces(text, n):
-    """A text in n parts of whole sentences, as equal as can be; [] if it has fewer sentences."""
+    """A text in n parts, each of nearly the same number of sentences; [] if it has fewer sentences."""
     parts = sentences_of(" ".join(text.split()))
     edges = [round(i * len(parts) / n) for i in range(n + 1)]
     return [" ".join(parts[a:b]) for a, b in zip(edges, edges[1:])] if len(parts) >= n else []

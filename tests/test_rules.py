@@ -105,15 +105,16 @@ def test_the_reward_is_the_share_of_rules_kept_less_what_is_missing_of_the_answe
 
 def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence():
     assert follow.whole("One. Two is", False) == "One." and follow.whole("One. Two is", True) == "One. Two is"
-    assert follow.whole("One", False) == "One"
+    assert follow.whole("One", False) == follow.whole("", False) == ""
 
 
 def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monkeypatch):
     asked = [f"How do bees number {i} find their way?" for i in range(40)]
     records.write(tmp_path / "data.jsonl",
                   [{"prompt": x, "chosen": f"{PLAIN} {x}", "rejected": PLAIN} for x in asked])
-    monkeypatch.setattr(follow, "answer_all", lambda cfg, preferences: [PLAIN] * len(preferences))
-    cfg = follow.Config(data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "out"))
+    monkeypatch.setattr(follow, "answer_all", lambda cfg, preferences: [(p, PLAIN) for p in preferences])
+    monkeypatch.setattr(follow, "FOLDER", str(tmp_path / "out"))
+    cfg = follow.Config(data=str(tmp_path / "data.jsonl"))
     follow.make(cfg)
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "out").iterdir()}

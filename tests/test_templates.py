@@ -114,7 +114,7 @@ def test_the_template_is_saved_as_it_came_and_a_system_message_is_put_in_front(f
 
 
 @pytest.mark.parametrize("known", [CHATML, LLAMA3], ids=["ChatML", "Llama 3"])
-@pytest.mark.parametrize("system", ["", 'Say "é".\n{{ x }}'])
+@pytest.mark.parametrize("system", ["", 'Say "é".\n{{ x }} 😀'])
 def test_a_known_format_and_its_template_are_the_same(known, system):
     for messages in CONVERSATIONS:
         first = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
@@ -128,6 +128,7 @@ def test_a_known_format_and_its_template_are_the_same(known, system):
 @pytest.mark.parametrize("source, said", [
     ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "changes what messages s"),
     ("{{ messages[0].content }}<|im_end|>", "leaves out messages"),
+    ("{% for m in messages[::-1] %}{{ m.content }}<|im_end|>{% endfor %}", "or changes their order"),
     ("{% for m in messages %}{{ m.content }}.{% endfor %}", "ends answers with '.', which is no control"),
     ("{{ raise_exception('no roles here') }}", "the chat template refuses a conversation: no roles here"),
     ("{% for m in messages %}", "cannot be read: Unexpected end of template")])

@@ -612,6 +612,7 @@ MISTAKES = {
          "for rule in some[:1] for answer in changed)"),
         ("two answers that a rule makes equal", " and len(set(changed)) == len(answers)", ""),
         ("held-out kinds are trained", "if name not in NEW_KINDS]", "if name]"),
+        ("held-out instructions are trained", "if id(pair[0]) not in kept_out]", "if pair]"),
     ],
     "lab/stages.py": [
         ("a stage that failed is not run again", "PYTHONPATH\": str(ROOT)}).returncode:",
@@ -850,7 +851,8 @@ MISTAKES = {
     "data/templates.py": [
         ("what a template changes is kept",
          'raise ValueError("the chat template changes what messages say")', "pass"),
-        ("a template may leave messages out", "if len(said) < len(messages):", "if False:"),
+        ("a template may leave messages out", "if parts[1::2] != [str(i) for i in range(len(messages))]:",
+         "if False:"),
         ("spaces that a template strips stay", "for change in (str, str.strip):",
          "for change in (str, str):"),
         ("a system message twice", "if self.text.startswith(first) else first + self.text",
