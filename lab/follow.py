@@ -122,8 +122,8 @@ def make(cfg):
     refuse_existing(f"{FOLDER}/prompts.jsonl", cfg.overwrite)
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
     single = [p for p in train + held_out if len(p.prompt) == 1]
-    print(f"{len(single)} of {len(train) + len(held_out)} instructions have no turns before them: the others "
-          "are left out")
+    if more := len(train) + len(held_out) - len(single):
+        print(f"{more} instructions come after other turns: left out")
     seen, rng = {p.prompt[0]["content"] for p in train}, random.Random(cfg.seed)
     answered, kept_out = answer_all(cfg, single), {id(p) for p in held_out}
     for_training = [pair for pair in answered if id(pair[0]) not in kept_out]
