@@ -37,7 +37,7 @@ CASES = [
      ["Bees fly.", "One.\n\nThe bees.", "One.\n\nBees.\n\nThree.", "One.\n\nBeesting."]),
     (rules.TwoAnswers(), ["a\n******\nb", "a******b"], ["a", "a\n******\na", "a******b******c"]),
     (rules.Json(), ['{"a": 1}', '```json\n{"a": [1]}\n```', "[1]"], ["{a: 1}", 'Here: {"a": 1}']),
-    (rules.Highlights(2), ["*a* and *b c*", "**a** *b*"], ["*a*", "* a\n* b", "a"]),
+    (rules.Highlights(2), ["*a* and *b c*", "**a** *b*"], ["*a*", "**a**", "* a\n* b", "a"]),
     (rules.Placeholders(2), ["[name] of [place]"], ["[name]", "(name) [place]"]),
     (rules.Choice(["Yes.", "No."]), ["Yes. Because.", "No."], ["yes", "Maybe."]),
     (rules.Title(), ["<<Bees>>\nThey fly."], ["<<>>", "<Bees>", "# Bees"]),

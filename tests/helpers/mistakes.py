@@ -834,7 +834,7 @@ MISTAKES = {
          "answered = i and messages[i - 1][\"role\"] != \"system\""),
         ("the end of an answer is not learnt", "[bool(answered and not text)]", "[False]"),
         ("a folder's own template is overlooked", "template[0] != known.source(system)", "False"),
-        ("the file beside the config is overlooked", "if jinja.exists() else own", "if not own else own"),
+        ("the file beside the config is overlooked", "if jinja.exists() else own", "if False else own"),
         ("two system messages", "if self.system and messages[0][\"role\"] != \"system\":", "if self.system:"),
         ("the end token fills batches", "not in used]", "in used]"),
         ("characters stay apart",
