@@ -106,7 +106,8 @@ def test_the_template_is_saved_as_it_came_and_a_system_message_is_put_in_front(f
     Tokenizer.load(str(folder), "Be brief.").save(tmp_path / "brief")
     brief = Tokenizer.load(str(tmp_path / "brief"))
     brief.save(tmp_path / "twice")
-    first, second = ((tmp_path / where / "tokenizer_config.json").read_text() for where in ("brief", "twice"))
+    first, second = (json.loads((tmp_path / where / "tokenizer_config.json").read_text())
+                     for where in ("brief", "twice"))
     assert first == second
     for where in ("brief", "twice"):
         found = Tokenizer.load(str(tmp_path / where))
