@@ -12,7 +12,7 @@
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that
-#               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark   (an hour)
+#               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
 #
@@ -61,7 +61,7 @@ real: .venv/ready
 	    --precision bfloat16 --out out/real
 
 # Not every processor multiplies bfloat16 numbers fast.
-FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo),bfloat16,auto)
+FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bfloat16,auto)
 ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --precision $(FAST)
 METHOD ?= ppo
 EVERY ?= 3
@@ -70,7 +70,7 @@ FOLLOW_grpo = -m variants.grpo --group 8
 follow: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
 	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
-	test -e out/follow/prompts.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
+	test -e out/follow/prompts_new_kinds.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
 	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 2.5e-3 --warmup 10 --evals 1 \
 	    --out out/follow/sft
 	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 --normalize 64 \
@@ -79,11 +79,11 @@ follow: .venv/ready
 	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --steps 14 --batch 64 --max_new_tokens 112 --lr 4e-4 \
 	    --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 --out out/follow/$(METHOD)
 	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_heldout.jsonl \
-	    --precision $(FAST) --out out/follow/own
+	    --precision $(FAST) --out out/follow/own_$(METHOD)
 	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_new_kinds.jsonl \
-	    --precision $(FAST) --out out/follow/new_kinds
+	    --precision $(FAST) --out out/follow/new_kinds_$(METHOD)
 	$(PY) -m lab.ifeval $(MODEL) out/follow/sft out/follow/$(METHOD) --data $(IFEVAL) --every $(EVERY) \
-	    --precision $(FAST) --out out/follow/ifeval
+	    --precision $(FAST) --out out/follow/ifeval_$(METHOD)
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }

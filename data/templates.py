@@ -80,6 +80,7 @@ class Template:
         raise ValueError(text)
 
     def render(self, messages, prompt):
+        """The conversation as one text, as transformers' apply_chat_template writes it."""
         try:
             return self.template.render(messages=messages, add_generation_prompt=prompt, **self.special)
         except Exception as e:                                  # the template's own code

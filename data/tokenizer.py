@@ -18,6 +18,7 @@ from runtime.files import base_of, find, reading
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
+# A conversation whose rendering shows how a chat format ends answers.
 EXAMPLE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 # How a learnt tokenizer cuts text before merging: into words, numbers and punctuation, each with the space
 # before it, and whitespace. Uses only syntax that Python's re and tiktoken's engine share.
@@ -84,7 +85,14 @@ class Tokenizer:
     def chat(self, messages):
         """A conversation to (ids, learn): learn[t] is true on the assistant's words and the token that ends
         them."""
-        return self.join(messages)
+        *asked, last = messages
+        if not asked or last["role"] != "assistant":
+            return self.join(messages)
+        # The last answer follows its prompt, as it does where it is sampled. Some templates would write more
+        # before it, such as an empty stretch of thinking.
+        ids, learn = self.join(asked, prompt=True)
+        answer = self.response(last["content"])
+        return ids + answer, learn + [True] * len(answer)
 
     def join(self, messages, prompt=False):
         """A conversation as (ids, learn), up to the point where the assistant starts to speak if `prompt`."""
@@ -112,11 +120,7 @@ class Tokenizer:
                 learn += [False] * len(before) + [bool(answered and not text)]      # the end of an answer
                 text, answered = "", False
         before = self.encode(text)
-        ids, learn = ids + before, learn + [False] * len(before)
-        if messages[-1]["role"] == "assistant" and not prompt:          # nothing after the end token
-            length = 1 + max(i for i, x in enumerate(learn) if x)
-            ids, learn = ids[:length], learn[:length]
-        return ids, learn
+        return ids + before, learn + [False] * len(before)
 
     def prompt(self, messages):
         """A conversation as ids up to the point where the assistant starts to speak."""
@@ -131,11 +135,12 @@ class Tokenizer:
         return {"eos_token_id": self.end, "pad_token_id": self.pad}
 
     def check_same(self, folder):
-        """Raise ValueError if the model in a folder has another vocabulary or other control tokens (the end
-        token is one of them): it would decode these ids to another text."""
+        """Raise ValueError if the model in a folder has another vocabulary, other control tokens, or another
+        token that ends answers: the same ids would mean something else to it."""
         other = Tokenizer.load(folder)
         for kind, ours, theirs in (("vocabularies", self.ranks, other.ranks),
-                                   ("control tokens", self.special, other.special)):
+                                   ("control tokens", self.special, other.special),
+                                   ("end tokens", self.end, other.end)):
             if ours != theirs:
                 raise ValueError(f"{folder} was trained with another tokenizer than {self.name}: "
                                  f"their {kind} differ")

@@ -119,7 +119,9 @@ def ranked(preference):
 
 
 def make(cfg):
-    refuse_existing(f"{FOLDER}/prompts.jsonl", cfg.overwrite)
+    if not (cfg.model and cfg.data):
+        raise ValueError("name a chat model with --model, and a file of preferences with --data")
+    refuse_existing(f"{FOLDER}/prompts_new_kinds.jsonl", cfg.overwrite)             # the last one written
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
     single = [p for p in train + held_out if len(p.prompt) == 1]
     if more := len(train) + len(held_out) - len(single):

@@ -129,23 +129,23 @@ def keeps(rule, answers):
     return any(answer.strip() and rule.check(answer) for answer in answers)
 
 
-def rows_of(path):
-    """The records of a .jsonl file: a list of dicts."""
-    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line]
+def read_lines(path, parse):
+    """parse(record) of each line of a .jsonl file, as a list. Raises ValueError naming a line that fails."""
+    out = []
+    for i, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+        try:
+            out += [parse(json.loads(line))] if line else []
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}, line {i}: not as expected: {type(e).__name__}: {e}") from None
+    return out
 
 
-def read(path, every):
-    """Every n-th record of a file, the benchmark's or one of lab/follow.py: a list of (prompt, the names of
-    its rules, the rules)."""
-    found = []
-    for row in rows_of(path)[::every]:
-        if "rules" in row:
-            names, some = [rule["kind"] for rule in row["rules"]], map(rules.from_dict, row["rules"])
-        else:
-            names = row["instruction_id_list"]
-            some = [KINDS[name](parameters) for name, parameters in zip(names, row["kwargs"])]
-        found.append((row["prompt"], names, list(some)))
-    return found
+def ruled(row):
+    """A record, the benchmark's or one of lab/follow.py, as (prompt, the names of its rules, the rules)."""
+    if "rules" in row:
+        return row["prompt"], [rule["kind"] for rule in row["rules"]], [*map(rules.from_dict, row["rules"])]
+    names = row["instruction_id_list"]
+    return row["prompt"], names, [KINDS[name](parameters) for name, parameters in zip(names, row["kwargs"])]
 
 
 def verdicts(records, answers):
@@ -185,8 +185,8 @@ def tables(records, found):
     kinds = [["kind", "prompts", *found]]
     names = [names for _, names, _ in records]
     for kind in sorted(set(itertools.chain(*names))):
-        kept = [[x for some, (strict, _) in zip(names, ruled) for n, x in zip(some, strict) if n == kind]
-                for ruled in found.values()]
+        kept = [[x for some, (strict, _) in zip(names, pairs) for n, x in zip(some, strict) if n == kind]
+                for pairs in found.values()]
         kinds.append([kind, str(len(kept[0])), *(f"{sum(some) / len(some):.0%}" for some in kept)])
     out = [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds)]
     del differences[1]                                                      # of the first model from itself
@@ -194,14 +194,14 @@ def tables(records, found):
 
 
 def measure(cfg):
-    records, answers = read(cfg.data, cfg.every), {}
+    records, answers = read_lines(cfg.data, ruled)[::cfg.every], {}
     prompts = [[{"role": "user", "content": prompt}] for prompt, _, _ in records]
     if cfg.responses:
         # Matched with the prompts by position, because the published file words one prompt differently.
-        rows = rows_of(cfg.responses)[::cfg.every]
-        if len(rows) != len(records):
-            raise ValueError(f"{cfg.responses} has {len(rows)} answers to {len(records)} prompts")
-        answers[os.path.basename(cfg.responses)] = [row["response"] for row in rows]
+        given = read_lines(cfg.responses, lambda row: row["response"])[::cfg.every]
+        if len(given) != len(records):
+            raise ValueError(f"{cfg.responses} has {len(given)} answers to {len(records)} prompts")
+        answers[os.path.basename(cfg.responses)] = given
     checkpoints = named(cfg.models)
     sampler = Sampler(cfg, list(checkpoints.values())) if checkpoints else None
     for name, folder in checkpoints.items():

@@ -38,7 +38,7 @@ def holds(count, relation, number):
 
 
 def near(rng, count, relation):
-    """A number of at least 1 near a count; the count then mostly has this relation to it."""
+    """A number near a count, and at least 1, to which the count has this relation (if it is not 0)."""
     return max(1, round(count * rng.uniform(0.6, 1))) if relation == AT_LEAST else count + rng.randint(1, 5)
 
 

@@ -28,7 +28,7 @@ def write_json(path, value):
 def refuse_existing(path, overwrite):
     """Raise ValueError if there is such a file, unless it may be overwritten."""
     if os.path.exists(path) and not overwrite:
-        raise ValueError(f"{path} is there already: name another --out, or add --overwrite")
+        raise ValueError(f"{path} is there already: --overwrite replaces it")
 
 
 @contextlib.contextmanager

@@ -85,7 +85,9 @@ def parse(config, doc, argv=None):
     for f in fields:
         needs, unless = f.metadata["needs"], f.metadata["unless"]
         if f.name in given and (needs and not values[needs] or unless and values[unless]):
-            parser.error(f"--{f.name} does nothing with --{needs or unless} {values[needs or unless]}")
+            other, value = needs or unless, values[needs or unless]
+            said = f"--no-{other}" if value is False else f"--{other} {value}"
+            parser.error(f"--{f.name} does nothing with {said}")
     try:
         return config(**values)
     except ValueError as e:                     # flags that do not go together

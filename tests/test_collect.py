@@ -156,7 +156,7 @@ def test_what_is_collected_is_a_preference_file(run, tmp_path, by):
     prompts = records.read("prompts", "out/world/prompts.jsonl")
     assert all(p.prompt in prompts for p in found)
     assert any(len(set(p.ranks)) > 1 for p in found)
-    with pytest.raises(ValueError, match="preferences.jsonl is there already: name another --out, or add"):
+    with pytest.raises(ValueError, match="preferences.jsonl is there already: --overwrite replaces"):
         collected(tmp_path, by=by)
     assert collected(tmp_path, by=by, overwrite=True) == lines
 

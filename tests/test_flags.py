@@ -105,8 +105,8 @@ def test_flags_that_do_not_go_together_are_refused(capsys):
 
 
 @pytest.mark.parametrize("stage, argv, said", [
-    (ppo, "--no-adaptive_kl --kl_target 3", "--kl_target does nothing with --adaptive_kl False"),
-    (ppo, "--kl_horizon=500 --no-adaptive_kl", "--kl_horizon does nothing with --adaptive_kl False"),
+    (ppo, "--no-adaptive_kl --kl_target 3", "--kl_target does nothing with --no-adaptive_kl"),
+    (ppo, "--kl_horizon=500 --no-adaptive_kl", "--kl_horizon does nothing with --no-adaptive_kl"),
     (ppo, "--lora_alpha 16", "--lora_alpha does nothing with --lora_rank 0"),
     (ppo, "--no-merge", "--merge does nothing with --lora_rank 0"),
     (sft, "--init out/sft --n_layer 8", "--n_layer does nothing with --init out/sft"),

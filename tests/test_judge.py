@@ -82,7 +82,7 @@ def test_labels_are_read_as_soft_ones(judged, tmp_path):
     read = records.read("preferences", tmp_path / "out/labels.jsonl")
     assert [p.probability for p in read] == [round(1 / (1 + math.exp(-1)), 4)] * len(PAIRS)
     assert read[0].prompt == [{"role": "user", "content": PAIRS[0]["prompt"]}]
-    with pytest.raises(ValueError, match="labels.jsonl is there already: name another --out, or add --over"):
+    with pytest.raises(ValueError, match="labels.jsonl is there already: --overwrite replaces"):
         judged(0.0, 1.0)
     judged(0.0, 1.0, overwrite=True)
 

@@ -114,7 +114,7 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
                   [{"prompt": x, "chosen": f"{PLAIN} {x}", "rejected": PLAIN} for x in asked])
     monkeypatch.setattr(follow, "answer_all", lambda cfg, preferences: [(p, PLAIN) for p in preferences])
     monkeypatch.setattr(follow, "FOLDER", str(tmp_path / "out"))
-    cfg = follow.Config(data=str(tmp_path / "data.jsonl"))
+    cfg = follow.Config(data=str(tmp_path / "data.jsonl"), model="a model")
     follow.make(cfg)
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "out").iterdir()}
@@ -134,7 +134,7 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     asked = [row["prompt"] for name in ("demonstrations", "preferences") for row in rows[name]]
     assert texts and not any(text in prompt for text in texts for prompt in asked)
     assert all(p.pairs for p in records.read("preferences", tmp_path / "out/preferences.jsonl"))
-    with pytest.raises(ValueError, match="prompts.jsonl is there already"):
+    with pytest.raises(ValueError, match="prompts_new_kinds.jsonl is there already"):
         follow.make(cfg)
 
 
@@ -179,4 +179,10 @@ def test_the_measures_are_shares_of_prompts_and_of_instructions(tmp_path, capsys
     assert list(report["shares"].values()) == pytest.approx([2 / 4, 3 / 5, 3 / 4, 4 / 5])
     assert report["answers"] == answers
     printed = capsys.readouterr().out
+    for wrong, said in (("nope", "line 2: not as expected"),
+                        ('{"prompt": "e"}', "line 2: .*instruction_id_list"),
+                        (json.dumps(rows[2]), "4 answers to 2 prompts")):
+        (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]) + "\n" + wrong + "\n")
+        with pytest.raises(ValueError, match=said):
+            ifeval.measure(cfg)
     assert "| Upper | 1 | 0% |" in printed and "50.0% (" in printed

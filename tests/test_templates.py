@@ -9,7 +9,7 @@ from data.tokenizer import GPT2_PATTERN, Tokenizer, learn, new_document
 TEXTS = ["The cat sat on the mat, and the cat was happy.", "user system assistant \n\n  42\t"]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|start_header_id|>",
            "<|end_header_id|>", "<|eot_id|>"]
-# The shapes of five families, in words of our own: a loop over the messages, and the assistant's turn.
+# The shapes of six families, in words of our own: a loop over the messages, and the assistant's turn.
 LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}%s{%% endif %%}"
 FAMILIES = {
     "smollm": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHi.<|im_end|>\n' }}{% endif %}"
@@ -35,6 +35,10 @@ FAMILIES = {
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"),
     "phi": LOOP % ("{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>' }}",
                    "{{ '<|im_start|>assistant<|im_sep|>' }}"),
+    "thinking": LOOP % (                        # as Qwen 3's, which puts this before the last answer alone
+        "{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>' + '\n' }}",
+        "{{ '<|im_start|>assistant\n' }}"),
     "tulu": "{{ bos_token }}" + LOOP % (        # its roles are plain text, and only answers have an end
         "{{ '<|' + m['role'] + '|>\n' + m['content'] }}{{ eos_token if m['role'] == 'assistant' else '' }}"
         "{{ '' if loop.last and m['role'] == 'assistant' else '\n' }}", "{{ '<|assistant|>\n' }}")}
@@ -83,6 +87,17 @@ def test_transformers_gives_the_same_ids(folder):
     for messages in CONVERSATIONS[:4]:
         found = theirs.apply_chat_template(messages, add_generation_prompt=True)
         assert ours.prompt(messages) == (found["input_ids"] if hasattr(found, "keys") else found)
+
+
+def test_models_that_end_answers_in_another_way_are_told_apart(folder, tmp_path):
+    mine = Tokenizer.load(str(folder))
+    text = (folder / "chat_template.jinja").read_text()
+    for end in ("<|im_end|>", "<|eot_id|>"):
+        text = text.replace(end, "<|endoftext|>")
+    names = mine.chat_format.special | {"eos_token": "<|endoftext|>"}
+    Tokenizer(mine.document, template=(text, names)).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="their end tokens differ"):
+        mine.check_same(str(tmp_path / "other"))
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_follows_the_last_one(folder):

@@ -843,6 +843,8 @@ MISTAKES = {
         ("other control tokens are the same tokenizer",
          "\"control tokens\", self.special, other.special",
          "\"control tokens\", self.special, self.special"),
+        ("another end of answers is the same tokenizer", "self.end, other.end", "self.end, self.end"),
+        ("the last answer does not follow its prompt", "if not asked or last[", "if True or last["),
         ("the wrong half is merged first", "i = pairs.index(min(pairs))", "i = pairs.index(max(pairs))"),
         ("numbers stay whole",
          "if last[\"use_regex\"] and steps == [{\"type\": \"Digits\"",
