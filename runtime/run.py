@@ -1,6 +1,7 @@
 """One training run: its output folder, randomness, optimiser steps, metrics, progress and checkpoints."""
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -83,6 +84,20 @@ class Run(Compute):
             if cfg.nf4:
                 nf4.pack(model)
         super().place(*models)
+        language = [model for model in models if model.head_kind == "lm"]
+        for policy, reference in itertools.product(language, repeat=2):
+            if is_frozen(reference) and not is_frozen(policy):
+                self.check_reference(policy, reference)
+
+    def check_reference(self, policy, reference):
+        """Raise ValueError unless both give some tokens the same log-probabilities: π_ref is the policy
+        before its first step, so a KL that does not start at 0 is measured from something else."""
+        ids = [i % policy.config.vocab_size for i in range(min(32, policy.config.block_size))]
+        batch = self.batch([ids], [1])
+        gap = (self.logprobs(policy, batch) - self.logprobs(reference, batch)).abs().max().item()
+        if not gap < 1e-3:
+            raise ValueError("the KL does not start at 0: before the first step a token's log-probability "
+                             f"differs by {gap:.2g} nats between the policy and its reference")
 
     def begin(self, step):
         """Seed the random numbers of the step after `step` from the seed and this number alone."""

@@ -467,6 +467,20 @@ def test_ppo_in_four_bits_holds_one_packed_base(lora, monkeypatch, tmp_path):
     assert torch.equal(nets[0](TOKENS), nets[1](TOKENS))            # the adapters add nothing yet
 
 
+@pytest.mark.parametrize("init", ["out/sft", "out/lora/dpo"])
+@pytest.mark.parametrize("flags", [{}, {"precision": "bfloat16"}, {"lora_rank": 4},
+                                   {"lora_rank": 4, "nf4": True}], ids=str)
+def test_a_run_begins_only_where_the_reference_is_the_policy(lora, monkeypatch, tmp_path, init, flags):
+    monkeypatch.chdir(lora)
+    cfg = ppo.Config(out=str(tmp_path / "run"), device="cpu", steps=1, warmup=0, **flags)
+    run = Run(cfg, 1)
+    run.place(models.load(init), models.load(init).requires_grad_(False))
+    moved = models.load(init).requires_grad_(False)
+    moved.norm.weight = torch.nn.Parameter(1.1 * moved.norm.weight, requires_grad=False)
+    with pytest.raises(ValueError, match="the KL does not start at 0"):
+        run.place(models.load(init), moved)
+
+
 @pytest.fixture(scope="module")
 def nf4_together(lora):
     commands = [f"ppo.py --device cpu {FLAGS['ppo']} --nf4 --micro_batch 4 --out out/nf4_{n}" for n in (1, 2)]

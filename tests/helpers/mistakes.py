@@ -606,6 +606,13 @@ MISTAKES = {
         ("one rule is enough for a prompt", "[[[float(all(strict)), 1]", "[[[float(any(strict)), 1]"),
         ("asterisks stay in the loose measure", 'form.replace("*", "") for form', "form for form"),
     ],
+    "lab/gym.py": [
+        ("neighbouring seeds have the same questions", "seed = cfg.seed * 10 ** 6", "seed = cfg.seed"),
+        ("held-out questions that are for training too",
+         """                if row["prompt"] not in known]""", "                ]"),
+        ("a blank makes an answer wrong", "(answer.strip(), row", "(answer, row"),
+        ("a partly right answer is right", "score(messages, answer) == 1)", "score(messages, answer) > 0)"),
+    ],
     "lab/follow.py": [
         ("short answers cost nothing", "return share - max(", "return share - 0 * max("),
         ("rules that an answer breaks", "for rule in some for answer in changed)",
@@ -738,6 +745,7 @@ MISTAKES = {
         ("weights remember in bfloat16", "if bfloat16 and not p.requires_grad and", "if bfloat16 and"),
     ],
     "runtime/run.py": [
+        ("a reference that is another model goes unnoticed", "if not gap < 1e-3:", "if not gap < 1e3:"),
         ("a step while a loop is half-way", "        if self.depth:\n", "        if False:\n"),
         ("the same randomness at every step",
          "random.Random(f\"{self.cfg.seed}/{step}\")",
@@ -983,7 +991,7 @@ LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test
           "runtime/outputs.py": ["test_run"],
           "runtime/safetensors.py": ["test_checkpoints"], "runtime/optimizer.py": ["test_sft"],
           "ppo.py": ["test_known_answers", "test_run", "test_variants"],
-          "runtime/run.py": ["test_checkpoints", "test_precision", "test_sft", "test_ppo"]}
+          "runtime/run.py": ["test_checkpoints", "test_precision", "test_sft", "test_ppo", "test_adapters"]}
 
 
 def pytest_args(path):
