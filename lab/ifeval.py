@@ -7,7 +7,8 @@ The benchmark is 541 prompts with one to three rules each, in Google's repositor
 instruction_following_eval; --data names its input_data.jsonl. "Strict" takes an answer as it is. "Loose" also
 accepts it without its first line, its last line or both, each with or without its asterisks: additions that
 a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences from the first model are
-paired: both are measured on the same resampled prompts. No prompt of the benchmark is used in training.
+paired: both are measured on the same resampled prompts. "Words" is the mean length of the answers to prompts
+without a rule about length. No prompt of the benchmark is used in training.
 """
 import itertools
 import json
@@ -26,6 +27,7 @@ from runtime.files import write_json
 from runtime.flags import flag
 from runtime.launch import main
 
+LENGTH = ("length_constraints:", "Words", "Sentences")          # how names of rules about length begin
 MEASURES = ("prompt strict", "instruction strict", "prompt loose", "instruction loose")
 
 
@@ -38,6 +40,7 @@ class Config(Sampling):
     out: str = flag("out/ifeval", "folder of the answers and results")
     temperature: float = flag(0.0, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(256, "longest answer, in tokens", 1)
+    show: int = flag(5, "prompts whose answers are printed, evenly spaced over all of them", 0)
 
     def __post_init__(self):
         if bool(self.models) == bool(self.responses):
@@ -172,14 +175,22 @@ def with_interval(value, many):
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
-def tables(records, found):
-    """Tables, as (title, rows), of {model: verdicts of the records}: the measures, the kinds of rules, and
-    the differences from the first model where there are several."""
+def mean_words(records, answers):
+    """The mean number of words of the answers to records without a rule about length."""
+    sizes = [len(answer.split()) for (_, names, _), answer in zip(records, answers)
+             if not any(name.startswith(LENGTH) for name in names)]
+    return sum(sizes) / max(1, len(sizes))
+
+
+def tables(records, found, answers):
+    """Tables, as (title, rows), of {model: verdicts of the records} and {model: its answers}: the measures,
+    the kinds of rules, and the differences from the first model where there are several."""
     counted = {name: intervals(shares(some)) for name, some in found.items()}
     first = next(iter(counted.values()))
-    measures, differences = [["model", *MEASURES]], [["model", *MEASURES]]
+    measures, differences = [["model", *MEASURES, "words"]], [["model", *MEASURES]]
     for name, (values, many) in counted.items():
-        measures.append([name, *(with_interval(v, m) for v, m in zip(values, many.T))])
+        measures.append([name, *(with_interval(v, m) for v, m in zip(values, many.T)),
+                         f"{mean_words(records, answers[name]):.0f}"])
         differences.append([name, *(with_interval(v - w, m - k)
                                     for v, m, w, k in zip(values, many.T, first[0], first[1].T))])
     kinds = [["kind", "prompts", *found]]
@@ -191,6 +202,19 @@ def tables(records, found):
     out = [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds)]
     del differences[1]                                                      # of the first model from itself
     return out + [("Differences from the first model (95 % intervals)", differences)] * (len(found) > 1)
+
+
+def side_by_side(records, found, answers, n):
+    """Lines that show n of the prompts, evenly spaced so that nobody has picked them, the rules of each, and
+    every model's answer with the rules that it keeps (strict)."""
+    lines = []
+    for i in range(0, len(records), max(1, len(records) // n))[:n] if n else ():
+        prompt, names, _ = records[i]
+        lines += [f"\nPROMPT {i + 1}: {prompt}", f"RULES: {', '.join(names)}"]
+        for name, texts in answers.items():
+            kept = [rule for rule, x in zip(names, found[name][i][0]) if x]
+            lines += [f"--- {name} keeps {len(kept)} of {len(names)}:", texts[i]]
+    return lines
 
 
 def measure(cfg):
@@ -212,9 +236,10 @@ def measure(cfg):
     os.makedirs(cfg.out, exist_ok=True)
     write_json(f"{cfg.out}/ifeval.json", {name: {
         "shares": dict(zip(MEASURES, intervals(shares(some))[0].tolist())),
-        "words": sum(len(text.split()) for text in answers[name]) / len(records),
+        "words": mean_words(records, answers[name]),
         "answers": answers[name]} for name, some in found.items()})
-    print("\n".join(report.markdown(tables(records, found))))
+    print("\n".join(report.markdown(tables(records, found, answers))))
+    print("\n".join(side_by_side(records, found, answers, cfg.show)))
     return found
 
 

@@ -279,6 +279,9 @@ class Compute:
         room = [len(prompt) + max_new_tokens for prompt in prompts]
         return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
 
+    def note(self, **numbers):
+        """Where a Run keeps numbers for the metrics of its step. An evaluation has no steps."""
+
     def batch(self, sequences, starts=None):
         """Turn B lists of ids into a batch: tokens (B, T), lengths (B,) and mask (B, T), which is true in row
         b from column starts[b] (by default 0) to the row's end."""

@@ -34,7 +34,8 @@ def find_reward(names, tokenizer):
             weight = float(weight or 1)
         except ValueError:
             raise ValueError(f"--reward {names}: the weight {weight!r} is not a number") from None
-        terms.append((weight, from_file(name, tokenizer) if ".py:" in name else ModelReward(name, tokenizer)))
+        reward = from_file(name, tokenizer) if ".py:" in name else ModelReward(name, tokenizer)
+        terms.append((weight, reward, os.path.basename(name).rpartition(":")[2]))
     return WeightedSum(terms)
 
 
@@ -65,15 +66,19 @@ class FunctionReward:
 
 
 class WeightedSum:
-    """Σ weight·score. terms: (weight, reward) pairs."""
+    """Σ weight·score. terms: (weight, reward, name). Where there are several, the step's metrics hold the
+    mean of each, by its name: so one sees which of them rises."""
 
     def __init__(self, terms):
         self.terms = terms
-        self.networks = [network for _, reward in terms for network in reward.networks]
-        self.folder = next((reward.folder for _, reward in terms if reward.folder), None)
+        self.networks = [network for _, reward, _ in terms for network in reward.networks]
+        self.folder = next((reward.folder for _, reward, _ in terms if reward.folder), None)
 
     def __call__(self, run, prompts, answers, batch):
-        return sum(weight * reward(run, prompts, answers, batch) for weight, reward in self.terms)
+        scores = [reward(run, prompts, answers, batch) for _, reward, _ in self.terms]
+        if len(self.terms) > 1:
+            run.note(**{f"score_{name}": x.mean() for x, (_, _, name) in zip(scores, self.terms)})
+        return sum(weight * x for x, (weight, _, _) in zip(scores, self.terms))
 
 
 def from_file(name, tokenizer):

@@ -60,6 +60,16 @@ def test_a_sum_weighs_its_terms(program, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_the_metrics_hold_the_mean_of_each_term(program):
+    reward, found = rewards.find_reward(f"{program}:size,2*{program}:turns", AnyTokenizer()), {}
+    run = compute.Compute(Settings(device="cpu"))
+    run.note = lambda **numbers: found.update(numbers)
+    reward(run, PROMPTS, ANSWERS, BATCH)
+    assert found == {"score_size": pytest.approx((51 + 42 + 44) / 3), "score_turns": 1}
+    rewards.find_reward(f"{program}:size", AnyTokenizer())(run, PROMPTS, ANSWERS, BATCH)
+    assert len(found) == 2                              # a single term is the score itself
+
+
 def test_a_class_of_a_file_is_a_reward_that_gets_the_tokenizer(program):
     with open(program, "a", encoding="utf-8") as f:
         f.write("import torch\nclass Mine:\n    networks, folder = [], 'mine'\n"

@@ -186,3 +186,21 @@ def test_the_measures_are_shares_of_prompts_and_of_instructions(tmp_path, capsys
         with pytest.raises(ValueError, match=said):
             ifeval.measure(cfg)
     assert "| Upper | 1 | 0% |" in printed and "50.0% (" in printed
+    assert "PROMPT 3: c\nRULES: Upper\n--- said.jsonl keeps 0 of 1:\nSure:\nYES" in printed
+
+
+def test_the_length_is_that_of_answers_to_prompts_without_a_rule_about_length():
+    names = [["Upper"], ["Title", "Words"], ["length_constraints:number_words"], ["startend:quotation"]]
+    records = [("", some, []) for some in names]
+    assert ifeval.mean_words(records, ["one two", "one", "one", "one two three four"]) == 3
+
+
+def test_the_answers_that_are_shown_are_evenly_spaced():
+    records = [(f"<{i}>", ["Upper"], [rules.Upper()]) for i in range(23)]
+    answers = {"a": ["A"] * 23, "b": ["b"] * 23}
+    found = {name: ifeval.verdicts(records, texts) for name, texts in answers.items()}
+    lines = ifeval.side_by_side(records, found, answers, 5)
+    assert [line[1:] for line in lines if "PROMPT" in line] == [
+        f"PROMPT {i + 1}: <{i}>" for i in (0, 4, 8, 12, 16)]
+    assert lines[2:6] == ["--- a keeps 1 of 1:", "A", "--- b keeps 0 of 1:", "b"]
+    assert ifeval.side_by_side(records, found, answers, 0) == []
