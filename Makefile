@@ -13,6 +13,7 @@
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that
 #               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark
+# make follow-all MODEL=... DATA=... IFEVAL=...    three seeds of both, on the whole benchmark (hours)
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
 #
@@ -23,7 +24,7 @@ PY = .venv/bin/python
 SEED ?= 0
 OUT ?= out/demo
 
-.PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real follow scratch bench clean
+.PHONY: demo seeds loop methods lab exercise grade test capabilities quick proofs real follow follow-all scratch bench clean
 
 demo: .venv/ready
 	@$(PY) demo.py --seed $(SEED) --out $(OUT) $(if $(FRESH),--overwrite)
@@ -67,23 +68,30 @@ METHOD ?= ppo
 EVERY ?= 3
 FOLLOW_ppo = ppo.py --critic_lr 2e-4
 FOLLOW_grpo = -m variants.grpo --group 8
+F = out/follow
+S = $(F)/seed$(SEED)
 follow: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
 	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
-	test -e out/follow/prompts_new_kinds.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
-	$(PY) sft.py $(ADAPT) --init $(MODEL) --data out/follow/demonstrations.jsonl --lr 2.5e-3 --warmup 10 --evals 1 \
-	    --out out/follow/sft
-	$(PY) reward_model.py $(ADAPT) --init out/follow/sft --data out/follow/preferences.jsonl --lr 5e-4 --normalize 64 \
-	    --out out/follow/reward_model
-	$(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init out/follow/sft --data out/follow/prompts.jsonl \
-	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --steps 14 --batch 64 --max_new_tokens 112 --lr 4e-4 \
-	    --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 --out out/follow/$(METHOD)
-	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_heldout.jsonl \
-	    --precision $(FAST) --out out/follow/own_$(METHOD)
-	$(PY) -m lab.ifeval out/follow/sft out/follow/$(METHOD) --data out/follow/prompts_new_kinds.jsonl \
-	    --precision $(FAST) --out out/follow/new_kinds_$(METHOD)
-	$(PY) -m lab.ifeval $(MODEL) out/follow/sft out/follow/$(METHOD) --data $(IFEVAL) --every $(EVERY) \
-	    --precision $(FAST) --out out/follow/ifeval_$(METHOD)
+	test -e $(F)/prompts_new_kinds.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
+	test -e $(F)/reward_model/config.json || $(PY) reward_model.py $(ADAPT) --init $(MODEL) \
+	    --data $(F)/preferences.jsonl --lr 5e-4 --normalize 64 --out $(F)/reward_model
+	test -e $(S)/sft/config.json || $(PY) sft.py $(ADAPT) --init $(MODEL) --data $(F)/demonstrations.jsonl \
+	    --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) --out $(S)/sft
+	test -e $(S)/$(METHOD)/config.json || $(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft \
+	    --data $(F)/prompts.jsonl --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --steps 14 --batch 64 \
+	    --max_new_tokens 112 --lr 4e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 \
+	    --seed $(SEED) --out $(S)/$(METHOD)
+	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
+	    --out $(S)/own_$(METHOD)
+	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_new_kinds.jsonl --precision $(FAST) \
+	    --out $(S)/new_kinds_$(METHOD)
+	$(PY) -m lab.ifeval $(MODEL) $(S)/sft $(S)/$(METHOD) --data $(IFEVAL) --every $(EVERY) --precision $(FAST) \
+	    --out $(S)/ifeval_$(METHOD)
+
+follow-all:
+	for seed in 0 1 2; do for method in ppo grpo; do \
+	    $(MAKE) follow EVERY=1 SEED=$$seed METHOD=$$method || exit 1; done; done
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }

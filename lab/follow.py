@@ -11,7 +11,8 @@ keeps them. The script writes
     prompts_heldout.jsonl       instructions that are in none of these files
     prompts_new_kinds.jsonl     the same instructions with kinds of rules that are in no other file
 
-Demonstrations start from the short answers of --data: with few other words to imitate, a model learns the
+Demonstrations start from the short answer of --data, from the model's own answer cut to at most six
+sentences, and from a request to write one of them again: with few other words to imitate, a model learns the
 rules in fewer steps. How short an answer may be is taken from the model's own answer to the instruction.
 
 `kept` is the reward: ppo.py --reward lab/follow.py:kept. It needs no judge, but says nothing about how good
@@ -35,6 +36,9 @@ from runtime.rewards import ModelReward
 FOLDER = "out/follow"               # where everything is written, and where the rewards look for prompts
 NEW_KINDS = ("Numbered", "Parentheses", "Start", "Question", "NoDigits")    # held out of training
 KNOWN = [name for name in rules.KINDS if name not in NEW_KINDS]
+HARD = ("Highlights", "Keywords", "Frequency", "Paragraphs", "Upper", "Lower", "CapitalWords", "TwoAnswers",
+        "NoComma", "Bullets", "Quoted", "FirstWord")        # those that take most demonstrations to learn
+REWRITE = ("Rewrite this text: {}", "Say this again:\n{}", 'Here is a text: "{}"\nWrite it in another form.')
 SHORT = 0.6         # an answer is too short with a smaller share of the words that the model's own answer had
 
 
@@ -50,24 +54,43 @@ class Config(Sampling):
 
 def with_rules(request, answers, other, kinds, rng, most=3):
     """Add up to `most` rules to a request (text), and change its answers (texts) so that they keep them.
-    other: a second answer, for rules that need two. Returns {"prompt", "rules", "words"} and the changed
-    answers, where words is the number of words of the first one; or None if no draw of 50 gives rules that
-    all answers keep."""
-    for _ in range(50):
-        drawn = rng.sample(kinds, rng.randint(1, most))
-        some = [rules.KINDS[name].draw(rng, request, answers[0]) for name in rules.KINDS if name in drawn]
-        if None in some:
-            continue
-        changed = answers
-        for rule in some:
-            changed = [rule.repair(answer, other, rng) for answer in changed]
-        kept = all(rule.check(answer) for rule in some for answer in changed)
-        if kept and all(map(rules.words_of, changed)) and len(set(changed)) == len(answers):
-            said = " ".join(rule.text(rng) for rule in rng.sample(some, len(some)))
-            record = {"prompt": request + rng.choice([" ", "\n", "\n\n"]) + said,
-                      "rules": [rules.as_dict(rule) for rule in some], "words": len(changed[0].split())}
-            return record, changed
+    other: a second answer, for rules that need two. kinds: {kind: how often it was used}, which is kept up;
+    one rule is of the kind that was used least of those that suit the answers. Returns {"prompt", "rules",
+    "words"} and the changed answers, where words is the number of words of the first one; or None."""
+    for rarest in sorted(kinds, key=lambda kind: (kinds[kind], rng.random())):
+        for _ in range(5):
+            drawn = {rarest, *rng.sample(list(kinds), rng.randint(1, most) - 1)}
+            some = [rules.KINDS[name].draw(rng, request, answers[0]) for name in rules.KINDS if name in drawn]
+            if None in some or sum(rule.is_shape for rule in some) > 1:
+                continue
+            changed = answers
+            for rule in some:
+                changed = [rule.repair(answer, other, rng) for answer in changed]
+            kept = all(rule.check(answer) for rule in some for answer in changed)
+            if kept and all(map(rules.words_of, [*answers, *changed])) and len(set(changed)) == len(answers):
+                kinds.update({name: kinds[name] + 1 for name in drawn})
+                record = {"prompt": together(request, some, rng), "words": len(changed[0].split()),
+                          "rules": [rules.as_dict(rule) for rule in some]}
+                return record, changed
     return None
+
+
+def together(request, some, rng):
+    """A request and some rules, in words. At times the rules come first, unless one says "above"."""
+    said = " ".join(introduced(rule.text(rng), rng) for rule in rng.sample(some, len(some)))
+    first = rng.random() < 0.2 and not any(isinstance(rule, rules.Repeat) for rule in some)
+    return rng.choice([" ", "\n", "\n\n"]).join([said, request] if first else [request, said])
+
+
+def introduced(sentence, rng):
+    """A sentence, at times with words before it."""
+    before = rng.choice([""] * 4 + ["Also, ", "And ", "Note: ", "Please note: "])
+    return before + sentence[0].lower() + sentence[1:] if before else sentence
+
+
+def shortened(text, rng):
+    """The first one to six sentences of a text."""
+    return " ".join(rules.sentences_of(" ".join(text.split()))[:rng.randint(1, 6)])
 
 
 def whole(text, ended):
@@ -90,16 +113,21 @@ def answer_all(cfg, preferences):
 def training_files(cfg, answered, rng):
     """{name: records} of the files for training. answered: as from `answer_all`."""
     demonstrations, preferences, prompts = [], [], []
+    turns = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)      # so they come more often
+    for_demonstrations, for_preferences, for_prompts = dict(turns), dict(turns), dict(turns)
     for i, (p, own) in enumerate(answered):
         request, (best, *_, worst) = p.prompt[-1]["content"], ranked(p)
         for _ in range(cfg.copies):
-            if made := with_rules(request, [own], best, KNOWN, rng):
+            if made := with_rules(request, [own], best, for_prompts, rng):
                 prompts.append(made[0])
-            if made := with_rules(request, [best], own, KNOWN, rng):
+        short = shortened(own, rng)
+        text = rng.choice([best, short])
+        for asked, answer in ((request, best), (request, short), (rng.choice(REWRITE).format(text), text)):
+            if made := with_rules(asked, [answer], own, for_demonstrations, rng):
                 demonstrations.append({"prompt": made[0]["prompt"], "response": made[1][0]})
         if i % 4 == 0 and own:          # so that the model still answers as before where there are no rules
             demonstrations.append({"prompt": request, "response": own})
-        if made := with_rules(request, [best, worst], own, KNOWN, rng):
+        if i % 3 == 0 and (made := with_rules(request, [best, worst], own, for_preferences, rng)):
             chosen, rejected = made[1]
             preferences.append({"prompt": made[0]["prompt"], "chosen": chosen, "rejected": rejected})
     return {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
@@ -107,7 +135,8 @@ def training_files(cfg, answered, rng):
 
 def held_out_files(answered, rng):
     """{name: records} of the files for evaluation."""
-    files = {"prompts_heldout": (KNOWN, 3), "prompts_new_kinds": (list(NEW_KINDS), 1)}
+    files = {"prompts_heldout": (dict.fromkeys(KNOWN, 0), 3),
+             "prompts_new_kinds": (dict.fromkeys(NEW_KINDS, 0), 1)}
     made = {name: [with_rules(p.prompt[-1]["content"], [own], ranked(p)[0], kinds, rng, most)
                    for p, own in answered] for name, (kinds, most) in files.items()}
     return {name: [pair[0] for pair in some if pair] for name, some in made.items()}
@@ -147,12 +176,12 @@ def known_prompts():
 
 
 def kept(messages, answer):
-    """The share of its prompt's rules that an answer keeps, less up to 1 where the answer is too short: many
-    rules are most easily kept by saying next to nothing."""
+    """The share of its prompt's rules that an answer keeps, less up to a half where the answer is too short:
+    many rules are most easily kept by saying next to nothing."""
     row = known_prompts()[messages[-1]["content"]]
     some = [rules.from_dict(rule) for rule in row["rules"]]
     share = sum(bool(answer.strip()) and rule.check(answer) for rule in some) / len(some)
-    return share - max(0, 1 - len(answer.split()) / (SHORT * row["words"]))
+    return share - 0.5 * max(0, 1 - len(answer.split()) / (SHORT * row["words"]))
 
 
 class Quality(ModelReward):

@@ -10,6 +10,10 @@ import re
 from dataclasses import asdict, dataclass
 
 AT_LEAST, LESS = "at least", "less than"
+# Words that an answer hardly holds by chance, so that a demonstration has to bring them in.
+WORDS = ("river", "garden", "music", "winter", "bridge", "market", "engine", "island", "letter", "morning",
+         "paper", "forest", "window", "teacher", "silver", "travel", "doctor", "village", "energy", "history",
+         "kitchen", "weather", "journey", "picture", "secret", "simple", "strong", "friend", "future")
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -65,6 +69,8 @@ def without(text, pattern):
 class Rule:
     """What all kinds have. In a wording, {name} stands for a field."""
     wordings = ()
+    joint = " and "             # of a field with several values
+    is_shape = False            # whether it says how the whole answer is laid out, which only one rule can do
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -73,7 +79,7 @@ class Rule:
 
     def text(self, rng):
         """The rule in words."""
-        said = {name: " and ".join(f'"{x}"' for x in value) if isinstance(value, list) else value
+        said = {name: self.joint.join(f'"{x}"' for x in value) if isinstance(value, list) else value
                 for name, value in vars(self).items()}
         return rng.choice(self.wordings).format(**said, reply=rng.choice(["answer", "response", "reply"]))
 
@@ -174,12 +180,13 @@ class CapitalWords(Count):
 class Keywords(Rule):
     words: list
     wordings = ("Include the words {words}.", "The keywords {words} must appear in your {reply}.",
-                "Make sure that you use {words} somewhere.", "Mention {words} in the {reply}.")
+                "Make sure that you use {words} somewhere.", "Mention {words} in the {reply}.",
+                "Use the keywords {words}.", "Your {reply} has to contain {words}.")
 
     @classmethod
     def draw(cls, rng, request, answer):
-        known = content_words(answer)
-        return cls(rng.sample(known, min(len(known), rng.randint(1, 3)))) if known else None
+        known = list(dict.fromkeys(content_words(answer)[:3] + rng.sample(WORDS, 3)))
+        return cls(rng.sample(known, rng.randint(1, 3)))
 
     def check(self, answer):
         return all(re.search(word, answer, re.IGNORECASE) for word in self.words)
@@ -197,18 +204,18 @@ class Frequency(Rule):
     wordings = ('Use the word "{word}" {relation} {number} times.',
                 "The word {word} should appear {relation} {number} times.",
                 'In your {reply}, "{word}" has to occur {relation} {number} times.',
-                "Mention {word} {relation} {number} times.")
+                "Mention {word} {relation} {number} times.",
+                'Write "{word}" {relation} {number} times in the {reply}.')
     more = ("In short, it is about {}.", "Think of {} first.", "That is why {} matters.",
             "Again, {} is the point.", "Nothing here goes without {}.", "Keep {} in mind.")
 
     @classmethod
     def draw(cls, rng, request, answer):
-        known = content_words(answer)
-        if not known:
-            return None
-        word, relation = rng.choice(known), rng.choice([AT_LEAST, AT_LEAST, LESS])
+        word = rng.choice([*content_words(answer)[:6], *rng.sample(WORDS, 2)])
+        relation = rng.choice([AT_LEAST, AT_LEAST, LESS])
         count = len(re.findall(word, answer, re.IGNORECASE))
-        return cls(word, relation, count + (rng.randint(0, 2) if relation == AT_LEAST else rng.randint(1, 3)))
+        return cls(word, relation, max(1, count + rng.randint(0, 3)) if relation == AT_LEAST else
+                   count + rng.randint(1, 3))
 
     def check(self, answer):
         return holds(len(re.findall(self.word, answer, re.IGNORECASE)), self.relation, self.number)
@@ -249,7 +256,8 @@ class Letters(Rule):
     wordings = ("The letter {letter} should appear {relation} {number} times.",
                 'Use the character "{letter}" {relation} {number} times.',
                 'There should be {relation} {number} of the letter "{letter}" in the {reply}.',
-                "In your entire {reply}, write the letter {letter} {relation} {number} times.")
+                "In your entire {reply}, write the letter {letter} {relation} {number} times.",
+                "Let the letter {letter} occur {relation} {number} times.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -279,6 +287,7 @@ class NoDigits(Rule):
 class Parts(Rule):
     """Rules for answers in several parts."""
     number: int
+    is_shape = True
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -290,7 +299,9 @@ class Paragraphs(Parts):
     wordings = ("Write {number} paragraphs, with *** between them.",
                 "Separate the {number} paragraphs of your {reply} by three asterisks: ***",
                 "There should be exactly {number} paragraphs; put the divider *** between two of them.",
-                "Your {reply} must have {number} paragraphs. Write *** between two of them.")
+                "Your {reply} must have {number} paragraphs. Write *** between two of them.",
+                "Use {number} paragraphs. The markdown divider *** stands between paragraphs.",
+                "Give {number} paragraphs, each separated from the next by ***")
 
     def check(self, answer):
         parts = re.split(r"\s?\*\*\*\s?", answer)
@@ -304,7 +315,9 @@ class Bullets(Parts):
     wordings = ("Answer in exactly {number} bullet points, each of which begins with * or -.",
                 "Use {number} bullet points, such as:\n* one point\n* another",
                 "Give a list of exactly {number} bullets in markdown.",
-                "Your {reply} must contain exactly {number} bullet points.")
+                "Your {reply} must contain exactly {number} bullet points.",
+                "List exactly {number} points in markdown, each on a line that starts with *",
+                "Write exactly {number} bullet points, for example:\n* This is a point.")
 
     def check(self, answer):
         stars, dashes = r"^\s*\*[^\*].*$", r"^\s*-.*$"
@@ -330,6 +343,7 @@ class Numbered(Parts):
 class Sections(Rule):
     name: str
     number: int
+    is_shape = True
     wordings = ("Write {number} sections, and begin each with {name} and its number, as in {name} 1.",
                 "Divide your {reply} into {number} sections. Mark their beginnings with {name} X.",
                 "The {reply} has {number} sections with the headings {name} 1, {name} 2 and so on.",
@@ -353,6 +367,7 @@ class FirstWord(Rule):
     paragraphs: int
     number: int
     word: str
+    is_shape = True
     wordings = ("Write {paragraphs} paragraphs with a blank line between them. Paragraph {number} has to "
                 "begin with the word {word}.",
                 "There should be {paragraphs} paragraphs, separated by two line breaks, and the first word "
@@ -379,9 +394,10 @@ class FirstWord(Rule):
 
 
 class TwoAnswers(Rule):
+    is_shape = True
     wordings = ("Give two different answers, with ****** (six asterisks) between them.",
                 "Write two answers and separate them by six asterisks: ******",
-                "I want two different {reply}s. Put ****** between them, and nothing else.",
+                "Two different {reply}s are needed. Put ****** between them, and nothing else.",
                 "Respond twice, in different ways, with ****** in between.")
 
     def check(self, answer):
@@ -394,6 +410,7 @@ class TwoAnswers(Rule):
 
 
 class Json(Rule):
+    is_shape = True
     wordings = ("Answer in JSON.", "The entire {reply} has to be a JSON object.",
                 "Wrap the {reply} in JSON format.", "Your {reply} must be valid JSON and nothing else.")
 
@@ -414,7 +431,9 @@ class Highlights(Rule):
     wordings = ("Highlight at least {number} parts with asterisks, like *this*.",
                 "Emphasise at least {number} phrases in markdown: *a phrase*.",
                 "At least {number} parts of the {reply} must be highlighted, as in *highlighted part*.",
-                "Mark {number} or more parts of your {reply} in markdown, as in *a part*.")
+                "Mark {number} or more parts of your {reply} in markdown, as in *a part*.",
+                "Put {number} or more phrases between asterisks, such as *this phrase*.",
+                "Highlight {number} or more sections with markdown, *like this section*.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -438,7 +457,8 @@ class Placeholders(Rule):
     wordings = ("Use at least {number} placeholders in square brackets: [name], for example.",
                 "There should be {number} or more placeholders like [address] in your {reply}.",
                 "Leave at least {number} gaps to fill in, in square brackets, as in [date].",
-                "At least {number} placeholders in brackets, for example [place], are needed.")
+                "At least {number} placeholders in brackets, for example [place], are needed.",
+                "Your {reply} must contain {number} or more placeholders, written as [price] is.")
     gaps = ("name", "date", "address", "time", "place", "phone number", "email", "price", "company", "city",
             "title", "reason")
 
@@ -458,7 +478,8 @@ class Placeholders(Rule):
 class Choice(Rule):
     options: list
     wordings = ("Your {reply} must contain one of these phrases: {options}.",
-                "Answer with one of {options}.", "Choose one of {options} and say it in your {reply}.")
+                "Answer with {options}.", "Choose between {options}, and say it in your {reply}.")
+    joint = " or "
     sets = (["I agree.", "I disagree.", "I cannot tell."], ["Yes, I think so.", "No, I do not think so."],
             ["It is true.", "It is false.", "It is unknown."], ["I would say yes.", "I would say no."])
 
@@ -580,7 +601,10 @@ class Upper(Rule):
     wordings = ("Write in capital letters only.", "Use no small letters: all letters must be capital.",
                 "Your entire {reply} must be in capital letters.",
                 "Answer in English and in ALL CAPS.",
-                "All letters of the {reply} should be capitalized.")
+                "All letters of the {reply} should be capitalized.",
+                "Make all words capital.", "Lowercase letters are not allowed.",
+                "The {reply} has to be in English, with all letters in uppercase.",
+                "Do all of this in capitals.")
 
     def check(self, answer):
         return answer.isupper()
@@ -593,7 +617,10 @@ class Lower(Rule):
     wordings = ("Write in small letters only.", "Do not use any capital letter.",
                 "Your entire {reply} must be in lowercase letters.",
                 "Answer in English, with lowercase letters only.",
-                "All letters of the {reply} should be lowercase.")
+                "All letters of the {reply} should be lowercase.",
+                "Make all words lowercase.", "Capital letters are not allowed.",
+                "The {reply} has to be in English, with no letter in uppercase.",
+                "Do all of this in lower case.")
 
     def check(self, answer):
         return answer.islower()
@@ -604,7 +631,8 @@ class Lower(Rule):
 
 class NoComma(Rule):
     wordings = ("Use no commas.", "Your {reply} must not contain a comma.", "Do without commas altogether.",
-                "You are not allowed to use commas in your {reply}.")
+                "You are not allowed to use commas in your {reply}.", "Commas are forbidden.",
+                "Write without any commas.", "No comma may appear in the {reply}.")
 
     def check(self, answer):
         return "," not in answer
@@ -616,7 +644,9 @@ class NoComma(Rule):
 class Quoted(Rule):
     wordings = ("Put the entire {reply} in double quotation marks.", "Wrap your {reply} in double quotes.",
                 'The {reply} begins and ends with the character ".',
-                "Surround your whole {reply} with double quotation marks.")
+                "Surround your whole {reply} with double quotation marks.",
+                "Put double quotes before and after all that you say.",
+                "The whole {reply} must be in double quotation marks.")
 
     def check(self, answer):
         answer = answer.strip()
@@ -632,7 +662,9 @@ class Repeat(Rule):
     wordings = ("Copy the request above, word by word, and then answer it.",
                 "Before you answer, copy my request as it stands, without this sentence.",
                 "Say the request again, without any change and without these words, and then answer it.",
-                "The {reply} starts with my request, copied exactly, and only then comes what I asked for.")
+                "The {reply} starts with my request, copied exactly, and only then comes what I asked for.",
+                "First repeat what I asked, word for word, and then give your {reply}.",
+                "Repeat the request without changing it, and answer below it. Do not repeat this sentence.")
 
     @classmethod
     def draw(cls, rng, request, answer):

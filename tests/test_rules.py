@@ -81,12 +81,17 @@ def test_an_answer_is_changed_so_that_it_keeps_the_rule(kind):
 
 
 def test_rules_that_go_together_are_all_kept():
-    rng, kinds = random.Random(1), list(rules.KINDS)
-    for _ in range(100):
+    rng, kinds, before = random.Random(1), dict.fromkeys(rules.KINDS, 0), 0
+    for _ in range(300):
         record, answers = follow.with_rules(REQUEST, [PLAIN, OTHER + " " + PLAIN], OTHER, kinds, rng)
-        assert record["prompt"].startswith(REQUEST) and record["words"] == len(answers[0].split())
+        assert record["prompt"].startswith(REQUEST) or record["prompt"].endswith(REQUEST)
+        assert record["words"] == len(answers[0].split())
+        before += record["prompt"].endswith(REQUEST)
+        assert sum(rules.from_dict(rule).is_shape for rule in record["rules"]) <= 1
+        assert before < 100 and not (record["prompt"].endswith(REQUEST) and "Repeat" in str(record["rules"]))
         assert 1 <= len(record["rules"]) <= 3
         assert all(rules.from_dict(rule).check(answer) for rule in record["rules"] for answer in answers)
+    assert before > 30 and max(kinds.values()) <= min(kinds.values()) + 12          # the kinds take turns
 
 
 def test_the_reward_is_the_share_of_rules_kept_less_what_is_missing_of_the_answer(tmp_path, monkeypatch):
@@ -98,8 +103,8 @@ def test_the_reward_is_the_share_of_rules_kept_less_what_is_missing_of_the_answe
     asked = [{"role": "user", "content": "Say it."}]
     assert follow.kept(asked, "One two three four five six.") == 1.0        # 6 of 10 words are enough
     assert follow.kept(asked, "One, two three four five six.") == 0.5
-    assert follow.kept(asked, "One two three.") == pytest.approx(0.5 - 0.5)
-    assert follow.kept(asked, "") == -1.0
+    assert follow.kept(asked, "One two three.") == pytest.approx(0.5 - 0.25)
+    assert follow.kept(asked, "") == -0.5
     follow.known_prompts.cache_clear()
 
 
@@ -119,7 +124,7 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "out").iterdir()}
     assert {name: len(some) for name, some in rows.items()} == {
-        "demonstrations": 36 * 2 + 9, "prompts": 36 * 2, "preferences": 36, "prompts_heldout": 4,
+        "demonstrations": 36 * 3 + 9, "prompts": 36 * 2, "preferences": 12, "prompts_heldout": 4,
         "prompts_new_kinds": 4}
     held_out = {x for x in asked if any(x in row["prompt"] for row in rows["prompts_heldout"])}
     assert len(held_out) == 4 and held_out == {

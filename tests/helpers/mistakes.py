@@ -618,7 +618,11 @@ MISTAKES = {
         ("a partly right answer is right", "score(messages, answer) == 1)", "score(messages, answer) > 0)"),
     ],
     "lab/follow.py": [
-        ("short answers cost nothing", "return share - max(", "return share - 0 * max("),
+        ("short answers cost nothing", "return share - 0.5 * max(", "return share - 0 * max("),
+        ("the kinds of rules take no turns", "key=lambda kind: (kinds[kind], rng.random())",
+         "key=lambda kind: rng.random()"),
+        ("two rules lay out the same answer", "or sum(rule.is_shape for rule in some) > 1:", "or False:"),
+        ("the request above comes below", "and not any(isinstance(rule, rules.Repeat) for rule in some)", ""),
         ("rules that an answer breaks", "for rule in some for answer in changed)",
          "for rule in some[:1] for answer in changed)"),
         ("two answers that a rule makes equal", " and len(set(changed)) == len(answers)", ""),
