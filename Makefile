@@ -63,11 +63,11 @@ real: .venv/ready
 
 # Not every processor multiplies bfloat16 numbers fast.
 FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bfloat16,auto)
-ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --precision $(FAST)
+ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --micro_tokens 1400 --precision $(FAST)
 METHOD ?= ppo
 EVERY ?= 3
-FOLLOW_ppo = ppo.py --critic_lr 2e-4
-FOLLOW_grpo = -m variants.grpo --group 8
+FOLLOW_ppo = ppo.py --steps 15 --critic_lr 2e-4
+FOLLOW_grpo = -m variants.grpo --steps 20 --group 8 --no-divide_by_std
 F = out/follow
 S = $(F)/seed$(SEED)
 follow: .venv/ready
@@ -79,8 +79,9 @@ follow: .venv/ready
 	test -e $(S)/sft/config.json || $(PY) sft.py $(ADAPT) --init $(MODEL) --data $(F)/demonstrations.jsonl \
 	    --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) --out $(S)/sft
 	test -e $(S)/$(METHOD)/config.json || $(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft \
-	    --data $(F)/prompts.jsonl --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --steps 14 --batch 64 \
-	    --max_new_tokens 112 --lr 4e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 \
+	    --data $(F)/prompts.jsonl --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --batch 64 \
+	    --max_new_tokens 112 --temperature 0.8 --lr 3e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl \
+	    --no_end_score -0.5 \
 	    --seed $(SEED) --out $(S)/$(METHOD)
 	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
 	    --out $(S)/own_$(METHOD)
