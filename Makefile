@@ -71,27 +71,28 @@ FOLLOW_grpo = -m variants.grpo --steps 20 --group 8 --no-divide_by_std
 F = out/follow
 S = $(F)/seed$(SEED)
 follow: .venv/ready
-	@test -n "$(MODEL)" -a -n "$(DATA)" -a -n "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
+	@test -n "$(MODEL)" -a -n "$(DATA)" -a -f "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
 	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
-	test -e $(F)/prompts_new_kinds.jsonl || $(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
-	test -e $(F)/reward_model/config.json || $(PY) reward_model.py $(ADAPT) --init $(MODEL) \
-	    --data $(F)/preferences.jsonl --lr 5e-4 --normalize 64 --out $(F)/reward_model
-	test -e $(S)/sft/config.json || $(PY) sft.py $(ADAPT) --init $(MODEL) --data $(F)/demonstrations.jsonl \
-	    --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) --out $(S)/sft
-	test -e $(S)/$(METHOD)/config.json || $(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft \
-	    --data $(F)/prompts.jsonl --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --batch 64 \
-	    --max_new_tokens 112 --temperature 0.8 --lr 3e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl \
-	    --no_end_score -0.5 \
-	    --seed $(SEED) --out $(S)/$(METHOD)
+	$(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
+	$(PY) reward_model.py $(ADAPT) --init $(MODEL) --data $(F)/preferences.jsonl --lr 5e-4 --normalize 64 \
+	    --out $(F)/reward_model
+	$(PY) sft.py $(ADAPT) --init $(MODEL) --data $(F)/demonstrations.jsonl \
+	    --held_out $(F)/demonstrations_heldout.jsonl --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) \
+	    --out $(S)/sft
+	$(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft --data $(F)/prompts.jsonl \
+	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --batch 64 --max_new_tokens 112 --temperature 0.8 \
+	    --lr 3e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 --seed $(SEED) \
+	    --out $(S)/$(METHOD)
 	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
 	    --out $(S)/own_$(METHOD)
 	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_new_kinds.jsonl --precision $(FAST) \
 	    --out $(S)/new_kinds_$(METHOD)
 	$(PY) -m lab.ifeval $(MODEL) $(S)/sft $(S)/$(METHOD) --data $(IFEVAL) --every $(EVERY) --precision $(FAST) \
-	    --out $(S)/ifeval_$(METHOD)
+	    --out $(S)/ifeval_$(METHOD)_$(EVERY)
 
 follow-all:
 	for seed in 0 1 2; do for method in ppo grpo; do \
+	    test -e $(F)/seed$$seed/ifeval_$${method}_1/ifeval.json || \
 	    $(MAKE) follow EVERY=1 SEED=$$seed METHOD=$$method || exit 1; done; done
 
 scratch: .venv/ready

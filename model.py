@@ -174,10 +174,11 @@ class Attention(nn.Module):
             # This also stores keys and values of padding. It is harmless: a new token overwrites the slot at
             # its position before any query may attend to it.
             cache[0, :, :, :T], cache[1, :, :, :T] = k, v
-        # On a CPU in bfloat16, the backward pass of PyTorch's fused kernel is slow: short sequences take up
-        # to 2.5 times as long as with softmax(QKᵀ/√D)·V in single steps (python -m bench.attention).
-        in_steps = mask is None and T <= 160 and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        with sdpa_kernel(SDPBackend.MATH) if in_steps else contextlib.nullcontext():
+        # PyTorch's fused kernel has a slow backward pass on a CPU in bfloat16. Two matrix products with a
+        # softmax between them are up to 2.5 times as fast until about 160 tokens (python -m bench.attention).
+        # Without gradients the kernel is the same one, because another would round differently.
+        unfused = mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 160
+        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                                enable_gqa=self.is_grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

@@ -254,7 +254,7 @@ def train(cfg, reward=None, auxiliary_loss=None):
     reward = reward or find_reward(cfg.reward, tokenizer)
     critic = load(reward.folder or cfg.init, "scalar")      # without a reward model: SFT with a new head
     run = Run(cfg, cfg.steps)
-    run.place(policy, reference, *reward.networks, critic)
+    run.place(policy, *reward.networks, critic, reference=reference)
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     critic_optimizer = make_optimizer(critic, cfg.critic_lr, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)

@@ -15,22 +15,23 @@ from runtime.launch import main
 class Config:
     runs: tuple = flag((), "folders of runs")
     metrics: str = flag("score", "names of metrics, with commas between them: one panel for each")
-    smooth: int = flag(1, "steps of which each point is the mean", 1)
+    smooth: int = flag(1, "steps in the running mean: each point is the mean of the last so many", 1)
     out: str = flag("out/curves.png", "the figure's file")
     debug: bool = flag(False, "show the traceback of an error")
 
 
 def smoothed(values, n):
-    """The mean of each n neighbours of a list: n − 1 values fewer."""
+    """The running mean over n values of a list: one for each value but the first n − 1."""
     return [sum(values[i:i + n]) / n for i in range(len(values) - n + 1)]
 
 
 def curve(name, steps, metric, n):
     """(steps, values) of a run's metric. Raises ValueError if the run has no such metric."""
     points = [(step["step"], step[metric]) for step in steps if step.get(metric) is not None]
+    if not steps:
+        raise ValueError(f"{name} has no metrics.jsonl, or an empty one")
     if not points:
-        known = ", ".join(steps[-1]) if steps else "none"
-        raise ValueError(f"{name} has no metric {metric}: its metrics are {known}")
+        raise ValueError(f"{name} has no metric {metric}: its metrics are {', '.join(steps[-1])}")
     n = min(n, len(points))
     return [step for step, _ in points[n - 1:]], smoothed([value for _, value in points], n)
 

@@ -2,18 +2,21 @@
 
     python -m lab.follow --model MODEL --data instructions.json       writes out/follow/
 
-One to three rules of lab/rules.py are added to each instruction of --data, and an answer is changed until it
-keeps them. The script writes
+One to three rules of lab/rules.py are added to each instruction of --data. Answers to it are changed to keep
+them; where that fails, other rules are drawn. Every tenth record of --data is held out. The script writes
 
-    demonstrations.jsonl        such prompts and answers, and the model's own to some without rules, for SFT
-    preferences.jsonl           the same with the two answers of --data, for a reward model
-    prompts.jsonl               other rules for the same instructions, for PPO and GRPO
-    prompts_heldout.jsonl       instructions that are in none of these files
-    prompts_new_kinds.jsonl     the same instructions with kinds of rules that are in no other file
+    demonstrations.jsonl            prompts with rules and answers that keep them, for SFT, and of some
+                                    instructions without rules the model's own answers
+    demonstrations_heldout.jsonl    the same of held-out instructions, for the held-out loss of SFT
+    preferences.jsonl               prompts with rules and both answers of --data, which are changed to keep
+                                    them, for a reward model
+    prompts.jsonl                   prompts with other rules, for PPO and GRPO
+    prompts_heldout.jsonl           held-out instructions with rules of the same kinds
+    prompts_new_kinds.jsonl         held-out instructions with rules of kinds that are in no other file
 
-Demonstrations start from the short answer of --data, from the model's own answer cut to at most six
-sentences, and from a request to write one of them again: with few other words to imitate, a model learns the
-rules in fewer steps. How short an answer may be is taken from the model's own answer to the instruction.
+Each instruction gives three demonstrations: the better answer of --data; the model's own answer, cut to its
+first sentences; and a request to write one of these two again. The answers are short, because then most of
+what the model learns to imitate is the rules.
 
 `kept` is the reward: ppo.py --reward lab/follow.py:kept. It needs no judge, but says nothing about how good
 the answer is otherwise. `Quality` is a term for that.
@@ -28,7 +31,7 @@ from data import loading, records
 from data.batches import fit
 from evaluate import Sampler, Sampling
 from lab import rules
-from runtime.files import refuse_existing
+from runtime.files import write_json
 from runtime.flags import flag
 from runtime.launch import main
 from runtime.rewards import ModelReward
@@ -37,9 +40,9 @@ FOLDER = "out/follow"               # where everything is written, and where the
 NEW_KINDS = ("Numbered", "Parentheses", "Start", "Question", "NoDigits")    # held out of training
 KNOWN = [name for name in rules.KINDS if name not in NEW_KINDS]
 HARD = ("Highlights", "Keywords", "Frequency", "Paragraphs", "Upper", "Lower", "CapitalWords", "TwoAnswers",
-        "NoComma", "Bullets", "Quoted", "FirstWord")        # those that take most demonstrations to learn
-REWRITE = ("Rewrite this text: {}", "Say this again:\n{}", 'Here is a text: "{}"\nWrite it in another form.')
-SHORT = 0.6         # an answer is too short with a smaller share of the words that the model's own answer had
+        "NoComma", "Bullets", "Quoted", "FirstWord")        # kept least often after a first trial of SFT
+REWRITE = ('Rewrite this text: "{}"', 'Say this again: "{}"', 'Write this in another form: "{}"')
+SHORT = 0.6         # an answer with fewer than this share of the words of the model's own answer is too short
 
 
 @dataclass
@@ -54,11 +57,13 @@ class Config(Sampling):
 
 def with_rules(request, answers, other, kinds, rng, most=3):
     """Add up to `most` rules to a request (text), and change its answers (texts) so that they keep them.
-    other: a second answer, for rules that need two. kinds: {kind: how often it was used}, which is kept up;
-    one rule is of the kind that was used least of those that suit the answers. Returns {"prompt", "rules",
-    "words"} and the changed answers, where words is the number of words of the first one; or None."""
+
+    other: a second answer, for rules that need two. kinds: {kind: number of its uses so far}, to which this
+    function adds. One rule is always of the least used kind that suits the answers, so that all kinds come
+    about equally often. Returns {"prompt", "rules", "words"} and the changed answers, where words is the
+    number of words of the first one; or None where no kind suits."""
     for rarest in sorted(kinds, key=lambda kind: (kinds[kind], rng.random())):
-        for _ in range(5):
+        for _ in range(5):                                                  # other parameters, other company
             drawn = {rarest, *rng.sample(list(kinds), rng.randint(1, most) - 1)}
             some = [rules.KINDS[name].draw(rng, request, answers[0]) for name in rules.KINDS if name in drawn]
             if None in some or sum(rule.is_shape for rule in some) > 1:
@@ -67,7 +72,8 @@ def with_rules(request, answers, other, kinds, rng, most=3):
             for rule in some:
                 changed = [rule.repair(answer, other, rng) for answer in changed]
             kept = all(rule.check(answer) for rule in some for answer in changed)
-            if kept and all(map(rules.words_of, [*answers, *changed])) and len(set(changed)) == len(answers):
+            full = all(rules.words_of(answer) for answer in [*answers, *changed])
+            if kept and full and len(set(changed)) == len(answers):         # two answers must stay two
                 kinds.update({name: kinds[name] + 1 for name in drawn})
                 record = {"prompt": together(request, some, rng), "words": len(changed[0].split()),
                           "rules": [rules.as_dict(rule) for rule in some]}
@@ -110,23 +116,33 @@ def answer_all(cfg, preferences):
     return list(zip(preferences, map(whole, sampler.texts(batch), batch["ended"].tolist())))
 
 
+def demonstrations_of(answered, kinds, rng):
+    """Records {"prompt", "response"} of some instructions. answered: as from `answer_all`; kinds: as in
+    `with_rules`."""
+    records = []
+    for i, (p, own) in enumerate(answered):
+        request, best, short = p.prompt[-1]["content"], ranked(p)[0], shortened(own, rng)
+        text = rng.choice([best, short])
+        for asked, answer, other in ((request, best, own), (request, short, best),
+                                     (rng.choice(REWRITE).format(text), text, "")):
+            if made := with_rules(asked, [answer], other, kinds, rng):
+                records.append({"prompt": made[0]["prompt"], "response": made[1][0]})
+        if i % 8 == 0 and own:          # so that the model still answers as before where there are no rules
+            records.append({"prompt": request, "response": own})
+    return records
+
+
 def training_files(cfg, answered, rng):
     """{name: records} of the files for training. answered: as from `answer_all`."""
-    demonstrations, preferences, prompts = [], [], []
-    turns = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)      # so they come more often
-    for_demonstrations, for_preferences, for_prompts = dict(turns), dict(turns), dict(turns)
+    # A hard kind is as if it had been used less often, so it comes that much more often.
+    kinds = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)
+    demonstrations = demonstrations_of(answered, dict(kinds), rng)
+    preferences, prompts, for_preferences, for_prompts = [], [], dict(kinds), dict(kinds)
     for i, (p, own) in enumerate(answered):
         request, (best, *_, worst) = p.prompt[-1]["content"], ranked(p)
         for _ in range(cfg.copies):
             if made := with_rules(request, [own], best, for_prompts, rng):
                 prompts.append(made[0])
-        short = shortened(own, rng)
-        text = rng.choice([best, short])
-        for asked, answer in ((request, best), (request, short), (rng.choice(REWRITE).format(text), text)):
-            if made := with_rules(asked, [answer], own, for_demonstrations, rng):
-                demonstrations.append({"prompt": made[0]["prompt"], "response": made[1][0]})
-        if i % 4 == 0 and own:          # so that the model still answers as before where there are no rules
-            demonstrations.append({"prompt": request, "response": own})
         if i % 3 == 0 and (made := with_rules(request, [best, worst], own, for_preferences, rng)):
             chosen, rejected = made[1]
             preferences.append({"prompt": made[0]["prompt"], "chosen": chosen, "rejected": rejected})
@@ -139,7 +155,8 @@ def held_out_files(answered, rng):
              "prompts_new_kinds": (dict.fromkeys(NEW_KINDS, 0), 1)}
     made = {name: [with_rules(p.prompt[-1]["content"], [own], ranked(p)[0], kinds, rng, most)
                    for p, own in answered] for name, (kinds, most) in files.items()}
-    return {name: [pair[0] for pair in some if pair] for name, some in made.items()}
+    prompts = {name: [pair[0] for pair in some if pair] for name, some in made.items()}
+    return {"demonstrations_heldout": demonstrations_of(answered, dict.fromkeys(KNOWN, 0), rng)} | prompts
 
 
 def ranked(preference):
@@ -150,19 +167,31 @@ def ranked(preference):
 def make(cfg):
     if not (cfg.model and cfg.data):
         raise ValueError("name a chat model with --model, and a file of preferences with --data")
-    refuse_existing(f"{FOLDER}/prompts_new_kinds.jsonl", cfg.overwrite)             # the last one written
+    about = {"model": cfg.model, "data": cfg.data, "copies": cfg.copies, "seed": cfg.seed}
+    path = Path(FOLDER, "about.json")                           # written last
+    if path.exists() and not cfg.overwrite:
+        made = json.loads(path.read_text("utf-8"))
+        if made != about:
+            raise ValueError(f"{FOLDER} was made with other settings, {made}: --overwrite replaces it")
+        print(f"{FOLDER} is there already; --overwrite would make it again")
+        return
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
     single = [p for p in train + held_out if len(p.prompt) == 1]
     if more := len(train) + len(held_out) - len(single):
-        print(f"{more} instructions come after other turns: left out")
-    seen, rng = {p.prompt[0]["content"] for p in train}, random.Random(cfg.seed)
-    answered, kept_out = answer_all(cfg, single), {id(p) for p in held_out}
+        print(f"{more} instructions come after other messages: left out")
+    # An instruction that is in both parts is for training. Then a held-out record of it is for nothing.
+    seen, kept_out = {p.prompt[0]["content"] for p in train}, {id(p) for p in held_out}
+    if not any(p.prompt[0]["content"] not in seen for p in single):
+        raise ValueError(f"{cfg.data}: no held-out instruction that is not among those for training too")
+    answered, rng = answer_all(cfg, single), random.Random(cfg.seed)
     for_training = [pair for pair in answered if id(pair[0]) not in kept_out]
     unseen = [pair for pair in answered if pair[0].prompt[0]["content"] not in seen]
-    Path(FOLDER).mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)                    # an interrupted run must not look like a finished one
     for name, rows in (training_files(cfg, for_training, rng) | held_out_files(unseen, rng)).items():
         records.write(f"{FOLDER}/{name}.jsonl", rows)
         print(f"wrote {FOLDER}/{name}.jsonl: {len(rows)}")
+    write_json(str(path), about)
 
 
 # ---------------------------------------------------------------------------------------------- rewards
@@ -176,17 +205,19 @@ def known_prompts():
 
 
 def kept(messages, answer):
-    """The share of its prompt's rules that an answer keeps, less up to a half where the answer is too short:
+    """The share of its prompt's rules that an answer keeps, minus a penalty for a short answer, at most 0.5:
     many rules are most easily kept by saying next to nothing."""
-    row = known_prompts()[messages[-1]["content"]]
+    row = known_prompts().get(messages[-1]["content"])
+    if row is None:
+        raise ValueError(f"this prompt is not in {FOLDER}/prompts*.jsonl, which hold the rules")
     some = [rules.from_dict(rule) for rule in row["rules"]]
     share = sum(bool(answer.strip()) and rule.check(answer) for rule in some) / len(some)
     return share - 0.5 * max(0, 1 - len(answer.split()) / (SHORT * row["words"]))
 
 
 class Quality(ModelReward):
-    """The reward model's score, cut off at −2 and 2. Its scale gives the SFT model's answers mean 0 and
-    standard deviation 1, so few answers that it knows lie beyond: such scores would be extrapolation."""
+    """The reward model's score, cut off at −2 and 2. The answers of the model that it started from have mean
+    score 0 and standard deviation 1. So few of them score beyond ±2, and there its score is a guess."""
 
     def __init__(self, tokenizer):
         super().__init__(f"{FOLDER}/reward_model", tokenizer)

@@ -4,14 +4,15 @@
     python -m lab.gym spell_backward:max_word_len=6 chain_sum:max_terms=2,max_digits=2        writes out/gym/
 
 A task is a name of that library (more than 100: https://github.com/open-thought/reasoning-gym), and after a
-colon its settings. The folder has files like the world's, so that --data out/gym works in every script:
-demonstrations.jsonl, prompts.jsonl, the same with _heldout, and a tokenizer. No held-out question is among
-those for training.
+colon its settings, whose values are JSON. The folder has files like the world's, so that --data out/gym works
+in every script: demonstrations.jsonl, prompts.jsonl, the same with _heldout, and a tokenizer. No held-out
+question is among those for training.
 
 `score` is a reward: ppo.py --reward lab/gym.py:score. `right` is 1 for a fully right answer and 0 for others.
 """
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,8 @@ FOLDER = "out/gym"                  # where everything is written, and where the
 class Config:
     tasks: tuple = flag((), "names of tasks, such as gcd or gcd:max_value=50,max_numbers=3")
     size: int = flag(3000, "questions of each task for training", 1, 500_000)
-    held_out: int = flag(200, "questions of each task that are held out", 1)
-    vocab_size: int = flag(260, "size of the tokenizer: 256 bytes and what occurs most often", 260)
+    held_out: int = flag(200, "questions of each task that are held out", 1, 500_000)
+    vocab_size: int = flag(260, "size of the tokenizer: 256 bytes, 3 control tokens, and pairs of bytes", 260)
     seed: int = flag(0, "seed of the questions", 0)
     overwrite: bool = flag(False, f"replace the files that are in {FOLDER}")
     debug: bool = flag(False, "show the traceback of an error")
@@ -42,14 +43,34 @@ class Config:
 
 def questions(task, size, seed):
     """The questions of a task, name:setting=value,setting=value, as records {"prompt", "task", "entry"}."""
-    name, _, text = task.partition(":")
     try:
-        pairs = [pair.split("=") for pair in text.split(",") if pair]
-        settings = {key: json.loads(value) for key, value in pairs}
-        entries = list(reasoning_gym.create_dataset(name, size=size, seed=seed, **settings))
+        rows = [{"prompt": entry["question"], "task": task, "entry": entry}
+                for entry in dataset(task, size, seed)]
+        first = json.loads(json.dumps(rows[0]))             # as a file gives it back
+        if graded(first, first["entry"]["answer"]) != 1:
+            raise ValueError("its own answer does not score 1 after it was in a file")
     except (ValueError, TypeError, AssertionError) as e:
         raise ValueError(f"{task}: {type(e).__name__}: {e}") from None
-    return [{"prompt": entry["question"], "task": name, "entry": entry} for entry in entries]
+    return rows
+
+
+@functools.cache
+def dataset(task, size=1, seed=0):
+    """The library's object for a task: it makes the questions, and scores answers by the same settings."""
+    name, _, text = task.partition(":")
+    settings = {}
+    for pair in re.split(r",(?=\w+=)", text) if text else ():       # a value may hold commas: [1,2]
+        key, _, value = pair.partition("=")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"the value of {key} is no JSON: {value!r}") from None
+    return reasoning_gym.create_dataset(name, size=size, seed=seed, **settings)
+
+
+def graded(row, answer):
+    """The score of an answer to a record's question."""
+    return dataset(row["task"]).score_answer(answer, row["entry"])
 
 
 def make(cfg):
@@ -57,14 +78,18 @@ def make(cfg):
         raise ValueError("name tasks of reasoning-gym, such as spell_backward")
     if reasoning_gym is None:
         raise ValueError("reasoning-gym is not there: pip install reasoning-gym")
-    refuse_existing(f"{FOLDER}/tokenizer.json", cfg.overwrite)                      # the last one written
-    # Question i is made from the seed plus i, so neighbouring seeds would give the same questions.
+    refuse_existing(f"{FOLDER}/tokenizer.json", cfg.overwrite)              # written last: all is there
+    # Question i is made from the number seed + i. So each --seed has a million numbers: the first half is for
+    # training, the second for held-out questions.
     seed = cfg.seed * 10 ** 6
     train = [row for task in cfg.tasks for row in questions(task, cfg.size, seed)]
     known = {row["prompt"] for row in train}
     held_out = [row for task in cfg.tasks for row in questions(task, cfg.held_out, seed + 5 * 10 ** 5)
                 if row["prompt"] not in known]
+    if lost := {task for task in cfg.tasks} - {row["task"] for row in held_out}:
+        raise ValueError(f"{min(lost)}: all its held-out questions are for training too: lower --size")
     Path(FOLDER).mkdir(parents=True, exist_ok=True)
+    Path(FOLDER, "tokenizer.json").unlink(missing_ok=True)
     for end, rows in (("", train), ("_heldout", held_out)):
         records.write(f"{FOLDER}/prompts{end}.jsonl", rows)
         records.write(f"{FOLDER}/demonstrations{end}.jsonl",
@@ -86,8 +111,10 @@ def known_questions():
 
 def score(messages, answer):
     """The score that the question's own task gives an answer, from 0 to 1, partly right ones between."""
-    row = known_questions()[messages[-1]["content"]]
-    return reasoning_gym.get_score_answer_fn(row["task"])(answer.strip(), row["entry"])
+    row = known_questions().get(messages[-1]["content"])
+    if row is None:
+        raise ValueError(f"this question is not in {FOLDER}/prompts*.jsonl")
+    return graded(row, answer.strip())
 
 
 def right(messages, answer):

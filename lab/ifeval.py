@@ -26,6 +26,7 @@ from lab import rules
 from runtime.files import write_json
 from runtime.flags import flag
 from runtime.launch import main
+from runtime.processes import is_first
 
 LENGTH = ("length_constraints:", "Words", "Sentences")          # how names of rules about length begin
 MEASURES = ("prompt strict", "instruction strict", "prompt loose", "instruction loose")
@@ -62,7 +63,8 @@ FREQUENT = {"ru": "и не что это на как по", "bg": "и не че 
 
 
 def language_of(text):
-    """The code of a text's language, by its commonest script and then by frequent words; "" without any."""
+    """The code of a text's language, by its commonest script and then by the frequent words of the languages
+    that are written in it; "" if the text has none of these words."""
     names = max(SCRIPTS, key=lambda names: len(re.findall(f"[{SCRIPTS[names]}]", text))).split()
     words = Counter(re.findall(r"[^\s.,!?;:\"*()।۔،؟]+", text.lower()))
     words["ळ"] = text.count("ळ")             # of these languages, only Marathi has this letter
@@ -158,13 +160,14 @@ def verdicts(records, answers):
 
 
 def shares(found):
-    """Verdicts of N records as counts (N, 4, 2): for each of the MEASURES the number kept, and of all."""
+    """Verdicts of N records as counts (N, 4, 2): for each of the MEASURES, how many of how many are kept."""
     return torch.tensor([[[float(all(strict)), 1], [sum(strict), len(strict)],
                           [float(all(loose)), 1], [sum(loose), len(loose)]] for strict, loose in found])
 
 
 def intervals(counts, resamples=2000):
     """The shares (4,) of counts (N, 4, 2), and those of bootstrap samples of the records (resamples, 4)."""
+    # The seed gives every model the same picks. So the difference of two models is paired.
     picks = torch.randint(len(counts), (resamples, len(counts)), generator=torch.Generator().manual_seed(0))
     totals, many = counts.sum(0), counts[picks].sum(1)
     return totals[:, 0] / totals[:, 1], many[..., 0] / many[..., 1]
@@ -200,7 +203,7 @@ def tables(records, found, answers):
                 for pairs in found.values()]
         kinds.append([kind, str(len(kept[0])), *(f"{sum(some) / len(some):.0%}" for some in kept)])
     out = [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds)]
-    del differences[1]                                                      # of the first model from itself
+    del differences[1]                                          # the first model's, which are 0
     return out + [("Differences from the first model (95 % intervals)", differences)] * (len(found) > 1)
 
 
@@ -219,9 +222,12 @@ def side_by_side(records, found, answers, n):
 
 def measure(cfg):
     records, answers = read_lines(cfg.data, ruled)[::cfg.every], {}
+    if not records:
+        raise ValueError(f"{cfg.data} has no prompts")
+    os.makedirs(cfg.out, exist_ok=True)                                     # before hours of sampling
     prompts = [[{"role": "user", "content": prompt}] for prompt, _, _ in records]
     if cfg.responses:
-        # Matched with the prompts by position, because the published file words one prompt differently.
+        # Matched by line and not by prompt, because in the published file one prompt is worded differently.
         given = read_lines(cfg.responses, lambda row: row["response"])[::cfg.every]
         if len(given) != len(records):
             raise ValueError(f"{cfg.responses} has {len(given)} answers to {len(records)} prompts")
@@ -233,11 +239,11 @@ def measure(cfg):
         batch = sampler.sample(sampler.load(folder), prompts, 0)
         answers[name] = sampler.texts(batch)
     found = {name: verdicts(records, texts) for name, texts in answers.items()}
-    os.makedirs(cfg.out, exist_ok=True)
-    write_json(f"{cfg.out}/ifeval.json", {name: {
-        "shares": dict(zip(MEASURES, intervals(shares(some))[0].tolist())),
-        "words": mean_words(records, answers[name]),
-        "answers": answers[name]} for name, some in found.items()})
+    if is_first():
+        write_json(f"{cfg.out}/ifeval.json", {name: {
+            "shares": dict(zip(MEASURES, intervals(shares(some))[0].tolist())),
+            "words": mean_words(records, answers[name]),
+            "answers": answers[name]} for name, some in found.items()})
     print("\n".join(report.markdown(tables(records, found, answers))))
     print("\n".join(side_by_side(records, found, answers, cfg.show)))
     return found

@@ -270,7 +270,8 @@ class Letters(Rule):
 
     def repair(self, answer, other, rng):
         missing = self.number - answer.lower().count(self.letter)
-        return f"{answer} {self.letter * missing}" if self.relation == AT_LEAST and missing > 0 else answer
+        is_sign = not self.letter.isalpha()         # signs can stand alone; a row of letters says nothing
+        return f"{answer} {self.letter * missing}" if self.relation == AT_LEAST and is_sign else answer
 
 
 class NoDigits(Rule):
@@ -313,11 +314,11 @@ class Paragraphs(Parts):
 
 class Bullets(Parts):
     wordings = ("Answer in exactly {number} bullet points, each of which begins with * or -.",
-                "Use {number} bullet points, such as:\n* one point\n* another",
+                "Use {number} bullet points, such as:\n* one point\n* another\n",
                 "Give a list of exactly {number} bullets in markdown.",
                 "Your {reply} must contain exactly {number} bullet points.",
-                "List exactly {number} points in markdown, each on a line that starts with *",
-                "Write exactly {number} bullet points, for example:\n* This is a point.")
+                "List exactly {number} points in markdown, each on a line that starts with *.",
+                "Write exactly {number} bullet points, for example:\n* This is a point.\n")
 
     def check(self, answer):
         stars, dashes = r"^\s*\*[^\*].*$", r"^\s*-.*$"
@@ -411,8 +412,8 @@ class TwoAnswers(Rule):
 
 class Json(Rule):
     is_shape = True
-    wordings = ("Answer in JSON.", "The entire {reply} has to be a JSON object.",
-                "Wrap the {reply} in JSON format.", "Your {reply} must be valid JSON and nothing else.")
+    wordings = ("Answer in JSON.", "The entire {reply} has to be JSON.", "Wrap the {reply} in JSON format.",
+                "Your {reply} must be valid JSON.")
 
     def check(self, answer):
         text = re.sub(r"^```(json|Json|JSON)?", "", answer.strip()).removesuffix("```")
@@ -527,9 +528,9 @@ class Start(Rule):
 @dataclass
 class Postscript(Rule):
     mark: str
-    wordings = ("Add a postscript that begins with {mark}", "Add a postscript, marked {mark}",
-                "At the end, write a postscript starting with {mark}",
-                "Finish the {reply} with a postscript that starts with {mark}")
+    wordings = ('Add a postscript that begins with "{mark}".', "With {mark} in front, add a postscript.",
+                "At the end, after {mark}, write a postscript.",
+                'Finish the {reply} with a postscript that starts with "{mark}".')
     more = ("I hope that this helps.", "Ask me if anything is unclear.", "Take your time with it.")
 
     @classmethod
@@ -548,8 +549,8 @@ class Postscript(Rule):
 class End(Rule):
     phrase: str
     wordings = ('End your {reply} with exactly "{phrase}" and nothing after it.',
-                'Finish with "{phrase}" and add nothing to it.', 'The last words must be "{phrase}"',
-                "The very end of your {reply} should read: {phrase}")
+                'Finish with "{phrase}" and add nothing to it.', 'The last words must be "{phrase}".',
+                'The very end of your {reply} should read: "{phrase}"')
     phrases = ("That is all there is to it.", "I hope that this is clear.", "Thank you for asking.", "DONE",
                "What would you like to hear next?", "Tell me if you want to know more.")
 

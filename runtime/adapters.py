@@ -30,9 +30,7 @@ def adapt(model, rank, alpha, targets):
         raise ValueError(f"--lora_targets: the model has no {', '.join(sorted(targets))}")
     adapted = model.adapted()
     if rank == 0 or {name: (len(layer.A), layer.scale) for name, layer in adapted.items()} != wanted:
-        for layer in adapted.values():
-            layer.merge()
-            model.config.folder = ""                            # no folder holds these weights
+        merge(model)
         model.requires_grad_(True)
         if rank > 0:
             model.add_adapters(rank, alpha, targets)
@@ -40,6 +38,13 @@ def adapt(model, rank, alpha, targets):
         model.token_embedding.requires_grad_(True)
         if model.head_kind == "lm" and not model.config.tied:
             model.head.requires_grad_(True)
+
+
+def merge(model):
+    """Merge a network's adapters into its weights, if it has any."""
+    for layer in model.adapted().values():
+        layer.merge()
+        model.config.folder = ""                                # no folder holds these weights
 
 
 def has_new_tokens(model):

@@ -35,7 +35,7 @@ def find_reward(names, tokenizer):
         except ValueError:
             raise ValueError(f"--reward {names}: the weight {weight!r} is not a number") from None
         reward = from_file(name, tokenizer) if ".py:" in name else ModelReward(name, tokenizer)
-        terms.append((weight, reward, os.path.basename(name).rpartition(":")[2]))
+        terms.append((weight, reward, os.path.basename(os.path.normpath(name)).rpartition(":")[2]))
     return WeightedSum(terms)
 
 
@@ -77,7 +77,8 @@ class WeightedSum:
     def __call__(self, run, prompts, answers, batch):
         scores = [reward(run, prompts, answers, batch) for _, reward, _ in self.terms]
         if len(self.terms) > 1:
-            run.note(**{f"score_{name}": x.mean() for x, (_, _, name) in zip(scores, self.terms)})
+            run.note(**{f"score_{i}_{name}": x.mean()
+                        for i, (x, (_, _, name)) in enumerate(zip(scores, self.terms), 1)})
         return sum(weight * x for x, (weight, _, _) in zip(scores, self.terms))
 
 

@@ -1,7 +1,6 @@
 """One training run: its output folder, randomness, optimiser steps, metrics, progress and checkpoints."""
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -67,8 +66,9 @@ class Run(Compute):
 
     # --------------------------------------------------------------------- before and between steps
 
-    def place(self, *models):
-        """Compute.place, after adding adapters and packing frozen weights in 4 bits as the flags say."""
+    def place(self, *models, reference=None):
+        """Compute.place, after adding adapters and packing frozen weights in 4 bits as the flags say.
+        reference: π_ref, a frozen copy of the first model. Raises ValueError if they differ."""
         cfg = self.cfg
         if cfg.nf4 and cfg.lora_rank == 0:
             raise ValueError("--nf4 freezes the weights: add trained adapters with --lora_rank")
@@ -76,26 +76,27 @@ class Run(Compute):
             raise ValueError("--nf4 does not work under fsdp, whose shards would part packed weights from "
                              "their scales: use ddp, where each process holds all packed weights")
         self.kind = "ddp" if cfg.nf4 else self.kind
+        models = models if reference is None else (models[0], reference, *models[1:])
         for model in models:
             if not is_frozen(model):
                 adapters.adapt(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
                 if cfg.lora_rank > 0 and not cfg.merge:
                     adapters.check_alone(model)
-            if cfg.nf4:
-                nf4.pack(model)
+        if reference is not None and not models[0].config.folder:
+            adapters.merge(reference)       # as the policy's were: sums that are rounded are other sums
+        for model in models if cfg.nf4 else ():
+            nf4.pack(model)
         super().place(*models)
-        language = [model for model in models if model.head_kind == "lm"]
-        for policy, reference in itertools.product(language, repeat=2):
-            if is_frozen(reference) and not is_frozen(policy):
-                self.check_reference(policy, reference)
+        if reference is not None:
+            self.check_reference(models[0], reference)
 
     def check_reference(self, policy, reference):
-        """Raise ValueError unless both give some tokens the same log-probabilities: π_ref is the policy
-        before its first step, so a KL that does not start at 0 is measured from something else."""
+        """Raise ValueError unless the policy and its reference give the tokens of a short sequence the same
+        log-probabilities. They are the same network before the first step, so the KL starts at 0."""
         ids = [i % policy.config.vocab_size for i in range(min(32, policy.config.block_size))]
         batch = self.batch([ids], [1])
         gap = (self.logprobs(policy, batch) - self.logprobs(reference, batch)).abs().max().item()
-        if not gap < 1e-3:
+        if not gap < 1e-3:                                              # NaN is not smaller either
             raise ValueError("the KL does not start at 0: before the first step a token's log-probability "
                              f"differs by {gap:.2g} nats between the policy and its reference")
 

@@ -467,18 +467,32 @@ def test_ppo_in_four_bits_holds_one_packed_base(lora, monkeypatch, tmp_path):
     assert torch.equal(nets[0](TOKENS), nets[1](TOKENS))            # the adapters add nothing yet
 
 
-@pytest.mark.parametrize("init", ["out/sft", "out/lora/dpo"])
-@pytest.mark.parametrize("flags", [{}, {"precision": "bfloat16"}, {"lora_rank": 4},
-                                   {"lora_rank": 4, "nf4": True}], ids=str)
+@pytest.mark.parametrize("init", ["out/sft", "out/lora/alone"])
+@pytest.mark.parametrize("flags", [{}, {"precision": "bfloat16"}, {"lora_rank": 4, "precision": "bfloat16"},
+                                   {"lora_rank": 6, "precision": "bfloat16"}, {"lora_rank": 4, "nf4": True}],
+                         ids=str)
 def test_a_run_begins_only_where_the_reference_is_the_policy(lora, monkeypatch, tmp_path, init, flags):
+    """Also where the policy's adapters, of rank 6, are merged for others of rank 4: then so are the
+    reference's, or the two would be rounded differently."""
     monkeypatch.chdir(lora)
+    if init == "out/lora/alone":
+        model = models.load("out/sft")
+        adapters.adapt(model, 6, 32.0, ALL)
+        for layer in model.adapted().values():
+            torch.nn.init.normal_(layer.B, std=0.1)
+        adapters.save(model, init)
+        Tokenizer.load("out/sft").save(init)
     cfg = ppo.Config(out=str(tmp_path / "run"), device="cpu", steps=1, warmup=0, **flags)
     run = Run(cfg, 1)
-    run.place(models.load(init), models.load(init).requires_grad_(False))
+    policy, reference = models.load(init), models.load(init).requires_grad_(False)
+    run.place(policy, reference=reference)
+    if "nf4" not in flags:
+        batch = run.batch([TOKENS[0].tolist()], [1])
+        assert torch.equal(run.logprobs(policy, batch), run.logprobs(reference, batch))
     moved = models.load(init).requires_grad_(False)
     moved.norm.weight = torch.nn.Parameter(1.1 * moved.norm.weight, requires_grad=False)
     with pytest.raises(ValueError, match="the KL does not start at 0"):
-        run.place(models.load(init), moved)
+        run.place(models.load(init), reference=moved)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ def test_each_run_is_a_line_in_each_panel(tmp_path, monkeypatch):
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[2, 1.5], [3, 4]]
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[3, 6]]            # its step 2 is not finite
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    for metrics, said in (("nothing", "a has no metric nothing: its metrics are step, score, kl"),):
-        with pytest.raises(ValueError, match=said):
-            curves.draw(curves.Config(runs=cfg.runs, metrics=metrics))
+    with pytest.raises(ValueError, match="a has no metric nothing: its metrics are step, score, kl"):
+        curves.draw(curves.Config(runs=cfg.runs, metrics="nothing"))
+    with pytest.raises(ValueError, match="nowhere has no metrics.jsonl"):
+        curves.draw(curves.Config(runs=("nowhere",)))
     with pytest.raises(ValueError, match="name folders of runs"):
         curves.draw(curves.Config())

@@ -10,25 +10,26 @@ from lab import gym
 
 class Sums:
     """A task with the parts of reasoning-gym's that are used: its question i is made from the seed plus i."""
-    def __init__(self, size, seed, most=9, few=10 ** 9):
-        self.size, self.seed, self.most, self.few = size, seed, most, few
+    def __init__(self, size, seed, most=9, few=10 ** 9, wrong=False):
+        self.size, self.seed, self.most, self.few, self.wrong = size, seed, most, few, wrong
+
+    def score_answer(self, answer, entry):
+        if not answer:
+            return 0.0
+        return 1.0 if answer == entry["answer"] else 0.25 * (entry["answer"] in answer)
 
     def __iter__(self):
         for i in range(self.seed, self.seed + self.size):
             i %= self.few
             other = i % self.most
-            yield {"question": f"{i} + {other} =", "answer": str(i + other), "metadata": {"i": i}}
-
-
-def scored(answer, entry):
-    return 1.0 if answer == entry["answer"] else 0.25 * (entry["answer"] in answer)
+            answer = "" if self.wrong else str(i + other)
+            yield {"question": f"{i} + {other} =", "answer": answer, "metadata": {"i": i}}
 
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """The folder that `gym.make` writes with a stand-in for the library."""
-    library = SimpleNamespace(create_dataset=lambda name, **settings: Sums(**settings),
-                              get_score_answer_fn=lambda name: {"sums": scored}[name])
+    library = SimpleNamespace(create_dataset=lambda name, **settings: {"sums": Sums}[name](**settings))
     monkeypatch.setattr(gym, "reasoning_gym", library)
     monkeypatch.setattr(gym, "FOLDER", str(tmp_path / "gym"))
     gym.known_questions.cache_clear()
@@ -68,8 +69,12 @@ def test_the_reward_is_the_tasks_own_score(made):
     assert [gym.right(asked, answer) for answer in ("9", "It is 9", "8")] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("tasks, said", [(("sums:most",), "sums:most: ValueError"), ((), "name tasks"),
-                                         (("sums:least=2",), "unexpected keyword argument 'least'")])
+@pytest.mark.parametrize("tasks, said", [
+    (("sums:most",), "sums:most: ValueError: the value of most is no JSON: ''"), ((), "name tasks"),
+    (("sums:most=five",), "the value of most is no JSON: 'five'"),
+    (("sums:least=2",), "unexpected keyword argument 'least'"),
+    (("sums:few=30",), "sums:few=30: all its held-out questions are for training too"),
+    (("sums:wrong=true",), "its own answer does not score 1")])
 def test_a_task_that_cannot_be_made_is_one_line(made, tasks, said):
     with pytest.raises(ValueError, match=said):
         gym.make(gym.Config(tasks=tasks, overwrite=True))

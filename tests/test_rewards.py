@@ -65,7 +65,7 @@ def test_the_metrics_hold_the_mean_of_each_term(program):
     run = compute.Compute(Settings(device="cpu"))
     run.note = lambda **numbers: found.update(numbers)
     reward(run, PROMPTS, ANSWERS, BATCH)
-    assert found == {"score_size": pytest.approx((51 + 42 + 44) / 3), "score_turns": 1}
+    assert found == {"score_1_size": pytest.approx((51 + 42 + 44) / 3), "score_2_turns": 1}
     rewards.find_reward(f"{program}:size", AnyTokenizer())(run, PROMPTS, ANSWERS, BATCH)
     assert len(found) == 2                              # a single term is the score itself
 

@@ -122,10 +122,10 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     cfg = follow.Config(data=str(tmp_path / "data.jsonl"), model="a model")
     follow.make(cfg)
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-            for path in (tmp_path / "out").iterdir()}
+            for path in (tmp_path / "out").glob("*.jsonl")}
     assert {name: len(some) for name, some in rows.items()} == {
-        "demonstrations": 36 * 3 + 9, "prompts": 36 * 2, "preferences": 12, "prompts_heldout": 4,
-        "prompts_new_kinds": 4}
+        "demonstrations": 36 * 3 + 5, "demonstrations_heldout": 4 * 3 + 1, "prompts": 36 * 2,
+        "preferences": 12, "prompts_heldout": 4, "prompts_new_kinds": 4}
     held_out = {x for x in asked if any(x in row["prompt"] for row in rows["prompts_heldout"])}
     assert len(held_out) == 4 and held_out == {
         x for x in asked if any(x in row["prompt"] for row in rows["prompts_new_kinds"])}
@@ -139,8 +139,15 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     asked = [row["prompt"] for name in ("demonstrations", "preferences") for row in rows[name]]
     assert texts and not any(text in prompt for text in texts for prompt in asked)
     assert all(p.pairs for p in records.read("preferences", tmp_path / "out/preferences.jsonl"))
-    with pytest.raises(ValueError, match="prompts_new_kinds.jsonl is there already"):
-        follow.make(cfg)
+    before = (tmp_path / "out/prompts.jsonl").stat().st_mtime_ns
+    follow.make(cfg)                                                                # is there already
+    assert (tmp_path / "out/prompts.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="was made with other settings"):
+        follow.make(follow.Config(data=cfg.data, model="another"))
+    records.write(tmp_path / "data.jsonl", [{"prompt": "x", "chosen": PLAIN, "rejected": "y"}] * 20)
+    with pytest.raises(ValueError, match="no held-out instruction"):
+        follow.make(follow.Config(data=cfg.data, model="a model", overwrite=True))
+    assert (tmp_path / "out/about.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------- IFEval

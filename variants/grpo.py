@@ -86,7 +86,7 @@ def train(cfg, reward=None):
     prompts = load_prompts(cfg, tokenizer, policy.config.block_size - cfg.max_new_tokens)
     reward = reward or find_reward(cfg.reward, tokenizer)
     run = Run(cfg, cfg.steps)
-    run.place(policy, reference, *reward.networks)
+    run.place(policy, *reward.networks, reference=reference)
     optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     controller = ppo.AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     run.resume(policy=policy, optimizer=optimizer, controller=controller)

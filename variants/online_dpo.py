@@ -53,7 +53,7 @@ def train(cfg):
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch)
 
     run = Run(cfg, steps)
-    run.place(policy, reference)
+    run.place(policy, reference=reference)
     rank = labeller(cfg.by, run, tokenizer, cfg.constitution)
     dpo.add_reference(reference, run, held_out)
     optimizer = make_optimizer(policy, cfg.lr)
