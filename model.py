@@ -170,6 +170,8 @@ class Attention(nn.Module):
             slots = torch.arange(B, device=x.device), slice(None), positions.index[:, 0]
             cache[0][slots], cache[1][slots] = k[:, :, 0], v[:, :, 0]
             k, v = cache
+            # The queries that share a key head are rows of one product, which reads the cache once for all.
+            q = q.reshape(B, self.config.n_kv_head, -1, self.config.head_dim)
         elif cache is not None:
             # This also stores keys and values of padding. It is harmless: a new token overwrites the slot at
             # its position before any query may attend to it.
@@ -180,7 +182,8 @@ class Attention(nn.Module):
         unfused = mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 160
         with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                               enable_gqa=self.is_grouped)
+                                               enable_gqa=self.is_grouped and mask is None)
+        y = y.reshape(B, self.config.n_head, T, self.config.head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
