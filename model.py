@@ -381,7 +381,10 @@ class GPT(nn.Module):
                         cache[i] = layer[:, running]
                     rows, chosen, running = rows[running], chosen[running], running[running]
             if step + 1 < max_new_tokens:
-                logits = self.decode_one_token(chosen, lengths[rows] + step, cache, longest + step + 1)
+                reach = longest + step + 1
+                if tokens.is_cuda:                              # where each new length may be planned anew
+                    reach = min(S, 64 * math.ceil(reach / 64))
+                logits = self.decode_one_token(chosen, lengths[rows] + step, cache, reach)
         T = int(ends.max())
         mask = (column >= lengths[:, None]) & (column < ends[:, None])
         return tokens[:, :T], mask[:, :T], logprobs[:, :T]

@@ -42,6 +42,12 @@ def pick_device(name):
     return name
 
 
+def is_fast(device):
+    """Whether a device has units for bfloat16, as GPUs have from compute capability 8.0 on. Older ones, such
+    as T4 and V100, emulate it, more slowly than they multiply in float32."""
+    return device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def keep_freed_memory():
     """Let the C library keep freed memory for the next tensor. Otherwise the system must zero new pages for
     each tensor, which is often slower than the computation. Blocks of 64 MB or more are still returned,
@@ -142,7 +148,7 @@ class Compute:
 
     def __init__(self, cfg):
         self.cfg, self.device = cfg, pick_device(cfg.device)
-        self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and self.device == "cuda")
+        self.bfloat16 = cfg.precision == "bfloat16" or (cfg.precision == "auto" and is_fast(self.device))
         if self.device == "cpu":
             keep_freed_memory()
         if self.device == "cuda" and self.bfloat16:

@@ -25,8 +25,8 @@ class Settings:
                               "use, but at least one; more stop the run", 0, 1)
     seed: int = flag(0, "seed of weights, order and sampling", 0, 2 ** 31)
     device: str = flag("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = flag("auto", "of matrix products; auto is bfloat16 on cuda, float32 elsewhere. "
-                          "Trained weights stay float32", choices=("auto", "float32", "bfloat16"))
+    precision: str = flag("auto", "of matrix products; auto is bfloat16 on GPUs that have units for it, else "
+                          "float32. Trained weights stay float32", choices=("auto", "float32", "bfloat16"))
     micro_batch: int = flag(32, "sequences per forward pass: lower it if memory runs out", 1)
     micro_tokens: int = flag(0, "most tokens per forward pass, padding included; 0 sets no bound", 0)
     sample_batch: int = flag(256, "answers sampled at once, each of which needs its part of the KV cache", 1)

@@ -1,4 +1,5 @@
 """QLoRA (Dettmers et al. 2023): adapters are trained beside frozen matrices in 4 bits."""
+import functools
 import math
 
 import torch
@@ -36,8 +37,7 @@ class NF4(nn.Module):
 
     def forward(self):
         scales = (self.scales.view(torch.float8_e4m3fn).float() * self.spread).flatten() + self.mean
-        pairs = torch.cartesian_prod(nf4_levels(), nf4_levels()).to(self.index.device)      # of all 256 bytes
-        blocks = F.embedding(self.index.int(), pairs).view(-1, 64)
+        blocks = F.embedding(self.index.int(), pairs_of_levels(self.index.device)).view(-1, 64)
         return (blocks * scales[:len(blocks), None]).flatten()[:math.prod(self.shape)].view(self.shape)
 
 
@@ -47,6 +47,13 @@ def nf4_levels():
         return torch.special.ndtri(torch.linspace(1 - (1 / 30 + 1 / 32) / 2, 0.5, n + 1, dtype=torch.float64))
     levels = torch.cat([-quantiles(7)[:-1], quantiles(8).flip(0)])
     return (levels / levels.max()).float()
+
+
+@functools.cache
+def pairs_of_levels(device):
+    """(256, 2): the two numbers that each byte stands for. They are copied to a device once, because a GPU
+    waits for each copy."""
+    return torch.cartesian_prod(nf4_levels(), nf4_levels()).to(device)
 
 
 def in_groups(x, n):

@@ -21,6 +21,20 @@ def test_a_device_that_is_not_there_is_refused():
                 compute.pick_device(name)
 
 
+@pytest.mark.parametrize("capability, is_bfloat16", [((7, 0), False), ((7, 5), False), ((8, 0), True),
+                                                     ((9, 0), True)])
+def test_a_gpu_without_units_for_bfloat16_computes_in_float32(monkeypatch, capability, is_bfloat16):
+    monkeypatch.setattr(compute, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert compute.Compute(Settings()).bfloat16 == is_bfloat16
+        assert compute.Compute(Settings(precision="bfloat16")).bfloat16         # who asks for it gets it
+        assert not compute.Compute(Settings(precision="float32")).bfloat16
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_pad_fills_on_the_right():
     out = pad([[1, 2, 3], [4]])
     assert out.dtype == torch.int64 and out.tolist() == [[1, 2, 3], [4, 0, 0]]

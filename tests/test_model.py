@@ -180,8 +180,10 @@ def test_how_often_sampling_checks_for_ended_rows_changes_no_answer(model, monke
     assert len(checks) == expected[1].sum(1).max()              # on a CPU after every token
     checks.clear()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)          # as on a GPU
+    reaches, decode = [], model.decode_one_token
+    monkeypatch.setattr(model, "decode_one_token", lambda *args: reaches.append(args[-1]) or decode(*args))
     found = model.generate(prompts, lengths, 18, rows_left=lambda n: checks.append(n) or n, **how)
-    assert len(checks) == 2
+    assert len(checks) == 2 and set(reaches) == {int(lengths.max()) + 18}       # fewer than 64: all at once
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 

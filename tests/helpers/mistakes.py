@@ -41,6 +41,7 @@ MISTAKES = {
         ("log-probabilities of the state after the token",
          "self.hidden(tokens)[:, :-1][mask[:, 1:]]",
          "self.hidden(tokens)[:, 1:][mask[:, 1:]]"),
+        ("a GPU reads a cache of another length at every token", "if tokens.is_cuda:   ", "if False:   "),
         ("the kernel of attention depends on the gradients", "q.dtype == torch.bfloat16 and T",
          "q.dtype == torch.bfloat16 and q.requires_grad and T"),
         ("sampling without its temperature", "(logits / (temperature or 1.0)).softmax", "logits.softmax"),
@@ -63,8 +64,8 @@ MISTAKES = {
          "            if len(x) > size and torch.is_grad_enabled():"),
         ("sampling ends with this process's rows", "if rows_left(unfinished) == 0:", "if unfinished == 0:"),
         ("a new token is written one place too early",
-         "lengths[rows] + step, cache, longest + step + 1",
-         "lengths[rows] + step - 1, cache, longest + step + 1"),
+         "lengths[rows] + step, cache, reach",
+         "lengths[rows] + step - 1, cache, reach"),
         ("a scalar head starts as the other weights do",
          "std=1 / math.sqrt(self.config.n_embd + 1)",
          "std=0.02"),
@@ -692,6 +693,8 @@ MISTAKES = {
          "set_reshard_after_forward(False)"),
     ],
     "runtime/compute.py": [
+        ("every GPU is taken to have units for bfloat16", "get_device_capability() >= (8, 0)",
+         "get_device_capability() >= (0, 0)"),
         ("what computes in between ends the loop's precision",
          "            self.depth -= 1\n            if self.depth == 0:",
          "            self.depth -= 1\n            if True:"),
@@ -745,9 +748,7 @@ MISTAKES = {
          "inverse, names = torch.tensor(order).argsort(), parts[0] if parts else ()",
          "inverse, names = torch.tensor(order), parts[0] if parts else ()"),
         ("auto precision is bfloat16 everywhere",
-         "self.bfloat16 = cfg.precision == \"bfloat16\" or (cfg.precision == \"auto\" and self.device"
-         " == \"cuda\")",
-         "self.bfloat16 = cfg.precision != \"float32\""),
+         '(cfg.precision == "auto" and is_fast(self.device))', '(cfg.precision == "auto")'),
     ],
     "runtime/precision.py": [
         ("the gradient of the last micro-batch alone", "if p.grad is None else p.grad.add_(copy.grad)", ""),
