@@ -94,6 +94,7 @@ follow-all:
 	for seed in 0 1 2; do for method in ppo grpo; do \
 	    test -e $(F)/seed$$seed/ifeval_$${method}_1/ifeval.json || \
 	    $(MAKE) follow EVERY=1 SEED=$$seed METHOD=$$method || exit 1; done; done
+	$(PY) -m lab.ifeval $(F)/seed*/ifeval_*_1/ifeval.json --data $(IFEVAL) --show 0 --out $(F)/all
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }

@@ -2,6 +2,7 @@
 
     python -m lab.ifeval MODEL out/follow/sft out/follow/ppo --data ifeval.jsonl
     python -m lab.ifeval --responses answers.jsonl --data ifeval.jsonl      answers that others have sampled
+    python -m lab.ifeval out/follow/seed*/*/ifeval.json --data ifeval.jsonl     answers of earlier evaluations
 
 The benchmark is 541 prompts with one to three rules each, in Google's repository google-research, folder
 instruction_following_eval; --data names its input_data.jsonl. "Strict" takes an answer as it is. "Loose" also
@@ -23,7 +24,7 @@ import torch
 from data import report
 from evaluate import Sampler, Sampling, named
 from lab import rules
-from runtime.files import write_json
+from runtime.files import reading, write_json
 from runtime.flags import flag
 from runtime.launch import main
 from runtime.processes import is_first
@@ -34,7 +35,8 @@ MEASURES = ("prompt strict", "instruction strict", "prompt loose", "instruction 
 
 @dataclass
 class Config(Sampling):
-    models: tuple = flag((), "checkpoint folders; differences are measured from the first one")
+    models: tuple = flag((), "checkpoint folders, or ifeval.json of earlier evaluations on the same prompts; "
+                         "differences are measured from the first one")
     data: str = flag("ifeval.jsonl", "the benchmark's prompts and rules")
     responses: str = flag("", 'file of {"response"} lines, one for each prompt, in place of models')
     every: int = flag(1, "take every n-th prompt", 1)
@@ -46,6 +48,8 @@ class Config(Sampling):
     def __post_init__(self):
         if bool(self.models) == bool(self.responses):
             raise ValueError("name either checkpoint folders or --responses")
+        if len({model.endswith(".json") for model in self.models}) == 2:
+            raise ValueError("name either checkpoint folders or files of answers (.json), not both")
 
 
 # Which letters, and which frequent words, tell the benchmark's languages apart.
@@ -232,7 +236,14 @@ def measure(cfg):
         if len(given) != len(records):
             raise ValueError(f"{cfg.responses} has {len(given)} answers to {len(records)} prompts")
         answers[os.path.basename(cfg.responses)] = given
-    checkpoints = named(cfg.models)
+    files = [model for model in cfg.models if model.endswith(".json")]
+    for path in files:
+        with reading(path, "an evaluation of lab.ifeval") as earlier:
+            for name, entry in earlier.items():
+                answers[f"{os.path.dirname(path)}: {name}"] = entry["answers"]
+                if len(entry["answers"]) != len(records):
+                    raise ValueError(f"{len(entry['answers'])} answers to {len(records)} prompts")
+    checkpoints = {} if files else named(cfg.models)
     sampler = Sampler(cfg, list(checkpoints.values())) if checkpoints else None
     for name, folder in checkpoints.items():
         print(f"{folder} answers {len(prompts)} prompts ...", flush=True)

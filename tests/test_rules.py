@@ -191,6 +191,13 @@ def test_the_measures_are_shares_of_prompts_and_of_instructions(tmp_path, capsys
     assert list(report["shares"].values()) == pytest.approx([2 / 4, 3 / 5, 3 / 4, 4 / 5])
     assert report["answers"] == answers
     printed = capsys.readouterr().out
+    cfg = ifeval.Config(models=(str(tmp_path / "ifeval.json"),), data=cfg.data, out=str(tmp_path / "again"))
+    assert ifeval.measure(cfg) == {f"{tmp_path}: said.jsonl": found}
+    with pytest.raises(ValueError, match="ifeval.json: not an evaluation of lab.ifeval: 4 answers to 2"):
+        ifeval.measure(ifeval.Config(models=cfg.models, data=cfg.data, every=2, out=cfg.out))
+    with pytest.raises(ValueError, match="not both"):
+        ifeval.Config(models=("out/sft", "a.json"))
+    cfg = ifeval.Config(data=cfg.data, responses=str(tmp_path / "said.jsonl"), out=str(tmp_path))
     for wrong, said in (("nope", "line 2: not as expected"),
                         ('{"prompt": "e"}', "line 2: .*instruction_id_list"),
                         (json.dumps(rows[2]), "4 answers to 2 prompts")):
