@@ -17,7 +17,6 @@ new log-probabilities must differ from the old ones only because of the update, 
 Shapes: B rows, T tokens (T' with answers), V vocabulary, C channels, H heads (H_kv of keys and values), D
 channels per head, S cached positions, r an adapter's rank, b rows still being sampled, n tokens in a mask.
 """
-import contextlib
 import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, get_args
@@ -25,7 +24,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -176,13 +174,8 @@ class Attention(nn.Module):
             # This also stores keys and values of padding. It is harmless: a new token overwrites the slot at
             # its position before any query may attend to it.
             cache[0, :, :, :T], cache[1, :, :, :T] = k, v
-        # PyTorch's fused kernel has a slow backward pass on a CPU in bfloat16. Two matrix products with a
-        # softmax between them are up to 2.5 times as fast until about 160 tokens (python -m bench.attention).
-        # Without gradients the kernel is the same one, because another would round differently.
-        unfused = mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 160
-        with sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                               enable_gqa=self.is_grouped and mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=self.is_grouped and mask is None)
         y = y.reshape(B, self.config.n_head, T, self.config.head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 from helpers.arrays import tiny
 
-from model import Positions
 from runtime import compute
 from runtime.checkpoints import Checkpoints
 from runtime.flags import Settings, Training
@@ -23,31 +22,6 @@ def placed(*models):
 
 def network(head="lm"):
     return tiny(head).float()
-
-
-@pytest.mark.parametrize("T", [8, 160, 161])
-def test_attention_in_bfloat16_is_that_of_float32_but_for_rounding(T):
-    """Also where the kernel changes, from 161 tokens on."""
-    torch.manual_seed(T)
-    attention = network().blocks[0].attention
-    x = torch.randn(2, T, attention.config.n_embd)
-    positions = Positions(torch.arange(T))
-    exact = attention(x, positions)
-    rounded = attention.bfloat16()(x.bfloat16(), positions)
-    assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
-    later = x.clone()
-    later[:, -1] = 9.0                                      # no token attends to a later one
-    changed = attention(later.bfloat16(), positions) - rounded
-    assert changed[:, :-1].abs().max() == 0 < changed[:, -1].abs().max()
-
-
-def test_a_short_answer_has_the_same_log_probabilities_with_gradients_and_without():
-    """Or PPO's first ratios would not be 1: a kernel that depends on the gradients rounds differently."""
-    model = network().bfloat16()
-    mask = torch.ones_like(TOKENS, dtype=torch.bool)
-    with torch.no_grad():
-        before = model.logprobs(TOKENS, mask)
-    assert torch.equal(model.logprobs(TOKENS, mask), before)
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])

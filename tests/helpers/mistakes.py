@@ -42,8 +42,6 @@ MISTAKES = {
          "self.hidden(tokens)[:, :-1][mask[:, 1:]]",
          "self.hidden(tokens)[:, 1:][mask[:, 1:]]"),
         ("a GPU reads a cache of another length at every token", "if tokens.is_cuda:   ", "if False:   "),
-        ("the kernel of attention depends on the gradients", "q.dtype == torch.bfloat16 and T",
-         "q.dtype == torch.bfloat16 and q.requires_grad and T"),
         ("sampling without its temperature", "(logits / (temperature or 1.0)).softmax", "logits.softmax"),
         ("what a row goes on with after its end",
          "tokens[rows, lengths[rows] + step] = torch.where(running, chosen, 0)",
@@ -994,7 +992,7 @@ MISTAKES = {
     ],
 }
 # Tests beyond the file's own that are likely to notice.
-LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_precision", "test_folders", "test_ppo", "test_adapters"],
+LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "runtime/families.json": ["test_folders"], "data/answers.py": ["test_ppo", "test_variants"],
           "variants/cautious.py": ["test_variants"], "reward_model.py": ["test_run"],
