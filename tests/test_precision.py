@@ -24,6 +24,15 @@ def network(head="lm"):
     return tiny(head).float()
 
 
+def test_an_answer_has_the_same_log_probabilities_with_gradients_and_without():
+    """Or PPO's first ratios would not be 1: an operation that depends on the gradients rounds differently."""
+    model = network().bfloat16()
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    with torch.no_grad():
+        before = model.logprobs(TOKENS, mask)
+    assert torch.equal(model.logprobs(TOKENS, mask), before)
+
+
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_while_it_computes_a_network_is_in_bfloat16_and_else_in_float32(head):
     model, plain = network(head), network(head)

@@ -41,6 +41,9 @@ MISTAKES = {
         ("log-probabilities of the state after the token",
          "self.hidden(tokens)[:, :-1][mask[:, 1:]]",
          "self.hidden(tokens)[:, 1:][mask[:, 1:]]"),
+        ("attention rounds differently with gradients", "        y = F.scaled_dot_product_attention(",
+         "        v = v.float().to(v.dtype) * (1 + 0.01 * q.requires_grad)\n"
+         "        y = F.scaled_dot_product_attention("),
         ("a GPU reads a cache of another length at every token", "if tokens.is_cuda:   ", "if False:   "),
         ("sampling without its temperature", "(logits / (temperature or 1.0)).softmax", "logits.softmax"),
         ("what a row goes on with after its end",
@@ -992,7 +995,7 @@ MISTAKES = {
     ],
 }
 # Tests beyond the file's own that are likely to notice.
-LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_folders", "test_ppo", "test_adapters"],
+LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_precision", "test_folders", "test_ppo", "test_adapters"],
           "runtime/sharding.py": ["test_adapters"], "runtime/nf4.py": ["test_adapters"],
           "runtime/families.json": ["test_folders"], "data/answers.py": ["test_ppo", "test_variants"],
           "variants/cautious.py": ["test_variants"], "reward_model.py": ["test_run"],
