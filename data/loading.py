@@ -120,7 +120,8 @@ def load_tokenizer(name, data, system=""):
 def warn_if_foreign(tokenizer, prompts, data, folder):
     """Warn if a small vocabulary was made for other text than the prompts (message lists). The embedded
     world's vocabulary, for example, has tokens for the world's few words and spells out all others."""
-    if is_world(data) and tokenizer.ranks == Tokenizer.load(data).ranks:
+    own = f"{data}/tokenizer.json"                      # that of the folder's texts, if it has one
+    if os.path.exists(own) and tokenizer.ranks == Tokenizer.load(data).ranks:
         return
     texts = [message["content"] for messages in prompts[:1000] for message in messages]
     words = sum(len(text.split()) for text in texts)

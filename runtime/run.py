@@ -92,13 +92,13 @@ class Run(Compute):
 
     def check_reference(self, policy, reference):
         """Raise ValueError unless the policy and its reference give the tokens of a short sequence the same
-        log-probabilities. They are the same network before the first step, so the KL starts at 0."""
+        log-probabilities: before the first step they are the same network."""
         ids = [i % policy.config.vocab_size for i in range(min(32, policy.config.block_size))]
         batch = self.batch([ids], [1])
         gap = (self.logprobs(policy, batch) - self.logprobs(reference, batch)).abs().max().item()
         if not gap < 1e-3:                                              # NaN is not smaller either
-            raise ValueError("the KL does not start at 0: before the first step a token's log-probability "
-                             f"differs by {gap:.2g} nats between the policy and its reference")
+            raise ValueError("the reference is not the policy: before the first step a token's "
+                             f"log-probability differs by {gap:.2g} nats")
 
     def begin(self, step):
         """Seed the random numbers of the step after `step` from the seed and this number alone."""

@@ -491,7 +491,7 @@ def test_a_run_begins_only_where_the_reference_is_the_policy(lora, monkeypatch, 
         assert torch.equal(run.logprobs(policy, batch), run.logprobs(reference, batch))
     moved = models.load(init).requires_grad_(False)
     moved.norm.weight = torch.nn.Parameter(1.1 * moved.norm.weight, requires_grad=False)
-    with pytest.raises(ValueError, match="the KL does not start at 0"):
+    with pytest.raises(ValueError, match="the reference is not the policy"):
         run.place(models.load(init), reference=moved)
 
 

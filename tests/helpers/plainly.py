@@ -462,7 +462,8 @@ def ppo_rollout(cfg, rng, nets, tokenizer, prompts, beta, program, known):
             careful = PESSIMISM[cfg.pessimism](cfg, a) - cfg.ood_penalty * max(0, a["distance"] - 1)
             a["score"] = max(careful, min(a["score"], cfg.no_end_score))
         if program:
-            a["score"] = cfg.reward_model_coef * a["score"] + program(messages, tokenizer.decode(ids))
+            a["terms"] = a["score"], program(messages, tokenizer.decode(ids))
+            a["score"] = cfg.reward_model_coef * a["terms"][0] + a["terms"][1]
         if not a["ended"]:
             a["score"] = cfg.no_end_score
         a["rewards"] = [-beta * (x - y) for x, y in zip(a["old"], a["ref"])]
@@ -585,6 +586,9 @@ def ppo(cfg, nets, tokenizer, prompts, demonstrations, program=None, known=None)
         if known:
             fit |= {"ood": mean([float(a["distance"] > 1) for a in answers]),
                     "disagreement": mean([statistics.stdev(a["heads"]) for a in answers])}
+        if program and "reward" in nets:
+            model_scores, program_scores = zip(*(a["terms"] for a in answers))
+            fit |= {"score_1_reward_model": mean(model_scores), "score_2_words": mean(program_scores)}
         lines.append({
             "step": step + 1, "score": mean([a["score"] for a in answers]), "kl": kl, "kl_coef": beta,
             **{name: mean([s[name] for s in stats]) for name in stats[0]}, "updates": updates, **fit,
