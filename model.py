@@ -375,7 +375,7 @@ class GPT(nn.Module):
                     rows, chosen, running = rows[running], chosen[running], running[running]
             if step + 1 < max_new_tokens:
                 reach = longest + step + 1
-                if tokens.is_cuda:                              # where each new length may be planned anew
+                if tokens.is_cuda:              # a GPU may have to plan attention anew for each length
                     reach = min(S, 64 * math.ceil(reach / 64))
                 logits = self.decode_one_token(chosen, lengths[rows] + step, cache, reach)
         T = int(ends.max())

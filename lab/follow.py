@@ -49,7 +49,6 @@ SHORT = 0.6         # an answer with fewer than this share of the words of the m
 class Config(Sampling):
     model: str = flag("", "chat model that answers the instructions")
     data: str = flag("", "instructions with two answers each: a file of preferences")
-    copies: int = flag(2, "demonstrations of each instruction, each with other rules", 1)
     temperature: float = flag(0.7, "of sampling; 0 is greedy", 0)
     max_new_tokens: int = flag(112, "longest answer, in tokens", 1)
     overwrite: bool = flag(False, f"replace the files that are in {FOLDER}")
@@ -132,7 +131,7 @@ def demonstrations_of(answered, kinds, rng):
     return records
 
 
-def training_files(cfg, answered, rng):
+def training_files(answered, rng):
     """{name: records} of the files for training. answered: as from `answer_all`."""
     # A hard kind is as if it had been used less often, so it comes that much more often.
     kinds = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)
@@ -140,7 +139,7 @@ def training_files(cfg, answered, rng):
     preferences, prompts, for_preferences, for_prompts = [], [], dict(kinds), dict(kinds)
     for i, (p, own) in enumerate(answered):
         request, (best, *_, worst) = p.prompt[-1]["content"], ranked(p)
-        for _ in range(cfg.copies):
+        for _ in range(2):                                                  # each with other rules
             if made := with_rules(request, [own], best, for_prompts, rng):
                 prompts.append(made[0])
         if i % 3 == 0 and (made := with_rules(request, [best, worst], own, for_preferences, rng)):
@@ -167,7 +166,8 @@ def ranked(preference):
 def make(cfg):
     if not (cfg.model and cfg.data):
         raise ValueError("name a chat model with --model, and a file of preferences with --data")
-    about = {"model": cfg.model, "data": cfg.data, "copies": cfg.copies, "seed": cfg.seed}
+    about = {"model": cfg.model, "data": cfg.data, "temperature": cfg.temperature,
+             "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
     path = Path(FOLDER, "about.json")                           # written last
     if path.exists() and not cfg.overwrite:
         made = json.loads(path.read_text("utf-8"))
@@ -188,7 +188,7 @@ def make(cfg):
     unseen = [pair for pair in answered if pair[0].prompt[0]["content"] not in seen]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)                    # an interrupted run must not look like a finished one
-    for name, rows in (training_files(cfg, for_training, rng) | held_out_files(unseen, rng)).items():
+    for name, rows in (training_files(for_training, rng) | held_out_files(unseen, rng)).items():
         records.write(f"{FOLDER}/{name}.jsonl", rows)
         print(f"wrote {FOLDER}/{name}.jsonl: {len(rows)}")
     write_json(str(path), about)

@@ -83,7 +83,7 @@ class Run(Compute):
                 if cfg.lora_rank > 0 and not cfg.merge:
                     adapters.check_alone(model)
         if reference is not None and not models[0].config.folder:
-            adapters.merge(reference)       # as the policy's were: sums that are rounded are other sums
+            adapters.merge(reference)       # as the policy's were, or only one would round the sum
         for model in models if cfg.nf4 else ():
             nf4.pack(model)
         super().place(*models)
