@@ -275,21 +275,23 @@ class GPT(nn.Module):
             x = block(x, Positions(index, cos_sin, mask), cache[i] if cache else None, recompute)
         return self.norm(x)
 
-    def unembed(self, x):
-        """Compute logits (..., V), in float32 or finer, from hidden states (..., C)."""
+    def unembedding(self):
+        """The matrix W (V, C) of `unembed`, on CUDA in float32 or finer: there products are in TF32, which
+        holds bfloat16 numbers exactly, and results stay float32."""
         if self.head_kind != "lm":
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         W = self.token_embedding.weight if self.config.tied else self.head.weight
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if x.is_cuda:   # multiply in TF32, which holds bfloat16 inputs exactly; results stay float32
-            x, W = x.to(dtype), W.to(dtype)
-        return F.linear(x, W).to(dtype)
+        return W.to(torch.promote_types(W.dtype, torch.float32)) if W.is_cuda else W
+
+    def unembed(self, x, W):
+        """Compute logits (..., V), in float32 or finer, from hidden states x (..., C)."""
+        return F.linear(x.to(W.dtype), W).to(torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, tokens):
         """Logits (B, T, V), or with a scalar head scores (B, T), for tokens (B, T) int64, right-padded."""
         x = self.hidden(tokens)
         if self.head_kind == "lm":
-            return self.unembed(x)
+            return self.unembed(x, self.unembedding())
         return self.head(x.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
@@ -314,7 +316,8 @@ class GPT(nn.Module):
         # The hidden state at column t − 1 depends on tokens[:, :t] and predicts column t: hence the shift.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
         size = max(1, 2 ** 24 // self.config.vocab_size)                    # positions per part
-        args, parts = (temperature, entropy, entropy_grad), []
+        # One W for all parts: its gradient adds up before it is rounded to the dtype of the weights.
+        args, parts = (self.unembedding(), temperature, entropy, entropy_grad), []
         for states, chosen in zip(x.split(size), tokens[mask].split(size)):
             if len(x) > size and torch.is_grad_enabled():
                 parts.append(checkpoint(self.read_logprobs, states, chosen, *args, use_reentrant=False))
@@ -324,9 +327,9 @@ class GPT(nn.Module):
         out = [result.new_zeros(tokens.shape).masked_scatter(mask, result) for result in results]
         return out if entropy else out[0]
 
-    def read_logprobs(self, x, chosen, temperature, entropy, entropy_grad):
+    def read_logprobs(self, x, chosen, W, temperature, entropy, entropy_grad):
         """[log-probabilities (n,) of the chosen next tokens, entropies (n,)], from hidden states x (n, C)."""
-        logits = self.unembed(x)                                                            # (n, V)
+        logits = self.unembed(x, W)                                                         # (n, V)
         logp = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
         result = [logp.gather(-1, chosen[:, None])[:, 0]]
         if entropy:
@@ -396,12 +399,13 @@ class GPT(nn.Module):
         shape = (2, len(tokens), self.config.n_kv_head, S, self.config.head_dim)
         cache = [torch.zeros(shape, dtype=self.norm.weight.dtype, device=tokens.device) for _ in self.blocks]
         x = self.hidden(tokens, cache=cache)     # not last_state, after which FSDP frees the head's weights
-        return self.unembed(x[torch.arange(len(tokens), device=tokens.device), lengths - 1]), cache
+        last = x[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return self.unembed(last, self.unembedding()), cache
 
     def decode_one_token(self, token, position, cache, end):
         """Run one more token per row, token (b,) at position (b,) < end: logits (b, V) of the next token."""
         x = self.hidden(token[:, None], position[:, None], [layer[:, :, :, :end] for layer in cache])
-        return self.unembed(x[:, 0])
+        return self.unembed(x[:, 0], self.unembedding())
 
     def save(self, folder, **how):
         """Write the network as a Hugging Face model folder: see runtime/folders.py."""

@@ -106,11 +106,12 @@ def rollout(run, tokenizer, prompts, policy, reference):
     batch = run.sample(policy, [tokenizer.prompt(p) for p in prompts], run.seeds(len(prompts)),
                        cfg.max_new_tokens, stop_token=tokenizer.end, temperature=cfg.temperature)
     # π_old is the policy that sampled: softmax(logits/τ). At another temperature τ it is another policy.
-    batch["old_logprobs"] = batch.pop("logprobs")
+    batch["old_logprobs"] = sampled = batch.pop("logprobs")
     if run.bfloat16:
         # The update reads whole answers, which rounds differently from sampling token by token: in
         # float32 negligibly, in bfloat16 by one percent. Read in the same way, π_old gives ratios of 1.
         batch["old_logprobs"] = run.logprobs(policy, batch, cfg.temperature)
+        run.note(sampler_kl=approximate_kl(batch["old_logprobs"], sampled, batch["mask"]))
     batch["ref_logprobs"] = run.logprobs(reference, batch, cfg.temperature)
     answers = [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(batch["tokens"], batch["mask"])]
     return answers, batch

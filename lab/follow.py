@@ -2,8 +2,9 @@
 
     python -m lab.follow --model MODEL --data instructions.json       writes out/follow/
 
-One to three rules of lab/rules.py are added to each instruction of --data. Answers to it are changed to keep
-them; where that fails, other rules are drawn. Every tenth record of --data is held out. The script writes
+One to three rules of lab/rules.py are added to each instruction of --data, and to requests for longer texts
+("Write a letter about bees."). Answers to them are changed to keep the rules; where that fails, other rules
+are drawn. Every tenth record of --data is held out, and every tenth topic. The script writes
 
     demonstrations.jsonl            prompts with rules and answers that keep them, for SFT, and of some
                                     instructions without rules the model's own answers
@@ -14,9 +15,10 @@ them; where that fails, other rules are drawn. Every tenth record of --data is h
     prompts_heldout.jsonl           held-out instructions with rules of the same kinds
     prompts_new_kinds.jsonl         held-out instructions with rules of kinds that are in no other file
 
-Each instruction gives three demonstrations: the better answer of --data; the model's own answer, cut to its
-first sentences; and a request to write one of these two again. The answers are short, because then most of
-what the model learns to imitate is the rules.
+A demonstration's answer is the better one of --data or the model's own, whole or cut to its first sentences;
+every fifth demonstration asks to write such an answer again. Most answers are short, because then most of
+what the model learns to imitate is the rules. The longer ones are for rules that need text, such as "the
+letter e at least 20 times".
 
 `kept` is the reward: ppo.py --reward lab/follow.py:kept. It needs no judge, but says nothing about how good
 the answer is otherwise. `Quality` is a term for that.
@@ -26,6 +28,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data import loading, records
 from data.batches import fit
@@ -42,6 +45,17 @@ KNOWN = [name for name in rules.KINDS if name not in NEW_KINDS]
 HARD = ("Highlights", "Keywords", "Frequency", "Paragraphs", "Upper", "Lower", "CapitalWords", "TwoAnswers",
         "NoComma", "Bullets", "Quoted", "FirstWord")        # kept least often after a first trial of SFT
 REWRITE = ('Rewrite this text: "{}"', 'Say this again: "{}"', 'Write this in another form: "{}"')
+GENRES = ("a short story", "a letter", "an advertisement", "a blog post", "an email", "a speech", "a song",
+          "a poem", "some advice", "an encyclopedia article", "a dialogue", "a review", "an essay",
+          "a news report")
+TOPICS = ("bees", "a rainy day", "an old bicycle", "learning to cook", "a lost dog", "the history of bread",
+          "a trip to the sea", "saving money", "a small bakery", "the first day at school", "a lighthouse",
+          "growing tomatoes", "electric cars", "sleeping well", "a chess club", "the moon", "coffee",
+          "a family dinner", "work in a library", "recycling", "learning Spanish", "a haunted house",
+          "running a marathon", "parks in the city", "moving to another town", "a robot", "winter holidays",
+          "a wedding", "old computers", "public transport")
+NEW_TOPICS = TOPICS[::10]           # held out
+READERS = ("", " for children", " for a newspaper", " for my neighbours", " for a museum")
 SHORT = 0.6         # an answer with fewer than this share of the words of the model's own answer is too short
 
 
@@ -104,45 +118,62 @@ def whole(text, ended):
     return text.strip() if ended or not parts else text[:text.rindex(parts[-1])].strip()
 
 
-def answer_all(cfg, preferences):
-    """The model's own answers to those of the Preferences that it can read: pairs of both."""
+class Answered(NamedTuple):
+    """A request and three answers to it. Nobody has ranked answers to requests of `longer`: then better and
+    worse are empty."""
+    request: str
+    own: str                # the model's own answer
+    better: str
+    worse: str
+
+
+def longer(topics, n, rng):
+    """n different requests for texts of some length, as `answer_all` takes them: with no other answers."""
+    every = [(f"Write {genre} about {topic}{reader}.", "", "")
+             for genre in GENRES for topic in topics for reader in READERS]
+    return rng.sample(every, min(n, len(every)))
+
+
+def answer_all(cfg, asked):
+    """asked: (request, better, worse). Returns those that the model can read, with its answers."""
     sampler = Sampler(cfg, [cfg.model])
     model = sampler.load(cfg.model)
-    preferences = fit(preferences, lambda p: len(sampler.tokenizer.prompt(p.prompt)),
-                      model.config.block_size - cfg.max_new_tokens, "instructions")
-    print(f"{cfg.model} answers {len(preferences)} instructions ...", flush=True)
-    batch = sampler.sample(model, [p.prompt for p in preferences], "follow")
-    return list(zip(preferences, map(whole, sampler.texts(batch), batch["ended"].tolist())))
+    said = [[{"role": "user", "content": request}] for request, *_ in asked]
+    fits = fit(list(zip(asked, said)), lambda pair: len(sampler.tokenizer.prompt(pair[1])),
+               model.config.block_size - cfg.max_new_tokens, "instructions")
+    print(f"{cfg.model} answers {len(fits)} instructions ...", flush=True)
+    batch = sampler.sample(model, [prompt for _, prompt in fits], "follow")
+    own = map(whole, sampler.texts(batch), batch["ended"].tolist())
+    return [Answered(request, text, better, worse) for ((request, better, worse), _), text in zip(fits, own)]
 
 
 def demonstrations_of(answered, kinds, rng):
-    """Records {"prompt", "response"} of some instructions. answered: as from `answer_all`; kinds: as in
-    `with_rules`."""
+    """Records {"prompt", "response"}. answered: a list of Answered; kinds: as in `with_rules`."""
     records = []
-    for i, (p, own) in enumerate(answered):
-        request, best, short = p.prompt[-1]["content"], ranked(p)[0], shortened(own, rng)
-        text = rng.choice([best, short])
-        for asked, answer, other in ((request, best, own), (request, short, best),
-                                     (rng.choice(REWRITE).format(text), text, "")):
+    for i, x in enumerate(answered):
+        short = shortened(x.own, rng)
+        cut = rng.choice([x.better, short]) if x.better else short
+        again = [(rng.choice(REWRITE).format(cut), cut, "")] * (i % 2)
+        for asked, answer, other in [(x.request, x.own, x.better), (x.request, cut, x.own)] + again:
             if made := with_rules(asked, [answer], other, kinds, rng):
                 records.append({"prompt": made[0]["prompt"], "response": made[1][0]})
-        if i % 8 == 0 and own:          # so that the model still answers as before where there are no rules
-            records.append({"prompt": request, "response": own})
+        if i % 8 == 0 and x.own:        # so that the model still answers as before where there are no rules
+            records.append({"prompt": x.request, "response": x.own})
     return records
 
 
 def training_files(answered, rng):
-    """{name: records} of the files for training. answered: as from `answer_all`."""
+    """{name: records} of the files for training. answered: a list of Answered."""
     # A hard kind is as if it had been used less often, so it comes that much more often.
     kinds = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)
     demonstrations = demonstrations_of(answered, dict(kinds), rng)
     preferences, prompts, for_preferences, for_prompts = [], [], dict(kinds), dict(kinds)
-    for i, (p, own) in enumerate(answered):
-        request, (best, *_, worst) = p.prompt[-1]["content"], ranked(p)
+    for i, x in enumerate(answered):
         for _ in range(2):                                                  # each with other rules
-            if made := with_rules(request, [own], best, for_prompts, rng):
+            if made := with_rules(x.request, [x.own], x.better, for_prompts, rng):
                 prompts.append(made[0])
-        if i % 3 == 0 and (made := with_rules(request, [best, worst], own, for_preferences, rng)):
+        if i % 3 == 0 and x.better and (
+                made := with_rules(x.request, [x.better, x.worse], x.own, for_preferences, rng)):
             chosen, rejected = made[1]
             preferences.append({"prompt": made[0]["prompt"], "chosen": chosen, "rejected": rejected})
     return {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
@@ -152,8 +183,8 @@ def held_out_files(answered, rng):
     """{name: records} of the files for evaluation."""
     files = {"prompts_heldout": (dict.fromkeys(KNOWN, 0), 3),
              "prompts_new_kinds": (dict.fromkeys(NEW_KINDS, 0), 1)}
-    made = {name: [with_rules(p.prompt[-1]["content"], [own], ranked(p)[0], kinds, rng, most)
-                   for p, own in answered] for name, (kinds, most) in files.items()}
+    made = {name: [with_rules(x.request, [x.own], x.better, kinds, rng, most) for x in answered]
+            for name, (kinds, most) in files.items()}
     prompts = {name: [pair[0] for pair in some if pair] for name, some in made.items()}
     return {"demonstrations_heldout": demonstrations_of(answered, dict.fromkeys(KNOWN, 0), rng)} | prompts
 
@@ -176,19 +207,24 @@ def make(cfg):
         print(f"{FOLDER} is there already; --overwrite would make it again")
         return
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
-    single = [p for p in train + held_out if len(p.prompt) == 1]
-    if more := len(train) + len(held_out) - len(single):
+    asked, unseen = [[(p.prompt[0]["content"], ranked(p)[0], ranked(p)[-1])
+                      for p in part if len(p.prompt) == 1] for part in (train, held_out)]
+    if more := len(train) + len(held_out) - len(asked) - len(unseen):
         print(f"{more} instructions come after other messages: left out")
     # An instruction that is in both parts is for training. Then a held-out record of it is for nothing.
-    seen, kept_out = {p.prompt[0]["content"] for p in train}, {id(p) for p in held_out}
-    if not any(p.prompt[0]["content"] not in seen for p in single):
+    seen = {request for request, *_ in asked}
+    unseen = [x for x in unseen if x[0] not in seen]
+    if not unseen:
         raise ValueError(f"{cfg.data}: no held-out instruction that is not among those for training too")
-    answered, rng = answer_all(cfg, single), random.Random(cfg.seed)
-    for_training = [pair for pair in answered if id(pair[0]) not in kept_out]
-    unseen = [pair for pair in answered if pair[0].prompt[0]["content"] not in seen]
+    rng = random.Random(cfg.seed)
+    asked += longer([topic for topic in TOPICS if topic not in NEW_TOPICS], len(asked) // 4, rng)
+    unseen += longer(NEW_TOPICS, len(unseen) // 4, rng)
+    answered, kept_out = answer_all(cfg, asked + unseen), {request for request, *_ in unseen}
+    for_training = [x for x in answered if x.request not in kept_out]
+    held_out = [x for x in answered if x.request in kept_out]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)                    # an interrupted run must not look like a finished one
-    for name, rows in (training_files(for_training, rng) | held_out_files(unseen, rng)).items():
+    for name, rows in (training_files(for_training, rng) | held_out_files(held_out, rng)).items():
         records.write(f"{FOLDER}/{name}.jsonl", rows)
         print(f"wrote {FOLDER}/{name}.jsonl: {len(rows)}")
     write_json(str(path), about)

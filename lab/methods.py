@@ -32,6 +32,13 @@ METHODS = {                                 # {name: {folder in out/: command}}
     "rloo": {"rloo": "-m variants.grpo --advantage rloo"},
     "grpo": {"grpo": "-m variants.grpo"},
     "dr_grpo": {"dr_grpo": "-m variants.grpo --no-divide_by_std --no-divide_by_length"},
+    "reinforce_pp": {"reinforce_pp": "-m variants.reinforce_pp"},
+    "gspo": {"gspo": "-m variants.gspo"},
+    "cispo": {"cispo": "-m variants.cispo"},
+    "dapo": {"dapo": "-m variants.dapo"},
+    "lag_1": {"lag_1": "-m variants.lagged"},
+    "lag_4": {"lag_4": "-m variants.lagged --lag 4"},
+    "lag_4_uncorrected": {"lag_4_uncorrected": "-m variants.lagged --lag 4 --no-correct"},
     "ppo_no_kl": {"ppo_no_kl": "ppo.py --kl_coef 0 --no-adaptive_kl --steps 60"},
 }
 COLUMNS = {                                 # {head: (key, format, worst)}

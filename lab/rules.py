@@ -131,7 +131,7 @@ class Words(Count):
 
 
 class Sentences(Count):
-    wordings = ("Write {relation} {number} sentences.", "Give a {reply} of {relation} {number} sentences.",
+    wordings = ("Write {relation} {number} sentences.", "Give one {reply} of {relation} {number} sentences.",
                 "The number of sentences should be {relation} {number}.",
                 "Your entire {reply} must have {relation} {number} sentences.")
 
@@ -407,7 +407,7 @@ class TwoAnswers(Rule):
         return all(p.strip() for p in parts[1:-1]) and len(answers) == 2 and answers[0] != answers[1]
 
     def repair(self, answer, other, rng):
-        return f"{answer}\n\n******\n\n{other}"
+        return f"{answer}\n\n******\n\n{other}" if other else answer
 
 
 class Json(Rule):

@@ -79,6 +79,7 @@ def select(batch, rows):
     number of tokens."""
     if not isinstance(batch, dict):
         return [batch[i] for i in rows]
+    rows = torch.as_tensor(rows, device=batch["lengths"].device)        # to a GPU once, not for each tensor
     width = int(batch["lengths"][rows].max())
     return {name: x[rows, :width] if x.dim() == 2 else x[rows] for name, x in batch.items()}
 
@@ -152,7 +153,9 @@ class Compute:
         if self.device == "cpu":
             keep_freed_memory()
         if self.device == "cuda" and self.bfloat16:
-            torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembed
+            torch.set_float32_matmul_precision("high")              # TF32: see GPT.unembedding
+            # cuDNN's attention plans anew for each length, and the cache's length changes as answers grow.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.kind = None                # "ddp" or "fsdp", chosen when the first networks are placed
         self.copies = []                # of trained networks' parameters: see bfloat16_copies
         self.frozen = {}                # {name: frozen parameters}, which networks can share: see to_device
@@ -204,8 +207,9 @@ class Compute:
         outermost one ends, trained networks get back float32 weights, and fetched ones go to the CPU."""
         if self.depth == 0:
             with torch.no_grad():
-                for module, name, p, copy in self.copies:
-                    copy.copy_(p)
+                if self.copies:                                 # all of them at once: a GPU starts one kernel
+                    torch._foreach_copy_([copy for *_, copy in self.copies], [p for *_, p, _ in self.copies])
+                for module, name, _, copy in self.copies:
                     module._parameters[name] = copy
         self.depth += 1
         try:

@@ -202,15 +202,34 @@ def test_sampling_goes_on_while_any_process_waits(model):
     assert len(steps) == 18
 
 
-def test_on_a_gpu_logits_of_bfloat16_states_are_not_rounded():
-    class OnGPU(torch.Tensor):
-        is_cuda = True
+def test_on_a_gpu_logits_of_bfloat16_states_are_not_rounded(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 8, 1, 2, 16)).bfloat16()
     x, W = torch.randn(5, 16).bfloat16(), model.token_embedding.weight
-    logits = model.unembed(x.as_subclass(OnGPU)).as_subclass(torch.Tensor)
+    rounded = model.unembed(x, model.unembedding())
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    logits = model.unembed(x, model.unembedding())
     assert logits.dtype == torch.float32 and torch.equal(logits, x.float() @ W.float().T)
-    assert not torch.equal(model.unembed(x), logits)
+    assert not torch.equal(rounded, logits)
+
+
+def test_on_a_gpu_the_gradient_of_the_head_is_rounded_once(monkeypatch):
+    """And not once for each part of the logits: here are 8 parts of 256 positions."""
+    torch.manual_seed(0)
+    model, x = GPT(GPTConfig(2 ** 16, 1025, 1, 1, 4, tied=False)), torch.randn(2, 1025, 4)
+    tokens, mask = torch.randint(9, (2, 1025)), torch.ones(2, 1025, dtype=torch.bool)
+    monkeypatch.setattr(model, "hidden", lambda tokens: x.to(model.head.weight.dtype))
+
+    def gradient():
+        model.zero_grad()
+        model.logprobs(tokens, mask).sum().backward()
+        return model.head.weight.grad.double()
+    exact = gradient()
+    model.bfloat16()
+    often = gradient()
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    error, other = ((g - exact).norm() / exact.norm() for g in (gradient(), often))
+    assert error < 0.0027 < other
 
 
 def test_greedy_equals_argmax_step_by_step_without_a_cache(model):

@@ -78,8 +78,16 @@ def grpo(returns, group, lengths, divide_by_std=True, divide_by_length=True):
     return advantages.flatten()
 
 
-def train(cfg, reward=None):
-    """reward: as in ppo.train."""
+def advantages_in_groups(returns, mask, cfg):
+    """What the flags say: (B,), from returns (B,) and the mask (B, T) of the answers."""
+    if cfg.advantage == "rloo":
+        return rloo(returns, cfg.group)
+    return grpo(returns, cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
+
+
+def train(cfg, reward=None, policy_loss=ppo.policy_loss, advantages_of=advantages_in_groups):
+    """reward: as in ppo.train. policy_loss and advantages_of: functions to use in place of these two, which
+    variants beside this one bring."""
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     policy = load(cfg.init, "lm", tokenizer.vocab_size)
     reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
@@ -103,11 +111,7 @@ def train(cfg, reward=None):
         rewards = ppo.kl_rewards(scores, batch["old_logprobs"], batch["ref_logprobs"], mask, controller.coef)
 
         # 3. Advantages: from whole answers, the same for each of an answer's tokens.
-        returns = rewards.sum(1)
-        if cfg.advantage == "rloo":
-            advantages = rloo(returns, cfg.group)
-        else:
-            advantages = grpo(returns, cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
+        advantages = advantages_of(rewards.sum(1), mask, cfg)
         batch |= {"scores": scores, "rewards": rewards, "advantages": advantages[:, None] * mask}
 
         # 4. Update
@@ -118,8 +122,8 @@ def train(cfg, reward=None):
             for b, share in run.micro_batches(minibatch, weights=minibatch["mask"].sum(1)):
                 logprobs, entropy = policy.logprobs(b["tokens"], b["mask"], cfg.temperature, entropy=True,
                                                     entropy_grad=cfg.entropy_coef > 0)
-                loss, clip_fraction = ppo.policy_loss(logprobs, b["old_logprobs"], b["advantages"], b["mask"],
-                                                      cfg.clip)
+                loss, clip_fraction = policy_loss(logprobs, b["old_logprobs"], b["advantages"], b["mask"],
+                                                  cfg.clip)
                 entropy = ppo.masked_mean(entropy, b["mask"])
                 (share * (loss - cfg.entropy_coef * entropy)).backward()
                 stats.add(share, policy_loss=loss, entropy=entropy, clip_fraction=clip_fraction,

@@ -1,0 +1,191 @@
+"""The variants since PPO: their losses against slow loops and known gradients, and what their files say they
+change."""
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.arrays import near, seeds
+
+import ppo
+from model import GPT
+from variants import cispo, dapo, grpo, gspo, lagged, reinforce_pp
+
+ROOT = Path(__file__).resolve().parent.parent
+B, T = 5, 7
+
+
+def arrays(seed):
+    """log π (with a gradient), log π_old, advantages, all (B, T) and 0 outside the mask, and the mask."""
+    torch.manual_seed(seed)
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
+    logprobs = (torch.randn(B, T).double() * mask).requires_grad_()
+    old = logprobs.detach() + 0.5 * torch.randn(B, T).double() * mask
+    advantages = torch.randn(B, 1).double() * mask                      # one for all tokens of an answer
+    return logprobs, old, advantages, mask
+
+
+def rows_of(mask):
+    """The columns of each answer's tokens."""
+    return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+@seeds
+def test_gspo_is_a_slow_loop_over_answers(seed):
+    logprobs, old, advantages, mask = arrays(seed)
+    loss, clipped = gspo.policy_loss(logprobs, old, advantages, mask, 0.1)
+    total, beyond, n = 0.0, 0, int(mask.sum())
+    for i, columns in enumerate(rows_of(mask)):
+        s = math.exp(sum((logprobs[i, t] - old[i, t]).item() for t in columns) / len(columns))
+        A = advantages[i, columns[0]].item()
+        total += len(columns) * min(s * A, min(max(s, 0.9), 1.1) * A)
+        beyond += len(columns) * (abs(s - 1) > 0.1)
+    near(loss, -total / n)
+    assert clipped.item() == pytest.approx(beyond / n)
+
+
+def test_gspo_gives_all_tokens_of_an_answer_the_same_gradient():
+    """s·A/N per token, where nothing is clipped: the mean of the answer's gradients, times its length."""
+    logprobs, old, advantages, mask = arrays(0)
+    gspo.policy_loss(logprobs, old, advantages, mask, 100.0)[0].backward()
+    for i, columns in enumerate(rows_of(mask)):
+        s = (logprobs - old)[i, columns].mean().exp()
+        near(logprobs.grad[i, columns], (-s * advantages[i, 0] / mask.sum()).detach().expand(len(columns)))
+
+
+@seeds
+def test_cispo_weights_each_tokens_gradient_and_drops_none(seed):
+    logprobs, old, advantages, mask = arrays(seed)
+    loss, clipped = cispo.policy_loss(logprobs, old, advantages, mask, 0.3)
+    loss.backward()
+    ratio = (logprobs - old).exp().detach()
+    near(logprobs.grad, -ratio.clamp(max=1.3) * advantages / mask.sum() * mask)
+    assert clipped == ((ratio > 1.3) & mask).sum() / mask.sum()
+
+
+@seeds
+def test_dapo_lets_rising_tokens_go_further_than_ppo(seed):
+    logprobs, old, advantages, mask = arrays(seed)
+    loss, clipped = dapo.policy_loss(logprobs, old, advantages, mask, 0.2, 0.4)
+    total, beyond, n = 0.0, 0, int(mask.sum())
+    for i, columns in enumerate(rows_of(mask)):
+        for t in columns:
+            ratio, A = math.exp((logprobs[i, t] - old[i, t]).item()), advantages[i, t].item()
+            total += min(ratio * A, min(max(ratio, 0.8), 1.4) * A)
+            beyond += ratio < 0.8 or ratio > 1.4
+    near(loss, -total / n)
+    assert clipped.item() == pytest.approx(beyond / n)
+    near(dapo.policy_loss(logprobs, old, advantages, mask, 0.2, 0.2)[0],
+         ppo.policy_loss(logprobs, old, advantages, mask, 0.2)[0])
+
+
+def test_the_last_tokens_before_the_limit_cost_more_and_more():
+    assert dapo.overlong_penalty(torch.tensor([1, 12, 13, 14, 16]), 16, 4).tolist() == [0, 0, 0.25, 0.5, 1]
+    assert dapo.overlong_penalty(torch.tensor([1, 16]), 16, 0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("loss", [gspo.policy_loss, cispo.policy_loss,
+                                  lambda *args: dapo.policy_loss(*args, clip_high=0.28)])
+def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient(loss):
+    """−A/N for each token: before the first optimiser step all these losses are one."""
+    logprobs, _, advantages, mask = arrays(1)
+    value, clipped = loss(logprobs, logprobs.detach(), advantages, mask, 0.2)
+    value.backward()
+    near(logprobs.grad, -advantages / mask.sum() * mask)
+    assert clipped == 0
+
+
+def test_reinforce_pp_compares_with_all_answers_of_the_batch():
+    near(reinforce_pp.global_advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]).double()),
+         torch.tensor([-2.0, -1.0, 0.0, 3.0]).double() / (math.sqrt(14 / 3) + 1e-4))
+
+
+# --------------------------------------------------------------------------------------------------- lag
+
+def test_weights_of_old_tokens_are_ratios_that_are_cut():
+    old, mu = torch.tensor([[-1.0, -2.0, -3.0]]).double(), torch.tensor([[-1.5, -1.0, -5.0]]).double()
+    w, metrics = lagged.importance_weights(old, mu, torch.tensor([[True, True, True]]), 2.0)
+    near(w, torch.tensor([[math.exp(0.5), math.exp(-1), 2.0]], dtype=torch.float64))
+    near(metrics["weight"], w.mean())
+    assert metrics["weights_cut"].item() == pytest.approx(1 / 3)
+    near(metrics["effective"], w.sum() ** 2 / (3 * (w ** 2).sum()))
+    w, metrics = lagged.importance_weights(old, mu, torch.tensor([[True, False, False]]), 2.0)
+    near(w, torch.tensor([[math.exp(0.5), 0, 0]], dtype=torch.float64))
+    near(metrics["effective"], 1.0)
+
+
+SMALL = dict(steps=4, batch=10, max_new_tokens=9, micro_batch=4, kl_horizon=40)
+
+
+def test_without_lag_it_is_ppo_bit_for_bit(trained):
+    _, model, lines, _ = trained(ppo, **SMALL, whiten_rewards=True, entropy_coef=0.01)
+    _, other, others, _ = trained(lagged, **SMALL, whiten_rewards=True, entropy_coef=0.01, lag=0)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(lines, others, strict=True):
+        shared = ours.keys() & theirs.keys() - {"seconds"}
+        assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
+        assert theirs["weight"] == theirs["effective"] == 1 and theirs["weights_cut"] == 0
+
+
+def test_the_answers_of_a_step_are_those_of_lag_steps_before(trained, monkeypatch):
+    """In the order of events, step t takes rollout t, which was sampled before update t − 2."""
+    events, rollout, kl_rewards = [], ppo.rollout, ppo.kl_rewards
+
+    def sample(*args):
+        answers, batch = rollout(*args)
+        events.append(("sampled", int(batch["mask"].sum())))
+        return answers, batch
+
+    def learn(scores, old, ref, mask, coef):
+        events.append(("learns", int(mask.sum())))
+        return kl_rewards(scores, old, ref, mask, coef)
+    monkeypatch.setattr(ppo, "rollout", sample)
+    monkeypatch.setattr(ppo, "kl_rewards", learn)
+    _, _, lines, _ = trained(lagged, **SMALL, lag=2)
+    assert [what for what, _ in events] == ["sampled"] * 2 + ["sampled", "learns"] * 4
+    sampled, learnt = ([n for what, n in events if what == kind] for kind in ("sampled", "learns"))
+    assert learnt == sampled[:4]
+    assert lines[0]["weight"] == pytest.approx(1) and all(line["weight"] != 1 for line in lines[1:])
+
+
+def test_a_lagged_run_that_is_killed_ends_in_the_weights_of_one_that_is_not(trained, monkeypatch):
+    _, whole, lines, _ = trained(lagged, **SMALL, lag=2)
+    steps, log = [], lagged.Run.log
+
+    def stop_after_two(run, metrics):
+        log(run, metrics)
+        steps.append(run.step)
+        if len(steps) == 2:
+            run.checkpoints.save(run.parts, run.step)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(lagged.Run, "log", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        trained(lagged, **SMALL, lag=2, seed=0)
+    _, again, _, _ = trained(lagged, **SMALL, lag=2)
+    assert steps == [1, 2, 3, 4]
+    for ours, theirs in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------- what the files say
+
+@pytest.mark.parametrize("variant", [gspo, cispo, dapo, reinforce_pp], ids=lambda module: module.__name__)
+def test_the_changed_lines_that_a_file_shows_are_true(variant):
+    """Each line with a minus is in a parent, and each with a plus in the file itself."""
+    parents = [line.strip() for name in ("ppo.py", "variants/grpo.py")
+               for line in (ROOT / name).read_text("utf-8").splitlines()]
+    code = Path(variant.__file__).read_text("utf-8").split('"""', 2)[2]
+    own = [line.partition("  # ")[0].strip() for line in code.splitlines()]
+    shown = [line.strip() for line in variant.__doc__.splitlines() if line.startswith(("    - ", "    + "))]
+    assert any(line.startswith("+") for line in shown)
+    for line in shown:
+        assert line[1:].strip() in (parents if line[0] == "-" else own), line
+
+
+@pytest.mark.parametrize("variant", [gspo, cispo, dapo, reinforce_pp], ids=lambda module: module.__name__)
+def test_the_variant_trains(trained, variant):
+    settings = SMALL | dict(batch=12)
+    _, model, lines, _ = trained(variant, **settings)
+    assert len(lines) == 4 and all(math.isfinite(line["policy_loss"]) for line in lines)
+    assert isinstance(model, GPT) and issubclass(variant.Config, ppo.OnPolicy) and grpo.Config().group == 4
