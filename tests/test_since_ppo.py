@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers.arrays import near, seeds
 
+import dpo
 import ppo
 from model import GPT
-from variants import cispo, dapo, grpo, gspo, lagged, reinforce_pp
+from variants import cispo, dapo, grpo, gspo, lagged, preferences, reinforce_pp
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T = 5, 7
@@ -166,6 +167,67 @@ def test_a_lagged_run_that_is_killed_ends_in_the_weights_of_one_that_is_not(trai
     assert steps == [1, 2, 3, 4]
     for ours, theirs in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------- preferences
+
+def log_sigma(x):
+    return -math.log(1 + math.exp(-x))
+
+
+@seeds
+def test_losses_of_pairs_are_their_formulas(seed):
+    torch.manual_seed(seed)
+    chosen, rejected = -3 * torch.rand(2, 4).double() - 0.1
+    found = {"simpo": preferences.simpo_loss(chosen, rejected, 2.0, 0.7),
+             "orpo": preferences.orpo_loss(chosen, rejected, 0.4),
+             "kto": preferences.kto_loss(chosen, rejected, 0.3, 0.5),
+             "nca": preferences.nca_loss(chosen, rejected, 0.5),
+             "robust": preferences.robust_loss(chosen, rejected, 0.5, 0.1)}
+    for i, (a, b) in enumerate(zip(chosen.tolist(), rejected.tolist())):
+        def log_odds(x):
+            return math.log(math.exp(x) / (1 - math.exp(x)))
+        want = {"simpo": -log_sigma(2 * (a - b) - 0.7),
+                "orpo": -a - 0.4 * log_sigma(log_odds(a) - log_odds(b)),
+                "kto": (1 - 1 / (1 + math.exp(-0.5 * (a - 0.3)))) + 1 - 1 / (1 + math.exp(-0.5 * (0.3 - b))),
+                "nca": -log_sigma(0.5 * a) - 0.5 * log_sigma(-0.5 * a) - 0.5 * log_sigma(-0.5 * b),
+                "robust": (-0.9 * log_sigma(0.5 * (a - b)) + 0.1 * log_sigma(-0.5 * (a - b))) / 0.8}
+        for name, losses in found.items():
+            assert losses[i].item() == pytest.approx(want[name], rel=1e-12), name
+
+
+def test_with_swapped_labels_the_robust_loss_is_on_average_dpos():
+    a, b = torch.tensor([0.7]).double(), torch.tensor([-0.4]).double()
+    right, swapped = (preferences.robust_loss(x, y, 0.5, 0.2) for x, y in ((a, b), (b, a)))
+    near(0.8 * right + 0.2 * swapped, preferences.robust_loss(a, b, 0.5, 0.0))
+    near(preferences.robust_loss(a, b, 0.5, 0.0), dpo.dpo_loss(a, b, 0 * a, 0 * b, 0.5)[0])
+
+
+def test_nca_has_its_minimum_at_two_thirds():
+    r = torch.tensor([math.log(2) / 0.5], dtype=torch.float64, requires_grad=True)       # σ(0.5·r) = 2/3
+    preferences.nca_loss(r, torch.zeros(1).double(), 0.5).sum().backward()
+    near(r.grad, torch.zeros(1))
+
+
+@pytest.mark.parametrize("loss", preferences.BETAS)
+def test_each_loss_of_pairs_trains(trained, loss):
+    """It falls where the same preferences are seen again and again."""
+    _, _, lines, _ = trained(preferences, loss=loss, data="rankings.jsonl", batch=60, epochs=6, lr=3e-3,
+                             max_norm=1.0, warmup=0)
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["accuracy"] > lines[0]["accuracy"]
+    assert (lines[-1]["z"] > 0) == (loss == "kto")
+    at_the_reference = {"kto": 1, "nca": 2 * math.log(2), "robust": math.log(2)}
+    if loss in at_the_reference:
+        assert lines[0]["loss"] == pytest.approx(at_the_reference[loss], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(loss="orpo", gamma=0.5), "--gamma does nothing with --loss orpo"),
+    (dict(loss="kto", label_smoothing=0.2), "--label_smoothing does nothing"),
+    (dict(length_normalize=True), "simpo and orpo always do")])
+def test_flags_of_another_loss_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        preferences.Config(**flags)
 
 
 # ------------------------------------------------------------------------------------- what the files say
