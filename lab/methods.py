@@ -28,7 +28,7 @@ METHODS = {                                 # {name: {folder in out/: command}}
                "dpo_ai": "dpo.py --nll_coef 2 --data out/ai/preferences.jsonl "
                          "--held_out out/world/preferences_heldout.jsonl"},
     "dpo_online": {"dpo_online": "-m variants.online_dpo --nll_coef 2"},
-    **{f"dpo_{loss}": {f"dpo_{loss}": f"-m variants.preferences --loss {loss}"}
+    **{loss: {loss: f"-m variants.preferences --loss {loss}"}
        for loss in ("simpo", "orpo", "kto", "nca", "robust")},
     "ppo": {"ppo": "ppo.py"},
     "rloo": {"rloo": "-m variants.grpo --advantage rloo"},
