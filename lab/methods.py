@@ -38,6 +38,7 @@ METHODS = {                                 # {name: {folder in out/: command}}
     "gspo": {"gspo": "-m variants.gspo"},
     "cispo": {"cispo": "-m variants.cispo"},
     "dapo": {"dapo": "-m variants.dapo"},
+    "distill": {"teacher": "ppo.py", "distill": "-m variants.distill --teacher out/teacher"},
     "lag_1": {"lag_1": "-m variants.lagged"},
     "lag_4": {"lag_4": "-m variants.lagged --lag 4"},
     "lag_4_uncorrected": {"lag_4_uncorrected": "-m variants.lagged --lag 4 --no-correct"},

@@ -9,8 +9,9 @@ from helpers.arrays import near, seeds
 
 import dpo
 import ppo
+from data.tokenizer import Tokenizer
 from model import GPT
-from variants import cispo, dapo, grpo, gspo, lagged, preferences, reinforce_pp
+from variants import cispo, dapo, distill, grpo, gspo, lagged, preferences, reinforce_pp
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T = 5, 7
@@ -166,6 +167,24 @@ def test_a_lagged_run_that_is_killed_ends_in_the_weights_of_one_that_is_not(trai
     _, again, _, _ = trained(lagged, **SMALL, lag=2)
     assert steps == [1, 2, 3, 4]
     for ours, theirs in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------ distillation
+
+def test_a_student_comes_close_to_its_teacher(trained, tmp_path):
+    """And stays what it is where it is its own teacher."""
+    teacher = GPT.load("out/sft")
+    with torch.no_grad():
+        teacher.norm.bias += torch.randn(16, generator=torch.Generator().manual_seed(0))
+    teacher.save(str(tmp_path / "teacher"))
+    Tokenizer.load("out/sft").save(str(tmp_path / "teacher"))
+    settings = dict(batch=60, max_new_tokens=9, micro_batch=20, warmup=0)
+    _, _, lines, _ = trained(distill, **settings, teacher=str(tmp_path / "teacher"), steps=20, lr=2e-2)
+    assert lines[0]["kl_to_teacher"] > 0.5 and lines[-1]["kl_to_teacher"] < lines[0]["kl_to_teacher"] / 2
+    _, same, lines, _ = trained(distill, **settings, teacher="out/sft", steps=2)
+    assert [line["kl_to_teacher"] for line in lines] == [0, 0]
+    for ours, theirs in zip(same.parameters(), GPT.load("out/sft").parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -978,7 +978,8 @@ MISTAKES = {
         ("the product of an answer's ratios", " / mask.sum(1, keepdim=True)).exp()  ", ").exp()  "),
     ],
     "variants/cispo.py": [
-        ("the weight has a gradient", "\n    surrogate = ratio.detach().clamp(", "\n    surrogate = ratio.clamp("),
+        ("the weight has a gradient", "\n    surrogate = ratio.detach().clamp(",
+         "\n    surrogate = ratio.clamp("),
         ("the weight is not cut", "\n    surrogate = ratio.detach().clamp(max=1 + clip)",
          "\n    surrogate = ratio.detach()"),
     ],
@@ -990,6 +991,10 @@ MISTAKES = {
     ],
     "variants/reinforce_pp.py": [
         ("the standard deviation is left out", " / (returns.std() + 1e-4)\n\n\n", "\n\n\n"),
+    ],
+    "variants/distill.py": [
+        ("the student flees from its teacher", "batch[\"ref_logprobs\"] - batch[\"old_logprobs\"] ",
+         "batch[\"old_logprobs\"] - batch[\"ref_logprobs\"] "),
     ],
     "variants/lagged.py": [
         ("the lag stays in the ratio", "if cfg.lag > 0:             # π_old is no longer μ", "if False:"),
@@ -1040,7 +1045,7 @@ LIKELY = {"dpo.py": ["test_run"], "model.py": ["test_precision", "test_folders",
           "feedback/choices.py": ["test_label"], "feedback/judge.py": ["test_collect"],
           "variants/grpo.py": ["test_variants"], "variants/ppo_ptx.py": ["test_variants"],
           **{f"variants/{name}.py": ["test_since_ppo"]
-             for name in ("gspo", "cispo", "dapo", "reinforce_pp", "lagged", "preferences")},
+             for name in ("gspo", "cispo", "dapo", "reinforce_pp", "lagged", "preferences", "distill")},
           "variants/online_dpo.py": ["test_variants"], "lab/ifeval.py": ["test_rules"],
           "lab/follow.py": ["test_rules"], "data/tokenizer.py": ["test_templates"],
           "runtime/compute.py": ["test_ppo", "test_dpo", "test_precision"],
