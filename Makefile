@@ -12,7 +12,8 @@
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that
-#               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark
+#               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark;
+#               QUALITY=0 without the reward model's term
 # make follow-all MODEL=... DATA=... IFEVAL=...    three seeds of both, on the whole benchmark (hours)
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
@@ -63,13 +64,15 @@ real: .venv/ready
 
 # Not every processor multiplies bfloat16 numbers fast.
 FAST = $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bfloat16,auto)
-ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --micro_tokens 1400 --precision $(FAST)
+ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --micro_tokens 1000 --precision $(FAST)
 METHOD ?= ppo
 EVERY ?= 3
-FOLLOW_ppo = ppo.py --steps 15 --critic_lr 2e-4
-FOLLOW_grpo = -m variants.grpo --steps 20 --group 8 --no-divide_by_std
+QUALITY ?= 0.1
+FOLLOW_ppo = ppo.py --steps 24 --critic_lr 1e-3 --lam 1
+FOLLOW_grpo = -m variants.grpo --steps 30 --group 8 --no-divide_by_std
 F = out/follow
 S = $(F)/seed$(SEED)
+RL = $(METHOD)$(if $(filter-out 0.1,$(QUALITY)),_quality_$(QUALITY))
 follow: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" -a -f "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
 	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
@@ -80,15 +83,15 @@ follow: .venv/ready
 	    --held_out $(F)/demonstrations_heldout.jsonl --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) \
 	    --out $(S)/sft
 	$(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft --data $(F)/prompts.jsonl \
-	    --reward lab/follow.py:kept,0.1*lab/follow.py:Quality --batch 64 --max_new_tokens 112 --temperature 0.8 \
-	    --lr 3e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 --seed $(SEED) \
-	    --out $(S)/$(METHOD)
-	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
-	    --out $(S)/own_$(METHOD)
-	$(PY) -m lab.ifeval $(S)/sft $(S)/$(METHOD) --data $(F)/prompts_new_kinds.jsonl --precision $(FAST) \
-	    --out $(S)/new_kinds_$(METHOD)
-	$(PY) -m lab.ifeval $(MODEL) $(S)/sft $(S)/$(METHOD) --data $(IFEVAL) --every $(EVERY) --precision $(FAST) \
-	    --out $(S)/ifeval_$(METHOD)_$(EVERY)
+	    --reward lab/follow.py:kept,$(QUALITY)*lab/follow.py:Quality --batch 64 --epochs 1 --max_new_tokens 112 \
+	    --temperature 0.8 --lr 5e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 \
+	    --seed $(SEED) --out $(S)/$(RL)
+	$(PY) -m lab.ifeval $(S)/sft $(S)/$(RL) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
+	    --out $(S)/own_$(RL)
+	$(PY) -m lab.ifeval $(S)/sft $(S)/$(RL) --data $(F)/prompts_new_kinds.jsonl --precision $(FAST) \
+	    --out $(S)/new_kinds_$(RL)
+	$(PY) -m lab.ifeval $(MODEL) $(S)/sft $(S)/$(RL) --data $(IFEVAL) --every $(EVERY) --precision $(FAST) \
+	    --out $(S)/ifeval_$(RL)_$(EVERY)
 
 follow-all:
 	for seed in 0 1 2; do for method in ppo grpo; do \

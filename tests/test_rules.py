@@ -108,6 +108,10 @@ def test_the_reward_is_the_share_of_rules_kept_less_what_is_missing_of_the_answe
     follow.known_prompts.cache_clear()
 
 
+def test_without_a_second_answer_there_are_not_two():
+    assert not rules.TwoAnswers().check(rules.TwoAnswers().repair(PLAIN, "", random.Random(0)))
+
+
 def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence():
     assert follow.whole("One. Two is", False) == "One." and follow.whole("One. Two is", True) == "One. Two is"
     assert follow.whole("One", False) == follow.whole("", False) == ""
@@ -117,15 +121,21 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     asked = [f"How do bees number {i} find their way?" for i in range(40)]
     records.write(tmp_path / "data.jsonl",
                   [{"prompt": x, "chosen": f"{PLAIN} {x}", "rejected": PLAIN} for x in asked])
-    monkeypatch.setattr(follow, "answer_all", lambda cfg, preferences: [(p, PLAIN) for p in preferences])
+    monkeypatch.setattr(follow, "answer_all", lambda cfg, requests: [
+        follow.Answered(request, PLAIN, better, worse) for request, better, worse in requests])
     monkeypatch.setattr(follow, "FOLDER", str(tmp_path / "out"))
     cfg = follow.Config(data=str(tmp_path / "data.jsonl"), model="a model")
     follow.make(cfg)
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "out").glob("*.jsonl")}
     assert {name: len(some) for name, some in rows.items()} == {
-        "demonstrations": 36 * 3 + 5, "demonstrations_heldout": 4 * 3 + 1, "prompts": 36 * 2,
-        "preferences": 12, "prompts_heldout": 4, "prompts_new_kinds": 4}
+        "demonstrations": 45 * 2 + 22 + 6, "demonstrations_heldout": 5 * 2 + 2 + 1, "prompts": 45 * 2,
+        "preferences": 12, "prompts_heldout": 5, "prompts_new_kinds": 5}            # with 9 and 1 long texts
+    topics = {topic for topic in follow.TOPICS
+              if any(f" about {topic}" in row["prompt"] for row in rows["prompts"])}
+    assert topics and not topics & set(follow.NEW_TOPICS)
+    assert sum(f" about {topic}" in row["prompt"] for row in rows["prompts_heldout"]
+               for topic in follow.NEW_TOPICS) == 1
     held_out = {x for x in asked if any(x in row["prompt"] for row in rows["prompts_heldout"])}
     assert len(held_out) == 4 and held_out == {
         x for x in asked if any(x in row["prompt"] for row in rows["prompts_new_kinds"])}

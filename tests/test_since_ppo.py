@@ -171,6 +171,33 @@ def test_a_lagged_run_that_is_killed_ends_in_the_weights_of_one_that_is_not(trai
         assert torch.equal(ours, theirs)
 
 
+# --------------------------------------------------------------------------------------------- estimates
+
+@seeds
+def test_gradients_of_kl_estimates_by_enumeration(seed):
+    """Over five tokens: docs/details.md's table."""
+    torch.manual_seed(seed)
+    theta, ref = torch.randn(5).double().requires_grad_(), torch.randn(5).double().log_softmax(0)
+    logp = theta.log_softmax(0)
+    p, log_ratio = logp.exp().detach(), ref - logp
+
+    def gradient(x):
+        return torch.autograd.grad(x, theta, retain_graph=True)[0]
+    forward = gradient((logp.exp() * (logp - ref)).sum())                   # of KL(π ‖ π_ref)
+    reverse = gradient((ref.exp() * (ref - logp)).sum())                    # of KL(π_ref ‖ π)
+    k = {"k1": -log_ratio, "k2": log_ratio ** 2 / 2, "k3": log_ratio.exp() - 1 - log_ratio}
+    in_reward = {name: gradient((p * x.detach() * logp).sum()) for name, x in k.items()}
+    in_loss = {name: gradient((p * x).sum()) for name, x in k.items()}
+    near(in_reward["k1"], forward)
+    near(in_loss["k1"], torch.zeros(5))
+    near(in_loss["k2"], forward)
+    near(in_reward["k3"], forward - reverse)
+    near(in_loss["k3"], reverse)
+    near((p * k["k3"]).sum(), (p * k["k1"]).sum())
+    for kl in (forward, reverse, forward - reverse):
+        assert (in_reward["k2"] - kl).norm() > 0.05 * kl.norm()
+
+
 # ------------------------------------------------------------------------------------------ distillation
 
 def test_a_student_comes_close_to_its_teacher(trained, tmp_path):
