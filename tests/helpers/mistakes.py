@@ -634,7 +634,8 @@ MISTAKES = {
         ("two answers that a rule makes equal", " and len(set(changed)) == len(answers)", ""),
         ("held-out kinds are trained", "if name not in NEW_KINDS]", "if name]"),
         ("held-out instructions are trained", "if x.request not in kept_out]", "if x]"),
-        ("held-out topics are trained", "for topic in TOPICS if topic not in NEW_TOPICS]", "for topic in TOPICS]"),
+        ("held-out topics are trained", "for topic in TOPICS if topic not in NEW_TOPICS]",
+         "for topic in TOPICS]"),
     ],
     "lab/stages.py": [
         ("a stage that failed is not run again", "PYTHONPATH\": str(ROOT)}).returncode:",
