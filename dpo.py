@@ -33,7 +33,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import loading
@@ -90,7 +89,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     rejected_logratios = policy_rejected - ref_rejected.detach()
     h = chosen_logratios - rejected_logratios
     if loss == "sigmoid":
-        right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+        right = -torch.nn.functional.logsigmoid(beta * h)
+        wrong = -torch.nn.functional.logsigmoid(-beta * h)
     elif loss == "ipo":
         right, wrong = (h - 1 / (2 * beta)) ** 2, (-h - 1 / (2 * beta)) ** 2
     elif loss == "hinge":

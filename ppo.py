@@ -81,9 +81,10 @@ class Config(OnPolicy):
     whiten_advantages: bool = flag(True, "give advantages mean 0 and standard deviation 1")
 
 
-def masked_mean(x, mask):
-    """Mean of x over the mask: a scalar. Entries outside the mask are ignored, NaN too."""
-    return torch.where(mask, x, 0).sum() / mask.sum()
+def masked_mean(x, mask, dim=None):
+    """Mean of x over the mask (bool): a scalar, or with dim the means over one dimension. Entries outside the
+    mask are ignored, NaN too."""
+    return torch.where(mask, x, 0).sum(dim) / mask.sum(dim)
 
 
 def whiten(x, mask, shift_mean=True):

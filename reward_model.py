@@ -25,7 +25,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from data import annotators, loading
 from data.batches import batches, encode_comparisons, fit_prompts
@@ -61,7 +60,7 @@ def pairwise_loss(chosen, rejected, margin=0.0):
     answer is, a larger m asks for a larger difference (Touvron et al. 2023, eq. 2). Returns a scalar in nats.
     With m = 0, equal scores give log 2, the loss of a coin toss. A larger loss on held-out pairs means that
     the model is confident where it is wrong."""
-    return -F.logsigmoid(chosen - rejected - margin).mean()
+    return -torch.nn.functional.logsigmoid(chosen - rejected - margin).mean()
 
 
 def ranking_loss(scores, ranks, margin=None, probability=None):
@@ -77,10 +76,10 @@ def ranking_loss(scores, ranks, margin=None, probability=None):
     scores = torch.where(ranks > 0, scores, 0)          # a missing one may be NaN, and NaN · 0 is NaN
     gaps = scores[:, :, None] - scores[:, None, :]                              # (B, K, K): r_i − r_j
     margin = 0.0 if margin is None else margin[:, None, None]
-    losses = -F.logsigmoid(gaps - margin)
+    losses = -torch.nn.functional.logsigmoid(gaps - margin)
     if probability is not None:
         p = probability[:, None, None]
-        losses = p * losses - (1 - p) * F.logsigmoid(-gaps - margin)
+        losses = p * losses - (1 - p) * torch.nn.functional.logsigmoid(-gaps - margin)
     present = (ranks > 0)[:, :, None]                   # i exists; a missing j has rank 0, and none is below
     better = present & (ranks[:, :, None] < ranks[:, None, :])
     return ((losses * better).sum((1, 2)) / better.sum((1, 2))).mean()
@@ -112,7 +111,7 @@ def evaluate(model, run, comparisons):
         longer += [c.lengths[i] - c.lengths[j] for i, j in c.pairs]
     gaps, longer = torch.tensor(gaps), torch.tensor(longer)
     right = (gaps > 0).float() + 0.5 * (gaps == 0)
-    numbers = {"loss": -F.logsigmoid(gaps).mean().item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
+    numbers = {"loss": pairwise_loss(gaps, 0).item(), "accuracy": right.mean().item(), "pairs": len(gaps)}
     # A model that has only learnt to prefer long answers has accuracy 0 where the winner is more than 4
     # tokens shorter, 1 where it is more than 4 longer, and about ½ between. Good accuracies are nearly equal.
     for name, rows in (("winner_shorter", longer < -4), ("same_length", longer.abs() <= 4),
