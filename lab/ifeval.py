@@ -7,9 +7,10 @@
 The benchmark is 541 prompts with one to three rules each, in Google's repository google-research, folder
 instruction_following_eval; --data names its input_data.jsonl. "Strict" takes an answer as it is. "Loose" also
 accepts it without its first line, its last line or both, each with or without its asterisks: additions that
-a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences from the first model are
-paired: both are measured on the same resampled prompts. "Words" is the mean length of the answers to prompts
-without a rule about length. No prompt of the benchmark is used in training.
+a reader would forgive. Intervals are the bootstrap's over prompts, 95 %. Differences (from the first model,
+and from the one before) are paired: both models are measured on the same resampled prompts. "Words" is the
+mean length of the answers to prompts without a rule about length. No prompt of the benchmark is used in
+training.
 """
 import itertools
 import json
@@ -191,15 +192,17 @@ def mean_words(records, answers):
 
 def tables(records, found, answers):
     """Tables, as (title, rows), of {model: verdicts of the records} and {model: its answers}: the measures,
-    the kinds of rules, and the differences from the first model where there are several."""
+    the kinds of rules, and where there are several models each one's differences from the first and from the
+    one before it."""
     counted = {name: intervals(shares(some)) for name, some in found.items()}
-    first = next(iter(counted.values()))
-    measures, differences = [["model", *MEASURES, "words"]], [["model", *MEASURES]]
-    for name, (values, many) in counted.items():
+    measures, differences, order = [["model", *MEASURES, "words"]], [["models", *MEASURES]], list(counted)
+    for i, (name, (values, many)) in enumerate(counted.items()):
         measures.append([name, *(with_interval(v, m) for v, m in zip(values, many.T)),
                          f"{mean_words(records, answers[name]):.0f}"])
-        differences.append([name, *(with_interval(v - w, m - k)
-                                    for v, m, w, k in zip(values, many.T, first[0], first[1].T))])
+        for other in dict.fromkeys((order[0], order[i - 1])) if i else ():
+            theirs, resampled = counted[other]
+            differences.append([f"{name} − {other}", *(with_interval(v - w, m - k) for v, m, w, k in zip(
+                values, many.T, theirs, resampled.T))])
     kinds = [["kind", "prompts", *found]]
     names = [names for _, names, _ in records]
     for kind in sorted(set(itertools.chain(*names))):
@@ -207,8 +210,7 @@ def tables(records, found, answers):
                 for pairs in found.values()]
         kinds.append([kind, str(len(kept[0])), *(f"{sum(some) / len(some):.0%}" for some in kept)])
     out = [("Share kept (95 % intervals)", measures), ("Instructions kept by kind, strict", kinds)]
-    del differences[1]                                          # the first model's, which are 0
-    return out + [("Differences from the first model (95 % intervals)", differences)] * (len(found) > 1)
+    return out + [("Differences on the same prompts (95 % intervals)", differences)] * (len(found) > 1)
 
 
 def side_by_side(records, found, answers, n):
