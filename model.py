@@ -276,8 +276,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def unembedding(self):
-        """The matrix W (V, C) of `unembed`, on CUDA in float32 or finer: there products are in TF32, which
-        holds bfloat16 numbers exactly, and results stay float32."""
+        """The matrix W (V, C) of `unembed`, on CUDA in float32 or finer. There a run in bfloat16 multiplies
+        float32 in TF32, which holds bfloat16 numbers exactly, and results stay float32."""
         if self.head_kind != "lm":
             raise ValueError('this GPT has head="scalar": it gives scores, not tokens')
         W = self.token_embedding.weight if self.config.tied else self.head.weight
@@ -285,7 +285,8 @@ class GPT(nn.Module):
 
     def unembed(self, x, W):
         """Compute logits (..., V), in float32 or finer, from hidden states x (..., C)."""
-        return F.linear(x.to(W.dtype), W).to(torch.promote_types(x.dtype, torch.float32))
+        logits = F.linear(x.to(torch.promote_types(x.dtype, W.dtype)), W)
+        return logits.to(torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, tokens):
         """Logits (B, T, V), or with a scalar head scores (B, T), for tokens (B, T) int64, right-padded."""
@@ -316,7 +317,7 @@ class GPT(nn.Module):
         # The hidden state at column t − 1 depends on tokens[:, :t] and predicts column t: hence the shift.
         x = self.hidden(tokens)[:, :-1][mask[:, 1:]]                                        # (n, C)
         size = max(1, 2 ** 24 // self.config.vocab_size)                    # positions per part
-        # One W for all parts: its gradient adds up before it is rounded to the dtype of the weights.
+        # One W for all parts: on CUDA its gradient adds up in float32 before it is rounded to bfloat16.
         args, parts = (self.unembedding(), temperature, entropy, entropy_grad), []
         for states, chosen in zip(x.split(size), tokens[mask].split(size)):
             if len(x) > size and torch.is_grad_enabled():

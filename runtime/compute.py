@@ -207,7 +207,7 @@ class Compute:
         outermost one ends, trained networks get back float32 weights, and fetched ones go to the CPU."""
         if self.depth == 0:
             with torch.no_grad():
-                if self.copies:                                 # all of them at once: a GPU starts one kernel
+                if self.copies:                                 # all at once: a GPU starts few kernels
                     torch._foreach_copy_([copy for *_, copy in self.copies], [p for *_, p, _ in self.copies])
                 for module, name, _, copy in self.copies:
                     module._parameters[name] = copy

@@ -107,7 +107,8 @@ def agree_on_a_name(store, number, size, deadline):
 
 def stop():
     """Leave the other processes after a run that went well, and end this one at once. While Python shuts down
-    as usual, a thread of the process group may still let go of its last tensor, which aborts the process."""
+    as usual, a thread of the process group may still free its last tensor, which can crash the process. What
+    follows `main()` in a script, and functions of atexit, are not run."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -1,15 +1,21 @@
 """The variants since PPO: their losses against slow loops and known gradients, and what their files say they
 change."""
+import functools
+import itertools
 import math
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import plainly
-from helpers.arrays import near, seeds
+from helpers.arrays import dirt, near, seeds
 
 import dpo
 import ppo
+from data import loading
+from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from model import GPT
 from variants import cispo, dapo, distill, grpo, gspo, lagged, preferences, reinforce_pp
@@ -19,13 +25,14 @@ B, T = 5, 7
 
 
 def arrays(seed):
-    """log π (with a gradient), log π_old, advantages, all (B, T) and 0 outside the mask, and the mask."""
+    """log π (with a gradient), log π_old, advantages, all (B, T) with other numbers outside the mask, and the
+    mask."""
     torch.manual_seed(seed)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
-    logprobs = (torch.randn(B, T).double() * mask).requires_grad_()
-    old = logprobs.detach() + 0.5 * torch.randn(B, T).double() * mask
-    advantages = torch.randn(B, 1).double() * mask                      # one for all tokens of an answer
-    return logprobs, old, advantages, mask
+    logprobs = torch.randn(B, T).double()
+    old = logprobs + 0.5 * torch.randn(B, T).double()
+    advantages = torch.randn(B, 1).double().expand(B, T)                # one for all tokens of an answer
+    return *(dirt(x, mask, 3.0).requires_grad_(x is logprobs) for x in (logprobs, old, advantages)), mask
 
 
 def rows_of(mask):
@@ -62,7 +69,7 @@ def test_cispo_weights_each_tokens_gradient_and_drops_none(seed):
     loss, clipped = cispo.policy_loss(logprobs, old, advantages, mask, 0.3)
     loss.backward()
     ratio = (logprobs - old).exp().detach()
-    near(logprobs.grad, -ratio.clamp(max=1.3) * advantages / mask.sum() * mask)
+    near(logprobs.grad, torch.where(mask, -ratio.clamp(max=1.3) * advantages / mask.sum(), 0))
     assert clipped == ((ratio > 1.3) & mask).sum() / mask.sum()
 
 
@@ -86,6 +93,13 @@ def test_the_last_tokens_before_the_limit_cost_more_and_more():
     assert dapo.overlong_penalty(torch.tensor([1, 12, 13, 14, 16]), 16, 4).tolist() == [0, 0, 0.25, 0.5, 1]
     assert dapo.overlong_penalty(torch.tensor([1, 16]), 16, 0).tolist() == [0, 0]
 
+    def twos(run, prompts, answers, batch):
+        return torch.full((2,), 2.0)
+    twos.networks, twos.folder = [], None
+    mask = torch.tensor([[True] * 8, [True] * 2 + [False] * 6])
+    reward = dapo.Overlong(twos, dapo.Config(max_new_tokens=8, overlong=4))
+    assert reward(None, None, None, {"mask": mask}).tolist() == [1.0, 2.0]
+
 
 @pytest.mark.parametrize("loss", [gspo.policy_loss, cispo.policy_loss,
                                   lambda *args: dapo.policy_loss(*args, clip_high=0.28)])
@@ -94,7 +108,7 @@ def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient(loss):
     logprobs, _, advantages, mask = arrays(1)
     value, clipped = loss(logprobs, logprobs.detach(), advantages, mask, 0.2)
     value.backward()
-    near(logprobs.grad, -advantages / mask.sum() * mask)
+    near(logprobs.grad, torch.where(mask, -advantages / mask.sum(), 0))
     assert clipped == 0
 
 
@@ -150,6 +164,13 @@ def test_the_answers_of_a_step_are_those_of_lag_steps_before(trained, monkeypatc
     sampled, learnt = ([n for what, n in events if what == kind] for kind in ("sampled", "learns"))
     assert learnt == sampled[:4]
     assert lines[0]["weight"] == pytest.approx(1) and all(line["weight"] != 1 for line in lines[1:])
+
+
+def test_the_correction_is_in_the_update(trained):
+    """Without it the same answers lead to other weights; a cut at 1 is a third way."""
+    ways = {}, dict(correct=False), dict(max_weight=1.0)
+    heads = [trained(lagged, **SMALL, lag=2, **how)[1].head.weight for how in ways]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
 
 
 def test_a_lagged_run_that_is_killed_ends_in_the_weights_of_one_that_is_not(trained, monkeypatch):
@@ -226,20 +247,55 @@ def test_losses_of_pairs_are_their_formulas(seed):
     torch.manual_seed(seed)
     chosen, rejected = -3 * torch.rand(2, 4).double() - 0.1
     found = {"simpo": preferences.simpo_loss(chosen, rejected, 2.0, 0.7),
-             "orpo": preferences.orpo_loss(chosen, rejected, 0.4),
-             "kto": preferences.kto_loss(chosen, rejected, 0.3, 0.5),
+             "orpo": preferences.odds_loss(chosen, rejected, 0.4),
+             "kto": preferences.kto_loss(chosen, rejected, 0.5, 0.3),
              "nca": preferences.nca_loss(chosen, rejected, 0.5),
              "robust": preferences.robust_loss(chosen, rejected, 0.5, 0.1)}
     for i, (a, b) in enumerate(zip(chosen.tolist(), rejected.tolist())):
         def log_odds(x):
             return math.log(math.exp(x) / (1 - math.exp(x)))
         want = {"simpo": -log_sigma(2 * (a - b) - 0.7),
-                "orpo": -a - 0.4 * log_sigma(log_odds(a) - log_odds(b)),
+                "orpo": -0.4 * log_sigma(log_odds(a) - log_odds(b)),
                 "kto": (1 - 1 / (1 + math.exp(-0.5 * (a - 0.3)))) + 1 - 1 / (1 + math.exp(-0.5 * (0.3 - b))),
                 "nca": -log_sigma(0.5 * a) - 0.5 * log_sigma(-0.5 * a) - 0.5 * log_sigma(-0.5 * b),
                 "robust": (-0.9 * log_sigma(0.5 * (a - b)) + 0.1 * log_sigma(-0.5 * (a - b))) / 0.8}
         for name, losses in found.items():
             assert losses[i].item() == pytest.approx(want[name], rel=1e-12), name
+
+
+@pytest.mark.parametrize("data", ["pairs.jsonl", "rankings.jsonl"])         # the pairs have soft labels
+@pytest.mark.parametrize("loss", preferences.BETAS)
+def test_the_first_loss_is_that_of_a_slow_loop_over_pairs(trained, loss, data):
+    """With the imitation of best answers alone. All pairs are in one step; ORPO imitates in any case."""
+    cfg, _, lines, _ = trained(preferences, loss=loss, data=data, held_out=data, batch=100, nll_coef=0.3,
+                               lr=0.0)
+    tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
+    losses = []
+    for p in loading.load("preferences", data, data, 1.0)[0]:
+        ids, answers = tokenizer.prompt(p.prompt), [tokenizer.response(x) for x in p.responses]
+        logp = [plainly.answer_logprob(model, ids, x).item() for x in answers]
+        mean = [x / len(y) for x, y in zip(logp, answers)]
+        for i, j in itertools.permutations(range(len(answers)), 2):
+            if p.ranks[i] >= p.ranks[j]:
+                continue
+
+            def f(a, b):
+                odds = [math.log(math.exp(x) / (1 - math.exp(x))) for x in (mean[a], mean[b])]
+                return {"simpo": -log_sigma(2 * (mean[a] - mean[b]) - 1), "kto": 1.0, "nca": 2 * math.log(2),
+                        "robust": math.log(2), "orpo": -0.5 * log_sigma(odds[0] - odds[1])}[loss]
+            q = p.probability
+            best = p.ranks[i] == min(p.ranks)
+            losses.append(q * f(i, j) + (1 - q) * f(j, i) - best * (0.3 + (loss == "orpo")) * mean[i])
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+
+
+def test_kto_compares_with_what_other_prompts_answers_gain(trained):
+    """Each with another prompt's answer, and both in the block."""
+    rng = random.Random(0)
+    some = [Comparison([[i, i, 50 + i], [i, i, 60 + i, 70]], 2, [1, 2]) for i in range(8)]
+    pairs = preferences.mismatched(some, 4, rng)
+    assert 4 < len(pairs) <= 8 and all(c.sequences[0][2] % 10 != c.sequences[0][0] for c in pairs)
+    assert all(len(c.sequences[0]) <= 3 for c in preferences.mismatched(some, 3, rng))
 
 
 def test_with_swapped_labels_the_robust_loss_is_on_average_dpos():
@@ -292,9 +348,29 @@ def test_the_changed_lines_that_a_file_shows_are_true(variant):
         assert line[1:].strip() in (parents if line[0] == "-" else own), line
 
 
-@pytest.mark.parametrize("variant", [gspo, cispo, dapo, reinforce_pp], ids=lambda module: module.__name__)
-def test_the_variant_trains(trained, variant):
-    settings = SMALL | dict(batch=12)
-    _, model, lines, _ = trained(variant, **settings)
-    assert len(lines) == 4 and all(math.isfinite(line["policy_loss"]) for line in lines)
-    assert isinstance(model, GPT) and issubclass(variant.Config, ppo.OnPolicy) and grpo.Config().group == 4
+PARTS = {gspo: dict(policy_loss=gspo.policy_loss), cispo: dict(policy_loss=cispo.policy_loss),
+         reinforce_pp: dict(advantages_of=reinforce_pp.global_advantages),
+         dapo: dict(policy_loss=functools.partial(dapo.policy_loss, clip_high=0.28))}
+
+
+@pytest.mark.parametrize("variant", PARTS, ids=lambda module: module.__name__)
+def test_the_variant_is_grpo_with_its_part(trained, variant):
+    """And its part makes a difference. (dapo without its penalty here.)"""
+    how = SMALL | dict(batch=12, lr=1e-2, clip=0.05) | (dict(overlong=0) if variant is dapo else {})
+    Config = variant.Config
+    _, model, _, _ = trained(variant, **how)
+    itself = SimpleNamespace(Config=Config, train=lambda cfg: grpo.train(cfg, **PARTS[variant]))
+    _, same, _, _ = trained(itself, **how)
+    plainly.assert_same_weights(model, same)
+    group = Config() if variant is not reinforce_pp else grpo.Config()
+    plain = SimpleNamespace(Config=Config, train=lambda cfg: grpo.train(
+        cfg, advantages_of=lambda *args: grpo.advantages_in_groups(*args[:2], group)))
+    _, other, _, _ = trained(plain, **how)
+    assert not torch.equal(model.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(advantage="rloo"), "advantage"), (dict(overlong=60), "--overlong 60 exceeds")])
+def test_flags_of_dapo_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        dapo.Config(**flags)

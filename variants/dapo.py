@@ -10,17 +10,17 @@ The change to ppo.policy_loss, in variants/grpo.py, and to its reward:
     +   return self.reward(run, prompts, answers, batch) - penalty
 
 Clip-higher: with ε = 0.2 a token of probability 0.01 may rise to 0.012 in one update, and one of 0.9 to 1. So
-the clip holds back rare tokens most, the entropy falls, and the answers to a prompt become one. A larger
-range above 1 leaves them room (section 3.1).
+the clip holds back rare tokens most, the entropy falls, and all answers to a prompt become alike. A larger
+range above 1 leaves rare tokens room (section 3.1).
 
-Soft overlong penalty: an answer that is cut off is a bad one, however good it was so far, and a jump of the
-score at one length is noise for the rest. So the last `overlong` tokens before the limit cost more and more,
-up to 1 (eq. 13).
+Soft overlong penalty: if the score drops suddenly at one length, answers just below it get no warning. So the
+last `overlong` tokens before --max_new_tokens cost more and more, up to 1 (eq. 13). An answer that is cut off
+still gets --no_end_score. The logged score includes the penalty.
 
 The loss is a mean over all tokens, so that a long answer counts by its length (section 3.3): here
---no-divide_by_length, the default of this file. Dynamic sampling (section 3.2) replaces prompts whose answers
-all score alike, for which the advantages are 0; with a learnt reward no two scores are alike, so it is left
-out.
+--no-divide_by_length, the default of this file. Two parts of the paper are left out. It has no KL penalty
+(--kl_coef 0 --no-adaptive_kl here, with a reward that cannot be hacked). And dynamic sampling (section 3.2)
+replaces prompts whose answers all score alike: their advantages are 0, so they only cost time.
 """
 import functools
 from dataclasses import dataclass
@@ -41,11 +41,17 @@ class Config(grpo.Config):
     clip_high: float = flag(0.28, "the clip range above 1; --clip is the one below", 0)
     overlong: int = flag(16, "tokens before --max_new_tokens that cost more and more; 0: none", 0)
     divide_by_length: bool = flag(False, "give each answer the same weight, not each token")
+    advantage: str = flag("grpo", "how an answer is compared with its group", choices=("grpo",))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.overlong > self.max_new_tokens:
+            raise ValueError(f"--overlong {self.overlong} exceeds --max_new_tokens {self.max_new_tokens}")
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip, clip_high):
     """−E[min(ρ·A, clip(ρ, 1 − ε, 1 + ε_high)·A)]: ppo.policy_loss with another range above 1. The clip
-    fraction is the share of tokens outside both ranges."""
+    fraction is the share of tokens with ρ outside [1 − ε, 1 + ε_high]."""
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0).exp()
     advantages = advantages.detach()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip_high) * advantages)

@@ -2,18 +2,22 @@
 
     python -m variants.distill --teacher out/ppo
 
-SFT on a teacher's answers shows states that the student may never reach by itself, and not how to go on after
-its own mistakes. Here the student answers, and the teacher says of each token how likely it would have been.
-The change to variants/grpo.py: no reward model, no groups, and an advantage for each token,
+SFT on a teacher's answers shows the student states that it may never reach. It does not show what to do after
+the student's own mistakes. Here the student answers, and the teacher says of each token how likely it would
+have been (Agarwal et al. 2023, arXiv 2306.13649). The change to variants/grpo.py: no reward model, no groups,
+and an advantage for each token,
 
     A_t = log π_teacher − log π_old         of the token that was sampled
 
-Its mean under π_old is −KL(π_old ‖ π_teacher) in this state, and the policy gradient with it is that of this
-KL: in ∇Σ π·log(π/π_teacher) the part of ∇log π is Σ ∇π = 0. This is the reverse KL. It is large where the
-student says what the teacher never would; SFT on the teacher's answers lowers KL(π_teacher ‖ π). Only the
-next token counts, as with a discount γ of 0: what follows is left to the tokens that follow (Agarwal et al.
-2023, arXiv 2306.13649, with λ = 1; Gu et al. 2023, arXiv 2306.08543). A reward model gives one number per
-answer, a teacher one per token.
+Its mean under π_old is −KL(π_old ‖ π_teacher) in this state, and at the first optimiser step the policy
+gradient E[A·∇log π] is −∇KL(π ‖ π_teacher). For the gradient of Σ π·log(π/π_teacher) has two parts. One is
+Σ ∇π·log(π/π_teacher), with ∇π = π·∇log π. The other is Σ π·∇log π = Σ ∇π, which is 0. In later steps of the
+same rollout PPO's ratio and clip take over, as with any advantage.
+
+This KL is large where the student says what the teacher never would; SFT on the teacher's answers lowers
+KL(π_teacher ‖ π). Only the next token counts here, as with a discount γ of 0. MiniLLM (Gu et al. 2023, arXiv
+2306.08543) also counts what follows from a token. A reward model gives one number per answer, a teacher one
+per token.
 """
 from dataclasses import dataclass
 
@@ -52,7 +56,8 @@ def train(cfg):
     tokenizer.check_same(cfg.teacher)
     policy = load(cfg.init, "lm", tokenizer.vocab_size)
     teacher = load(cfg.teacher, "lm", tokenizer.vocab_size).requires_grad_(False)
-    prompts = load_prompts(cfg, tokenizer, policy.config.block_size - cfg.max_new_tokens)
+    size = min(policy.config.block_size, teacher.config.block_size)
+    prompts = load_prompts(cfg, tokenizer, size - cfg.max_new_tokens)
     run = Run(cfg, cfg.steps)
     run.place(policy, teacher)
     optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)

@@ -8,15 +8,16 @@ The change to ppo.policy_loss, in variants/grpo.py:
     +   log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0)
     +   ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
 
-GRPO gives all tokens of an answer one advantage, but weights and clips each by its own ratio π/π_old. The
-answer is what was sampled and judged, so its probability is what importance sampling asks for. The product of
-its tokens' ratios would have an enormous variance; GSPO takes their geometric mean (eq. 7),
+GRPO gives all tokens of an answer one advantage, but weights and clips each by its own ratio π/π_old. What
+was sampled and judged is the whole answer, so importance sampling needs the ratio of whole-answer
+probabilities. That is the product of the tokens' ratios, and its variance is enormous. GSPO takes their
+geometric mean (eq. 7), at the price that it is no longer an unbiased weight:
 
     s = (π(y|x) / π_old(y|x))^(1/|y|) = exp(mean of log π − log π_old over the tokens of y)
 
-which weights and clips all tokens alike. Noise in single tokens cancels in the mean: the authors need it
-where rounding, or a mixture of experts, makes the tokens' own ratios unreliable. A mean is much closer to 1
-than its terms, hence the small clip range; theirs is 3e-4 below and 4e-4 above.
+It weights and clips all tokens of the answer alike. Noise in single tokens cancels in the mean: the authors
+need that where rounding, or a mixture of experts, makes the tokens' own ratios unreliable. s is usually much
+closer to 1 than the tokens' ratios, hence the small clip range; theirs is 3e-4 below and 4e-4 above.
 """
 from dataclasses import dataclass
 

@@ -2,7 +2,7 @@
 
     python -m variants.lagged                           one step of lag
     python -m variants.lagged --lag 4 --no-correct      four, as if the answers were fresh
-    python -m variants.lagged --lag 0                   ppo.py, bit for bit
+    python -m variants.lagged --lag 0                   the weights of ppo.py, bit for bit
 
 Large systems sample and train at the same time, on different GPUs. The answers are then by a policy μ that is
 some updates behind. Here both happen in one process, one after the other: nothing gets faster, but one sees
@@ -10,18 +10,21 @@ what the lag does to learning.
 
 Three policies meet. μ sampled; π_old is the policy at the start of the update; π is being updated. The ratio
 ρ = π/π_old must not contain the lag, or the clip would hold back tokens on which μ and π_old already differ.
-That the tokens come from μ is corrected by a weight on each token (decoupled PPO: Hilton et al. 2022,
+A weight on each token corrects for its having been chosen by μ (decoupled PPO: Hilton et al. 2022,
 arXiv 2110.00641; AReaL: Fu et al. 2025, arXiv 2505.24298):
 
     w = min(π_old/μ, w_max),        loss = −E[w·min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A)]
 
-A weight can be as large as 1/μ. The cut at w_max limits the noise, and is a bias (truncated importance
-sampling: Ionides 2008). The log has the mean weight, the share of weights that were cut, and the effective
-sample size (Σw)²/(n·Σw²), the share of the n tokens that would tell as much with equal weights.
+What came before the token and what follows it is still μ's: the whole correction would be a product of ratios
+over the answer, and far too noisy. A single ratio can be as large as 1/μ. The cut at w_max limits its noise,
+and is a bias (truncated importance sampling: Ionides 2008). The log has the mean weight, the share of weights
+that were cut, and the share of the n tokens that would tell as much with equal weights, (Σw)²/(n·Σw²). Its
+`kl` is the mean of log π_old − log π_ref over μ's answers, and so only nearly the KL that β controls.
 
 Is it faster? With sampling S, reading R and updates U in seconds on all N devices, a step takes S + R + U.
 Side by side, n devices sample: a step takes the longer of S·N/n and (R + U)·N/(N − n). The best n makes both
-equal, and they are S + R + U again. So only what does not scale gains: sampling few rows on many devices.
+equal, and they are S + R + U again. Running both at once helps only where a part scales badly, as sampling
+few rows on many devices does.
 """
 from dataclasses import dataclass
 
@@ -45,7 +48,7 @@ from runtime.run import Run
 class Config(ppo.Config):
     out: str = flag("out/lagged", "folder that the run writes")
     lag: int = flag(1, "updates between the policy that answers and the one that learns from it", 0)
-    correct: bool = flag(True, "weight tokens by π_old/μ")
+    correct: bool = flag(True, "weight tokens by π_old/μ", needs="lag")
     max_weight: float = flag(2.0, "largest weight of a token", 1, needs="correct")
 
 

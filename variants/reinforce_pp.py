@@ -7,12 +7,15 @@ The change to variants/grpo.py:
     -   advantages = R - R.mean(1, keepdim=True)
     +   return (returns - returns.mean()) / (returns.std() + 1e-4)
 
-Every prompt is answered once, so a batch holds as many prompts as answers. The price: a prompt that is easy
-for any policy has a high advantage whatever it is answered, which adds noise but no bias, because a baseline
-that does not depend on the answer leaves the mean gradient as it is. GRPO's own baseline removes this noise,
-and divides each group by a standard deviation of few numbers, which is a bias; the batch's is nearly a
-constant. The paper puts the KL penalty per token into the return of all tokens before it (eq. 5); as in
-variants/grpo.py, all tokens share the answer's sum here.
+Prompts are drawn one for each answer, so a batch holds more of them. The price: a prompt that is easy for any
+policy has a high advantage whatever it is answered. That is noise, and nearly no bias, because a baseline
+that does not depend on the answer leaves the mean gradient as it is. (It contains the answer's own return, as
+GRPO's does, but that is one of many.) GRPO's own baseline removes this noise, but divides each group by a
+standard deviation of few numbers, which is a bias. The standard deviation of the whole batch hardly depends
+on any one answer.
+
+Two differences from the paper: there a token's return has only the KL penalties from that token on (eq. 5),
+and the mean is over all tokens. As in variants/grpo.py, an answer's tokens share its sum here.
 """
 from dataclasses import dataclass
 

@@ -1001,6 +1001,7 @@ MISTAKES = {
     "variants/lagged.py": [
         ("the lag stays in the ratio", "if cfg.lag > 0:             # π_old is no longer μ", "if False:"),
         ("weights are not cut", "ratio.clamp(max=most) * mask", "ratio * mask"),
+        ("the weights are left out", "            advantages = advantages * weights\n", "            pass\n"),
         ("the weights are those of μ over π_old", "old_logprobs - behaviour_logprobs,",
          "behaviour_logprobs - old_logprobs,"),
         ("the newest answers are used, and the waiting ones never",
@@ -1014,7 +1015,10 @@ MISTAKES = {
         ("KTO's two halves have one sign", "torch.sigmoid(-beta * (z - rejected))",
          "torch.sigmoid(beta * (z - rejected))"),
         ("robust DPO is cDPO", "/ (1 - 2 * smoothing)", ""),
-        ("z of its own answers", "ids], ranks=[1])", "c.sequences[0][c.start:]], ranks=[1])"),
+        ("z of a prompt's own answers", "        other = rng.choice(comparisons)", "        other = c"),
+        ("a soft label's other side is left out", "p * right + (1 - p) * wrong", "p * right"),
+        ("other answers than the best are imitated", "torch.where(is_best, imitation, 0)", "imitation"),
+        ("SimPO looks at whole answers", "        x = logprobs / tokens\n", "        x = logprobs\n"),
     ],
     "variants/ppo_ptx.py": [
         ("PTX unlearns", "cfg.ptx_coef * demonstrations_loss(", "-cfg.ptx_coef * demonstrations_loss("),
