@@ -13,7 +13,7 @@
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that
 #               a program can check; METHOD=grpo in place of PPO; EVERY=1 for the whole benchmark;
-#               QUALITY=0 without the reward model's term
+#               QUALITY=0 gives the reward model's term no weight
 # make follow-all MODEL=... DATA=... IFEVAL=...    three seeds of both, on the whole benchmark (hours)
 # make scratch DATA=preferences.json     SFT, reward model and DPO on real text, from nothing
 # make bench                    beside TRL, transformers and peft, in an environment of its own: bench/README.md
@@ -95,9 +95,9 @@ follow: .venv/ready
 
 follow-all:
 	for seed in 0 1 2; do for method in ppo grpo; do \
-	    test -e $(F)/seed$$seed/ifeval_$${method}_1/ifeval.json || \
 	    $(MAKE) follow EVERY=1 SEED=$$seed METHOD=$$method || exit 1; done; done
-	$(PY) -m lab.ifeval $(F)/seed*/ifeval_*_1/ifeval.json --data $(IFEVAL) --show 0 --out $(F)/all
+	$(PY) -m lab.ifeval $(foreach seed,0 1 2,$(foreach method,ppo grpo,$(F)/seed$(seed)/ifeval_$(method)_1/ifeval.json)) \
+	    --data $(IFEVAL) --show 0 --out $(F)/all
 
 scratch: .venv/ready
 	@test -n "$(DATA)" || { echo "make scratch needs DATA=file"; exit 2; }

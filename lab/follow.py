@@ -6,8 +6,8 @@ One to three rules of lab/rules.py are added to each instruction of --data, and 
 ("Write a letter about bees."). Answers to them are changed to keep the rules; where that fails, other rules
 are drawn. Every tenth record of --data is held out, and every tenth topic. The script writes
 
-    demonstrations.jsonl            prompts with rules and answers that keep them, for SFT, and of some
-                                    instructions without rules the model's own answers
+    demonstrations.jsonl            prompts with rules and answers that keep them, for SFT; and, for some
+                                    instructions without rules, the model's own answers
     demonstrations_heldout.jsonl    the same of held-out instructions, for the held-out loss of SFT
     preferences.jsonl               prompts with rules and both answers of --data, which are changed to keep
                                     them, for a reward model
@@ -25,8 +25,9 @@ the answer is otherwise. `Quality` is a term for that.
 """
 import functools
 import json
+import os
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from evaluate import Sampler, Sampling
 from lab import rules
 from runtime.files import write_json
 from runtime.flags import flag
+from runtime.inputs import checksum, fingerprints
 from runtime.launch import main
 from runtime.rewards import ModelReward
 
@@ -43,7 +45,8 @@ FOLDER = "out/follow"               # where everything is written, and where the
 NEW_KINDS = ("Numbered", "Parentheses", "Start", "Question", "NoDigits")    # held out of training
 KNOWN = [name for name in rules.KINDS if name not in NEW_KINDS]
 HARD = ("Highlights", "Keywords", "Frequency", "Paragraphs", "Upper", "Lower", "CapitalWords", "TwoAnswers",
-        "NoComma", "Bullets", "Quoted", "FirstWord")        # kept least often after a first trial of SFT
+        "NoComma", "Bullets", "Quoted", "FirstWord")        # kept least often, on our own held-out prompts,
+                                                            # after a first trial of SFT
 REWRITE = ('Rewrite this text: "{}"', 'Say this again: "{}"', 'Write this in another form: "{}"')
 GENRES = ("a short story", "a letter", "an advertisement", "a blog post", "an email", "a speech", "a song",
           "a poem", "some advice", "an encyclopedia article", "a dialogue", "a review", "an essay",
@@ -164,7 +167,7 @@ def demonstrations_of(answered, kinds, rng):
 
 def training_files(answered, rng):
     """{name: records} of the files for training. answered: a list of Answered."""
-    # A hard kind is as if it had been used less often, so it comes that much more often.
+    # Hard kinds start with a lower count, so they are drawn more often.
     kinds = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)
     demonstrations = demonstrations_of(answered, dict(kinds), rng)
     preferences, prompts, for_preferences, for_prompts = [], [], dict(kinds), dict(kinds)
@@ -197,13 +200,16 @@ def ranked(preference):
 def make(cfg):
     if not (cfg.model and cfg.data):
         raise ValueError("name a chat model with --model, and a file of preferences with --data")
-    about = {"model": cfg.model, "data": cfg.data, "temperature": cfg.temperature,
-             "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    code = {os.path.basename(path): checksum(path) for path in (__file__, rules.__file__)}
+    about = asdict(cfg) | {"inputs": fingerprints(cfg) | code}
+    del about["overwrite"]
     path = Path(FOLDER, "about.json")                           # written last
     if path.exists() and not cfg.overwrite:
         made = json.loads(path.read_text("utf-8"))
         if made != about:
-            raise ValueError(f"{FOLDER} was made with other settings, {made}: --overwrite replaces it")
+            differ = [name for name in about if about[name] != made.get(name)]
+            raise ValueError(f"{FOLDER} was made with other settings ({', '.join(differ)}): --overwrite "
+                             "replaces it")
         print(f"{FOLDER} is there already; --overwrite would make it again")
         return
     train, held_out = loading.load("preferences", cfg.data, "", cfg.max_dropped)
@@ -211,7 +217,7 @@ def make(cfg):
                       for p in part if len(p.prompt) == 1] for part in (train, held_out)]
     if more := len(train) + len(held_out) - len(asked) - len(unseen):
         print(f"{more} instructions come after other messages: left out")
-    # An instruction that is in both parts is for training. Then a held-out record of it is for nothing.
+    # An instruction that is in both parts is for training. Its held-out copies are dropped.
     seen = {request for request, *_ in asked}
     unseen = [x for x in unseen if x[0] not in seen]
     if not unseen:
@@ -253,7 +259,7 @@ def kept(messages, answer):
 
 class Quality(ModelReward):
     """The reward model's score, cut off at −2 and 2. The answers of the model that it started from have mean
-    score 0 and standard deviation 1. So few of them score beyond ±2, and there its score is a guess."""
+    score 0 and standard deviation 1. So few of them score beyond ±2, where its score is unreliable."""
 
     def __init__(self, tokenizer):
         super().__init__(f"{FOLDER}/reward_model", tokenizer)
