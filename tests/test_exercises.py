@@ -32,7 +32,8 @@ WRONG = {
     "pairwise_loss": [
         (planted("reward_model.py", "reward model with chosen and rejected swapped"),
          "Pairwise loss falls when the chosen answer scores higher"),
-        ({"-F.logsigmoid(chosen - rejected - margin)": "-torch.sigmoid(chosen - rejected - margin).log()"},
+        ({"-torch.nn.functional.logsigmoid(chosen - rejected - margin)":
+          "-torch.sigmoid(chosen - rejected - margin).log()"},
          "Pairwise loss and its gradient are finite for hopeless pairs"),
         ({"(chosen - rejected - margin)": "(chosen - rejected + margin)"},
          "Pairwise loss with a margin asks for that much more difference"),
@@ -252,7 +253,7 @@ def test_no_other_file_of_the_copy_holds_the_body(project, name):
 
 def test_a_later_stage_would_give_the_first_exercise_away():
     [value] = values(right("sft.py"), "sft_loss")
-    assert shapes(right("ppo.py")) & shapes(value)
+    assert shapes(right("ppo.py").replace("(dim)", "()")) & shapes(value)
 
 
 def said(done):
