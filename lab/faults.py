@@ -59,7 +59,7 @@ def score_in_last_column(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def sample_without_end(*args, **how):
     batch = sample(*args, **how)
-    last = torch.nn.functional.one_hot(batch["lengths"] - 1, batch["mask"].shape[1]).bool()
+    last = F.one_hot(batch["lengths"] - 1, batch["mask"].shape[1]).bool()
     batch["mask"] = batch["mask"] & ~(last & batch["ended"][:, None])
     return batch
 

@@ -199,7 +199,8 @@ def tables(records, found, answers):
     for i, (name, (values, many)) in enumerate(counted.items()):
         measures.append([name, *(with_interval(v, m) for v, m in zip(values, many.T)),
                          f"{mean_words(records, answers[name]):.0f}"])
-        for other in dict.fromkeys((order[0], order[i - 1])) if i else ():
+        earlier = [] if i == 0 else [order[0]] if i == 1 else [order[0], order[i - 1]]
+        for other in earlier:
             theirs, resampled = counted[other]
             differences.append([f"{name} − {other}", *(with_interval(v - w, m - k) for v, m, w, k in zip(
                 values, many.T, theirs, resampled.T))])

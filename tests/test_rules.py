@@ -224,6 +224,16 @@ def test_the_length_is_that_of_answers_to_prompts_without_a_rule_about_length():
     assert ifeval.mean_words(records, ["one two", "one", "one", "one two three four"]) == 3
 
 
+def test_differences_are_from_the_first_model_and_from_the_one_before():
+    records = [("", ["Upper"], [rules.Upper()])] * 4
+    answers = {"a": ["a"] * 4, "b": ["A", "a", "a", "a"], "c": ["A"] * 3 + ["a"]}
+    found = {name: ifeval.verdicts(records, texts) for name, texts in answers.items()}
+    [*_, (title, rows)] = ifeval.tables(records, found, answers)
+    assert "Differences" in title
+    assert [(row[0], row[1].split()[0]) for row in rows[1:]] == [
+        ("b − a", "25.0%"), ("c − a", "75.0%"), ("c − b", "50.0%")]
+
+
 def test_the_answers_that_are_shown_are_evenly_spaced():
     records = [(f"<{i}>", ["Upper"], [rules.Upper()]) for i in range(23)]
     answers = {"a": ["A"] * 23, "b": ["b"] * 23}
