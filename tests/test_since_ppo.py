@@ -318,7 +318,7 @@ def test_each_loss_of_pairs_trains(trained, loss):
                              max_norm=1.0, warmup=0)
     rises = "logp_chosen" if loss == "orpo" else "accuracy"            # it is SFT above all
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1][rises] > lines[0][rises]
-    assert (lines[-1]["z"] > 0) == (loss == "kto")
+    assert (lines[-1].get("z", 0) > 0) == (loss == "kto")
     at_the_reference = {"kto": 1, "nca": 2 * math.log(2), "robust": math.log(2)}
     if loss in at_the_reference:
         assert lines[0]["loss"] == pytest.approx(at_the_reference[loss], abs=1e-5)

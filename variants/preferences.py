@@ -165,7 +165,7 @@ def train(cfg):
         metrics = stats.means()
         lr = cfg.lr * schedule(run.step, steps, cfg.warmup, cfg.decay)
         norm = run.optimizer_step(optimizer, lr, metrics["loss"], f"preferences {batch}")
-        run.log(metrics | {"z": z, "grad_norm": norm, "lr": lr})
+        run.log(metrics | ({"z": z} if cfg.loss == "kto" else {}) | {"grad_norm": norm, "lr": lr})
     metrics = evaluate(policy, run, held_out, z)
     print_numbers("held out:", metrics)
     run.finish(policy, tokenizer, held_out=metrics)
