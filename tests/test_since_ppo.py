@@ -14,7 +14,7 @@ from helpers.arrays import dirt, near, seeds
 
 import dpo
 import ppo
-from data import loading
+from data import loading, records
 from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from model import GPT
@@ -263,10 +263,13 @@ def test_losses_of_pairs_are_their_formulas(seed):
             assert losses[i].item() == pytest.approx(want[name], rel=1e-12), name
 
 
-@pytest.mark.parametrize("data", ["pairs.jsonl", "rankings.jsonl"])         # the pairs have soft labels
+@pytest.mark.parametrize("data", ["pairs.jsonl", "three.jsonl"])            # soft labels; rankings of three
 @pytest.mark.parametrize("loss", preferences.BETAS)
 def test_the_first_loss_is_that_of_a_slow_loop_over_pairs(trained, loss, data):
     """With the imitation of best answers alone. All pairs are in one step; ORPO imitates in any case."""
+    records.write("three.jsonl", [
+        {"prompt": f"What is {i} plus {i}?", "responses": [f"It is {i}", "Nobody knows", f"{2 * i}"],
+         "ranks": [2, 1, 3]} for i in range(8)])
     cfg, _, lines, _ = trained(preferences, loss=loss, data=data, held_out=data, batch=100, nll_coef=0.3,
                                lr=0.0)
     tokenizer, model = Tokenizer.load("out/sft"), GPT.load("out/sft")
