@@ -15,10 +15,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def import_what_scripts_use():
-    """The packages that the project's modules import, but none of these modules, which each copy imports for
-    itself, as a new interpreter would."""
+    """The packages that the project's modules import, and those that PyTorch imports when a first optimizer is
+    made (torch._dynamo: more than a second) or a first network is sharded, but none of the project's modules,
+    which each copy imports for itself, as a new interpreter would."""
     sys.path[0] = ROOT                                      # not tests/helpers
-    for name in ("sft", "reward_model", "dpo", "ppo", "evaluate", "variants.grpo"):
+    for name in ("sft", "reward_model", "dpo", "ppo", "evaluate", "variants.grpo",
+                 "torch._dynamo", "torch.distributed.fsdp"):
         __import__(name)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
