@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.start import ROOT, SMALL
+from helpers.start import ROOT, SMALL, ranks, run_copies
 
 from runtime.files import write_json
 
@@ -56,6 +56,13 @@ def run(folder, *command):
     return done.stdout
 
 
+def demo(folder):
+    """What demo.py of a folder prints."""
+    done = run_copies([os.path.join(ROOT, "tests/helpers/demo_in_copies.py")], folder, ranks(0))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
 def test_the_demo_runs_without_them(alone, small_world):
     """`make demo` with the flags of a small chain, and once more."""
     shutil.copytree(small_world, os.path.join(alone, "out/demo/world"))
@@ -68,19 +75,20 @@ def test_the_demo_runs_without_them(alone, small_world):
     text = text.replace(" --steps 60", "")
     with open(program, "w", encoding="utf-8") as f:
         f.write(text)
-    printed = run(alone, sys.executable, "demo.py")
+    printed = demo(alone)
     heads = re.findall(r"^\d of 7  .*\n\$ python (\S+)", printed, re.M)
     assert heads == ["-m", "sft.py", "reward_model.py", "dpo.py", "ppo.py", "ppo.py", "evaluate.py"]
     for name in ("dpo", "ppo_no_kl"):               # what ran beside another one is printed too, and whole
         assert f"wrote out/demo/{name}/ after" in printed
     assert "open out/demo/report.html in a browser" in printed
-    assert len(re.findall("holds this run already", run(alone, sys.executable, "demo.py"))) == 5
+    assert len(re.findall("holds this run already", demo(alone))) == 5
 
 
 def test_its_tests_can_be_collected_without_them(alone):
-    collected = run(alone, sys.executable, "-m", "pytest", "-q", "--collect-only")
+    done = run_copies(["-m", "pytest", "-q", "--collect-only"], alone, ranks(0))
+    assert done.returncode == 0, done.stdout[-2000:]
     for name in ("test_ppo", "test_dpo", "test_known_answers", "test_run", "test_sharding", "test_evaluate"):
-        assert f"tests/{name}.py::" in collected
+        assert f"tests/{name}.py::" in done.stdout
 
 
 @pytest.mark.slow

@@ -5,12 +5,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers.start import ROOT, torchrun
+from helpers.start import ROOT, in_processes
 from torch.profiler import ProfilerActivity, profile
 
 from data.tokenizer import Tokenizer
@@ -81,11 +80,7 @@ def measured(inputs, shape, stage, processes, kind, flags="", networks=None):
     always = FLAGS[stage].format(shape=networks or shape, n=answer)
     flags = f"{always} {flags} --parallel {kind} --out out/{shape}/{stage}"
     arguments = [f"{stage}.py", *flags.split(), "--device", "cpu", "--save_seconds", "1e6", "--no-resume"]
-    start = torchrun(processes, "tests/helpers/peak_bytes.py", arguments, folder)
-    if processes == 1:
-        start["args"] = [sys.executable, os.path.join(ROOT, "tests/helpers/peak_bytes.py"), *arguments]
-    start["env"] |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(**start)
+    done = in_processes(processes if processes > 1 else 0, "tests/helpers/peak_bytes.py", arguments, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     cfg = plan.Config(stage=stage, processes=processes, parallel=kind, batch=16, micro_batch=4,
                       length=prompt + answer, learnt=answer / (prompt + answer),

@@ -8,7 +8,18 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from helpers.start import FLAGS, KINDS, assert_close, command, in_float64, misbehave, own_lines, torchrun
+from helpers.start import (
+    FLAGS,
+    KINDS,
+    assert_close,
+    command,
+    in_float64,
+    in_processes,
+    misbehave,
+    own_lines,
+    run_copies,
+    torchrun,
+)
 
 from runtime import processes
 
@@ -101,7 +112,7 @@ def test_a_process_that_nobody_joins_says_so(tmp_path, rank):
     alone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
              "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     start = command("sft", "--timeout 2")
-    done = subprocess.run(**start | {"env": start["env"] | alone}, cwd=tmp_path, capture_output=True)
+    done = run_copies(start["args"][2:], tmp_path, [start["env"] | alone])
     assert done.returncode == 1
     first = own_lines(done.stderr, "sft.py")[0]
     assert first.startswith("sft.py: the processes did not meet within 2 s (--timeout): "), done.stderr
@@ -110,7 +121,7 @@ def test_a_process_that_nobody_joins_says_so(tmp_path, rank):
 def test_a_bad_record_is_one_line_for_all_processes(alone):
     (alone / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     arguments = ["--device", "cpu", "--data", "bad.jsonl", "--out", "out/bad"]
-    done = subprocess.run(**torchrun(2, "sft.py", arguments, alone))
+    done = in_processes(2, "sft.py", arguments, alone)
     assert done.returncode == 1
     assert own_lines(done.stderr, "sft.py") == [
         'sft.py: bad.jsonl, line 2: field "response" is missing (demonstrations have messages, '

@@ -2,14 +2,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from helpers.start import ROOT
+from helpers.start import ROOT, run_copies
 
 DRIVER = """
-import sys, types
+import sys
+import types
 shown = types.ModuleType("IPython.display")
 shown.display, shown.clear_output = print, lambda wait: None
 sys.modules["IPython.display"] = shown
@@ -35,8 +34,9 @@ def test_the_notebook_runs_from_top_to_bottom(chain, tmp_path):
                          ("steps=10, batch=64", "steps=2, batch=8, max_new_tokens=12")):
         assert code.count(right) == 1
         code = code.replace(right, small)
-    done = subprocess.run([sys.executable, "-c", DRIVER], input=code, cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    done = run_copies([str(tmp_path / "driver.py")], ROOT, [environment], code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "log π_ref" in done.stdout and done.stdout.count("judge") >= 16
     assert (out / "mine/model.safetensors").exists()

@@ -5,6 +5,7 @@ It reads a request per line, {"args", "cwd", "env": one per copy, "stdin", "stdo
 writes the status of each copy once all have ended.
 """
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -15,12 +16,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def import_what_scripts_use():
-    """The packages that the project's modules import, and those that PyTorch imports when a first optimizer is
-    made (torch._dynamo: more than a second) or a first network is sharded, but none of the project's modules,
-    which each copy imports for itself, as a new interpreter would."""
+    """The packages that the project's modules import, and those that PyTorch imports when it makes a first
+    optimizer (torch._dynamo, which takes more than a second) or shards a first network, but none of the
+    project's modules, which each copy imports for itself, as a new interpreter would."""
     sys.path[0] = ROOT                                      # not tests/helpers
     for name in ("sft", "reward_model", "dpo", "ppo", "evaluate", "variants.grpo",
-                 "torch._dynamo", "torch.distributed.fsdp"):
+                 "torch._dynamo", "torch.distributed.fsdp", "pytest"):
         __import__(name)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
@@ -78,8 +79,15 @@ def status_of(run, *arguments):
     return 0
 
 
-import_what_scripts_use()
-status = status_of(become, *serve())
-atexit._run_exitfuncs()
-sys.stdout.flush()
-os._exit(status)            # an interpreter would free all that it has imported, which takes a second
+def run_in_this_copy(request, environment):
+    """Run the script of a request, and end this process with its status."""
+    status = status_of(become, request, environment)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)        # an interpreter would free all that it has imported, which takes a second
+
+
+if __name__ == "__main__":
+    import_what_scripts_use()
+    gc.freeze()             # else a copy's collector writes to every object, and each page has to be copied
+    run_in_this_copy(*serve())

@@ -2,10 +2,7 @@
 one takes anyway: the most memory in tensors while networks are loaded, and from the first step's end to the
 last file, and the bytes sent per step.
 
-    MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 peak_bytes.py ppo.py --steps 3 --batch 16 ...
-
-(With these settings glibc gives every tensor of 64 KiB and more a piece of memory of its own, and knows how
-much all of them take.)
+    peak_bytes.py ppo.py --steps 3 --batch 16 ...
 """
 import ctypes
 import gc
@@ -50,7 +47,10 @@ class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
+# glibc gives every tensor of 64 KiB and more a piece of memory of its own, and knows how much all take.
+M_MMAP_THRESHOLD = -3
 libc = ctypes.CDLL(None)
+libc.mallopt(M_MMAP_THRESHOLD, 2 ** 16)
 libc.mallinfo2.restype = Mallinfo
 
 
