@@ -58,7 +58,8 @@ def run(folder, *command):
 
 def demo(folder):
     """What demo.py of a folder prints."""
-    done = run_copies([os.path.join(ROOT, "tests/helpers/demo_in_copies.py")], folder, ranks(0))
+    helper = os.path.join(ROOT, "tests/helpers/commands_in_copies.py")
+    done = run_copies([helper, "demo.py"], folder, ranks(0))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

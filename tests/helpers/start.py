@@ -117,9 +117,11 @@ def in_float64(commands, folder, processes=0):
 
 
 def misbehave(where, how, rank, flags, folder, processes=2, restarts=0, script="ppo.py"):
-    """A script under torchrun, of which one process fails: see helpers/misbehave.py."""
+    """A script in copies of one process that torchrun makes, of which one fails: see helpers/misbehave.py."""
     arguments = [where, how, str(rank), script, *flags.split()]
-    return subprocess.run(**torchrun(processes, "tests/helpers/misbehave.py", arguments, folder, restarts))
+    start = torchrun(processes, "tests/helpers/misbehave.py", arguments, folder, restarts)
+    helper = os.path.join(ROOT, "tests/helpers/commands_in_copies.py")
+    return run_copies([helper, *start["args"][2:]], folder, [start["env"]])
 
 
 def own_lines(stderr, script="ppo.py"):
