@@ -1,12 +1,11 @@
 """LoRA: what adapters compute and learn, their folders, and every stage with them."""
 import copy
 import json
-import subprocess
 import time
 
 import pytest
 import torch
-from helpers.start import KINDS, STAGES, assert_close, command, in_float64, script
+from helpers.start import KINDS, STAGES, assert_close, in_background, in_float64, script
 from test_folders import network
 
 import ppo
@@ -297,8 +296,7 @@ def test_every_stage_trains_adapters(lora, stage, monkeypatch):
 def test_a_killed_run_with_adapters_ends_in_the_same_weights(lora, stage):
     alone = "--no-merge" if stage == "reward_model" else ""
     flags = f"{FLAGS[stage]} {alone} --save_seconds 0 --out out/lora/killed_{stage}"
-    process = subprocess.Popen(**command(stage, flags), cwd=lora,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = in_background(stage, flags, lora)
     checkpoint = lora / f"out/lora/killed_{stage}/resume.safetensors"
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.005)

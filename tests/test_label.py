@@ -5,12 +5,11 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 
 import pytest
-from helpers.start import ROOT
+from helpers.start import ROOT, Started
 
 from data import loading, records
 from feedback import choices
@@ -288,8 +287,7 @@ class Program:
     def __init__(self, folder, flags=""):
         command = [sys.executable, "-u", "-m", "feedback.label", "--port", "0", "--name", "ann",
                    *flags.split()]
-        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        text=True, env={**os.environ, "PYTHONPATH": ROOT})
+        self.process = Started(command, {**os.environ, "PYTHONPATH": ROOT}, folder)
         self.said, self.address = "", ""
         while not self.address and (line := self.process.stdout.readline()):
             self.said += line
@@ -299,7 +297,7 @@ class Program:
         """(status, output) after a signal, or on its own accord."""
         if how:
             self.process.send_signal(how)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate()
         return self.process.returncode, out + err
 
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.start import ROOT, SMALL, command, script
+from helpers.start import ROOT, SMALL, in_background, script
 
 import dpo
 import ppo
@@ -307,8 +307,7 @@ def flags(stage, out):
 
 def started(stage, flags, folder, out, saved=True):
     """A stage at work that has logged two steps, and if it saves every step, has a checkpoint on the disk."""
-    process = subprocess.Popen(**command(stage, flags), cwd=folder,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = in_background(stage, flags, folder)
     checkpoint = out / "resume.safetensors"
     while process.poll() is None and (steps(out) < 2 or (saved and not checkpoint.exists())):
         time.sleep(0.005)
@@ -355,8 +354,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(chain, inside, stage):
     whole = json.loads((chain[0] / f"out/{stage}/run.json").read_text())
     length = 3 * (whole["ended"] - whole["started"])
     while kills < 20:
-        process = subprocess.Popen(**command(stage, flags(stage, out.relative_to(chain[0]))), cwd=chain[0],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = in_background(stage, flags(stage, out.relative_to(chain[0])), chain[0])
         process.stdout.readline()                                   # the settings: the run begins
         time.sleep(rng.random() ** 2 * min(length, 3.0))
         if process.poll() is None:

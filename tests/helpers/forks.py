@@ -1,8 +1,10 @@
 """One process that has imported PyTorch, and starts scripts in copies of itself (os.fork). A new interpreter
 would import PyTorch again each time, which takes seconds.
 
-It reads a request per line, {"args", "cwd", "env": one per copy, "stdin", "stdout", "stderr": files}, and
-writes the status of each copy once all have ended.
+It reads a request per line, and answers each with a line:
+    {"args", "cwd", "env": one per copy, "stdin", "stdout", "stderr": files}    the numbers of the copies
+    {"poll": number}                                                            its status, or null at work
+    {"wait": number}                                                            its status once it has ended
 """
 import atexit
 import gc
@@ -55,13 +57,17 @@ def serve():
     """Wait for requests, and answer them. Returns (request, environment) in each copy."""
     for line in sys.stdin:
         request = json.loads(line)
-        copies = []
-        for environment in request["env"]:
-            copies.append(os.fork())
-            if copies[-1] == 0:
-                return request, environment
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) for copy in copies]
-        print(json.dumps(statuses), flush=True)
+        if "args" in request:
+            answer = []
+            for environment in request["env"]:
+                answer.append(os.fork())
+                if answer[-1] == 0:
+                    return request, environment
+        else:
+            [(how, number)] = request.items()
+            ended, status = os.waitpid(number, os.WNOHANG if how == "poll" else 0)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        print(json.dumps(answer), flush=True)
     os._exit(0)
 
 

@@ -2,6 +2,7 @@
 import atexit
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +59,11 @@ def script(name, flags, folder, stdin=""):
     return run_copies(start["args"][2:], folder, [start["env"]], stdin)
 
 
+def in_background(name, flags, folder):
+    start = command(name, flags)
+    return Started(start["args"], start["env"], folder)
+
+
 @lru_cache(maxsize=1)
 def copier():
     """The process of helpers/forks.py, started once."""
@@ -68,6 +74,12 @@ def copier():
     return process
 
 
+def ask(request):
+    """The copier's answer to a request."""
+    print(json.dumps(request), file=copier().stdin, flush=True)
+    return json.loads(copier().stdout.readline())
+
+
 def run_copies(args, folder, environments, stdin=""):
     """Run a script with these arguments once for each environment, side by side: what subprocess.run returns,
     with the highest status and what all have printed."""
@@ -76,11 +88,46 @@ def run_copies(args, folder, environments, stdin=""):
         for name, path in paths.items():
             with open(path, "w", encoding="utf-8") as f:
                 f.write(stdin if name == "stdin" else "")
-        request = {"args": args, "cwd": str(folder), "env": environments, **paths}
-        print(json.dumps(request), file=copier().stdin, flush=True)
-        statuses = json.loads(copier().stdout.readline())
+        numbers = ask({"args": args, "cwd": str(folder), "env": environments, **paths})
+        statuses = [ask({"wait": number}) for number in numbers]
         stdout, stderr = (Path(paths[name]).read_text("utf-8") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(args, max(statuses, key=abs), stdout, stderr)
+
+
+class Started:
+    """A script or module at work in a copy (`command`'s words and environment): what the tests use of
+    subprocess.Popen."""
+
+    def __init__(self, args, env, folder):
+        self.returncode = None
+        with tempfile.TemporaryDirectory() as streams:
+            paths = {name: os.path.join(streams, name) for name in ("stdout", "stderr")}
+            for path in paths.values():
+                os.mkfifo(path)
+            [self.pid] = ask({"args": args[2:], "cwd": str(folder), "env": [env],
+                              "stdin": os.devnull, **paths})
+            self.stdout, self.stderr = (open(path, encoding="utf-8") for path in paths.values())
+
+    def poll(self, how="poll"):
+        if self.returncode is None:
+            self.returncode = ask({how: self.pid})
+        return self.returncode
+
+    def wait(self):
+        return self.poll("wait")
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self):
+        """What it has printed since, on both streams, once it has ended."""
+        printed = [stream.read() for stream in (self.stdout, self.stderr)]
+        self.wait()
+        return printed
 
 
 def torchrun(processes, script, arguments, folder, restarts=0):
