@@ -214,10 +214,10 @@ def test_on_a_gpu_logits_of_bfloat16_states_are_not_rounded(monkeypatch):
 
 
 def test_on_a_gpu_the_gradient_of_the_head_is_rounded_once(monkeypatch):
-    """And not once for each part of the logits: here are 8 parts of 256 positions."""
+    """And not once for each part of the logits: here are 4 parts of 64 positions."""
     torch.manual_seed(0)
-    model, x = GPT(GPTConfig(2 ** 16, 1025, 1, 1, 4, tied=False)), torch.randn(2, 1025, 4)
-    tokens, mask = torch.randint(9, (2, 1025)), torch.ones(2, 1025, dtype=torch.bool)
+    model, x = GPT(GPTConfig(2 ** 18, 257, 1, 1, 4, tied=False)), torch.randn(1, 257, 4)
+    tokens, mask = torch.randint(9, (1, 257)), torch.ones(1, 257, dtype=torch.bool)
     monkeypatch.setattr(model, "hidden", lambda tokens: x.to(model.head.weight.dtype))
 
     def gradient():
@@ -229,7 +229,7 @@ def test_on_a_gpu_the_gradient_of_the_head_is_rounded_once(monkeypatch):
     often = gradient()
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
     error, other = ((g - exact).norm() / exact.norm() for g in (gradient(), often))
-    assert error < 0.0027 < other
+    assert error < 0.003 < other
 
 
 def test_greedy_equals_argmax_step_by_step_without_a_cache(model):
@@ -458,7 +458,7 @@ def test_logits_exist_for_some_positions_at_a_time():
     torch.manual_seed(7)
     model = GPT(GPTConfig(vocab_size=2 ** 18, block_size=32, n_layer=1, n_head=2, n_embd=8)).double()
     tokens = torch.randint(2 ** 18, (3, 32))                                # 64 positions at a time
-    mask, weights = torch.rand(3, 32) > 0.2, torch.randn(2, 3, 32).double()
+    mask, weights = torch.rand(3, 32) > 0.2, torch.randn(2, 3, 31).double()
     mask[:, 0], kept = False, []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         found = model.logprobs(tokens, mask, 0.7, entropy=True, entropy_grad=True)
@@ -466,11 +466,13 @@ def test_logits_exist_for_some_positions_at_a_time():
     logp = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     chosen = logp.gather(-1, tokens[:, 1:, None])[:, :, 0] * mask[:, 1:]
     expected = chosen, -(logp.exp() * logp).sum(-1) * mask[:, 1:]
-    for ours, theirs, w in zip(found, expected, weights):
-        torch.testing.assert_close(ours[:, 1:], theirs)
-        grads = [torch.autograd.grad((y * w).sum(), model.blocks[0].mlp.up.weight, retain_graph=True)[0]
-                 for y, w in ((ours, w), (theirs, w[:, 1:]))]
-        torch.testing.assert_close(*grads)
+    found = [x[:, 1:] for x in found]
+    grads = []
+    for logp, entropies in (found, expected):
+        loss = (weights[0] * logp + weights[1] * entropies).sum()
+        grads += torch.autograd.grad(loss, model.blocks[0].mlp.up.weight)
+    torch.testing.assert_close(found, list(expected))
+    torch.testing.assert_close(*grads)
 
 
 def test_a_network_in_bfloat16_scores_in_the_precision_of_its_head():

@@ -36,8 +36,8 @@ def together(alone, request):
         commands.append(f"evaluate.py {EVALUATE} --parallel {kind} --out out/{n}_{kind}")
     thrifty = f"--parallel fsdp --no-gather_at_once {THRIFTY} --out out/{n}_thrifty"
     commands += [f"{stage}.py {flags} {thrifty}/{stage}" for stage, flags in FLAGS.items()]
-    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --no-gather_at_once --micro_batch 5 "
-                    f"--sample_batch 7 --out out/{n}_thrifty")
+    commands.append(f"evaluate.py {EVALUATE} --parallel fsdp --no-gather_at_once --micro_batch 9 "
+                    f"--sample_batch 31 --out out/{n}_thrifty")
     return alone, n, in_float64(commands, alone, n)
 
 
