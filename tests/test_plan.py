@@ -41,14 +41,14 @@ FLAGS = {                                           # two and more micro-batches
 
 
 def steps(cfg, device):
-    """Two optimiser steps of two forward passes each, as sft.py takes them."""
+    """Two optimiser steps, the second of two forward passes, as sft.py takes them."""
     model = GPT(cfg.shape).to(device)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     optimizer = make_optimizer(model, 1e-3)
     tokens = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.length), device=device)
     mask = torch.arange(cfg.length, device=device).expand_as(tokens) >= (1 - cfg.learnt) * cfg.length
-    for _ in range(2):
-        for _ in range(2):
+    for forwards in (1, 2):
+        for _ in range(forwards):
             (-model.logprobs(tokens, mask).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -30,10 +30,10 @@ SMALL = {
 # The same with rows that do not divide by the processes, of very different lengths, in several micro-batches
 # per step.
 FLAGS = {
-    "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 7 --warmup 4",
+    "sft": "--n_layer 2 --n_head 2 --n_embd 32 --evals 2 --batch 31 --micro_batch 9 --warmup 4",
     "reward_model": "--normalize 33 --batch 7 --micro_batch 8 --warmup 5",
     "dpo": "--nll_coef 2 --batch 7 --micro_batch 8 --warmup 5",
-    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 3 --sample_batch 5 "
+    "ppo": "--steps 3 --batch 17 --max_new_tokens 12 --micro_batch 5 --sample_batch 7 "
            "--whiten_rewards --entropy_coef 0.01",
 }
 FLAGS = {stage: f"--device cpu {flags}" for stage, flags in FLAGS.items()}
