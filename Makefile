@@ -113,7 +113,7 @@ capabilities: .venv/ready
 	$(PY) tests/helpers/capabilities.py
 
 quick: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -k "not (plain_loop or reaches or recovers or ends_at_the_margin)" \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -k "not (plain_loop or reaches or recovers or ends_at_the_margin)" \
 	    tests/test_formulas.py tests/test_sft.py tests/test_reward_model.py tests/test_ppo.py tests/test_dpo.py \
 	    tests/test_choices.py tests/test_known_answers.py
 
