@@ -8,7 +8,7 @@
 # make grade    what holds of it, and what does not yet
 # make test     the fast tests, and ruff
 # make capabilities    the tests that compare with plain loops, under each of the processor's vector instructions
-# make quick    only the tests of losses, the exact policy gradient and flags      (half a minute)
+# make quick    only the tests of losses, the exact policy gradient and flags      (14 seconds)
 # make proofs   the slow tests: kills at random moments, fuzzing, planted mistakes   (about an hour)
 # make real MODEL=folder DATA=preferences.json     reward model, DPO and PPO with LoRA on a real chat model
 # make follow MODEL=folder DATA=preferences.json IFEVAL=input_data.jsonl    a chat model learns to keep rules that

@@ -18,9 +18,11 @@ STAGES = ["sft.py", "reward_model.py", "ppo.py", "dpo.py"]
 EXERCISES = {"sft_loss": "sft.py", "pairwise_loss": "reward_model.py", "ranking_loss": "reward_model.py",
              "sample": "model.py", "kl_rewards": "ppo.py", "whiten": "ppo.py", "gae": "ppo.py",
              "policy_loss": "ppo.py", "value_loss": "ppo.py", "AdaptiveKL.update": "ppo.py",
-             "dpo_loss": "dpo.py", "Linear": "model.py"}
+             "dpo_loss": "dpo.py", "Linear": "model.py", "read_logprobs": "model.py",
+             "approximate_kl": "ppo.py", "grpo": "variants/grpo.py", "rloo": "variants/grpo.py"}
 # The functions to write where there are several, and other functions whose body would give the answer away.
-PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"]}
+PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"],
+         "read_logprobs": ["GPT.read_logprobs"]}
 SPOILERS = {"pairwise_loss": [("reward_model.py", "ranking_loss"), ("reward_model.py", "evaluate")],
             "Linear": [("runtime/nf4.py", "PackedLinear.forward")]}
 
@@ -55,7 +57,7 @@ def make(name):
         return "homework/ exists already: move it away first"
     file = EXERCISES[name]
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
-    for folder in ("data", "runtime"):
+    for folder in ("data", "runtime", "variants")[:2 + file.startswith("variants/")]:
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ("model.py", "evaluate.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)

@@ -143,6 +143,44 @@ WRONG = {
         ({"torch.randn(rank, self.in_features) / math.sqrt(self.in_features)":
           "torch.zeros(rank, self.in_features)"},
          "Linear with a new adapter computes what it did and can learn")],
+    "read_logprobs": [
+        (planted("model.py", "entropy without its sign"),
+         "Read entropy of equal logits is the log of their number"),
+        ({"F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)":
+          "torch.softmax(logits / temperature, dim=-1).log()"},
+         "Read entropy of a token that is certain is 0 and its log p finite"),
+        ({"F.log_softmax(logits / temperature if": "F.log_softmax(logits * temperature if"},
+         "Read logprobs at temperature 2 take half of each logit"),
+        ({"logp if entropy_grad else logp.detach()": "logp"},
+         "Read entropy has a gradient only if it is asked for")],
+    "approximate_kl": [
+        ({"masked_mean(torch.expm1(log_ratio) - log_ratio, mask)": "masked_mean(-log_ratio, mask)"},
+         "Approximate KL of a token is never negative"),
+        ({"(logprobs - old_logprobs).detach()": "(old_logprobs - logprobs).detach()"},
+         "Approximate KL of a token e times as likely as before is e minus 2"),
+        ({"torch.expm1(log_ratio)": "log_ratio.exp() - 1"},
+         "Approximate KL of a small move keeps its digits"),
+        ({"masked_mean(torch.expm1(log_ratio) - log_ratio, mask)":
+          "masked_mean(0.5 * log_ratio ** 2, mask)"},
+         "Approximate KL has the right mean over what pi old samples"),
+        ({"(logprobs - old_logprobs).detach()": "(logprobs - old_logprobs)"},
+         "Approximate KL sends no gradient")],
+    "grpo": [
+        (planted("variants/grpo.py", "GRPO multiplies by the length"),
+         "GRPO gives answers of any length the same weight in a mean over tokens"),
+        (planted("variants/grpo.py", "GRPO's deviation is left out"),
+         "GRPO divides by the standard deviation of each group with k minus 1"),
+        ({"advantages = R - R.mean(1, keepdim=True)": "advantages = R - R.mean()"},
+         "GRPO compares with the mean of the answers to one prompt"),
+        ({"(R.std(1, keepdim=True) + 1e-4)": "R.std(1, keepdim=True)"}, "GRPO of equal answers is 0")],
+    "rloo": [
+        (planted("variants/grpo.py", "an answer is in its own baseline"),
+         "RLOO leaves an answers own return out of its baseline"),
+        ({"(R - (R.sum(1, keepdim=True) - R) / (group - 1)).flatten()":
+          "((returns * group - returns.sum()) / (group - 1))"},
+         "RLOO compares answers to one prompt and no others"),
+        ({"(R - (R.sum(1, keepdim=True) - R) / (group - 1))": "R"},
+         "RLOO does not change if all answers to a prompt earn more")],
 }
 
 
@@ -184,7 +222,8 @@ def test_the_copy_is_the_project_without_that_body(project, name):
     assert done.returncode == 0, done.stderr
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
     assert set(os.listdir(project / "homework")) == {"data", "runtime", "model.py",
-                                                     "evaluate.py", "exercise.md", *stages}
+                                                     "evaluate.py", "exercise.md", *stages,
+                                                     *(["variants"] if "/" in file else [])}
     before, after = right(file), (project / "homework" / file).read_text()
     empty = parts + [part for other, part in SPOILERS.get(name, []) if other == file]
     emptied = {n for part in empty for n in lines_of(before, part)}
@@ -245,7 +284,7 @@ def test_no_other_file_of_the_copy_holds_the_body(project, name):
     assert wanted
     for folder, _, files in os.walk(project / "homework"):
         assert not any(other.endswith(".pyc") for other in files), "nothing that is compiled"
-        for other in set(files) - {file, "exercise.md"}:
+        for other in set(files) - {os.path.basename(file), "exercise.md"}:
             if other.endswith(".py"):
                 with open(os.path.join(folder, other), encoding="utf-8") as f:
                     assert not shapes(f.read()) & wanted, other

@@ -9,8 +9,8 @@ import torch
 from helpers.arrays import nll
 
 from dpo import dpo_loss
-from model import Linear, sample
-from ppo import AdaptiveKL, gae, kl_rewards, policy_loss, value_loss, whiten
+from model import GPT, GPTConfig, Linear, sample
+from ppo import AdaptiveKL, approximate_kl, gae, kl_rewards, policy_loss, value_loss, whiten
 from reward_model import pairwise_loss, ranking_loss
 from sft import sft_loss
 
@@ -58,6 +58,47 @@ def test_sft_loss_counts_every_token_alike_however_long_its_row_is():
 
 def test_sft_loss_does_not_look_outside_the_mask():
     near(sft_loss(row(-7, -1, -3, math.nan), acts(0, 1, 1, 0)), 2.0)
+
+
+# ------------------------------------------------------------------------- log-probabilities, entropies
+
+def read(logits, chosen, temperature=1.0, entropy=True, entropy_grad=False):
+    """What GPT.read_logprobs reads from logits (n, 3), whose hidden states they are, because W is 1."""
+    model = GPT(GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=3))
+    W = torch.eye(3, dtype=torch.float64)
+    return model.read_logprobs(logits, torch.tensor(chosen), W, temperature, entropy, entropy_grad)
+
+
+def test_read_logprobs_are_those_of_the_chosen_tokens():
+    near(read(numbers([1, 2, 4], [1, 2, 4]).log(), [1, 2])[0], numbers(2 / 7, 4 / 7).log())
+
+
+def test_read_logprobs_at_temperature_2_take_half_of_each_logit():
+    near(read(numbers([1, 4, 16]).log(), [2], 2.0)[0], numbers(4 / 7).log())
+
+
+def test_read_logprobs_alone_if_no_entropy_is_asked_for():
+    assert len(read(numbers([1, 2, 4]), [0], entropy=False)) == 1
+
+
+def test_read_entropy_of_equal_logits_is_the_log_of_their_number():
+    near(read(numbers([5, 5, 5]), [0])[1], [math.log(3)])
+
+
+def test_read_entropy_is_of_the_distribution_at_that_temperature():
+    p = (1 / 7, 2 / 7, 4 / 7)
+    near(read(numbers([1, 4, 16]).log(), [0], 2.0)[1], [-sum(x * math.log(x) for x in p)])
+
+
+def test_read_entropy_of_a_token_that_is_certain_is_0_and_its_log_p_finite():
+    logprobs, entropies = read(numbers([1e4, -1e4, 0]).expand(2, 3), [0, 1])
+    near(logprobs, [0, -2e4])
+    near(entropies, [0, 0])
+
+
+def test_read_entropy_has_a_gradient_only_if_it_is_asked_for():
+    logits = numbers([0, 1, 2]).requires_grad_()
+    assert not read(logits, [0])[1].requires_grad and read(logits, [0], entropy_grad=True)[1].requires_grad
 
 
 # ----------------------------------------------------------------------------------- reward model
@@ -288,6 +329,45 @@ def test_a_critic_that_goes_down_value_loss_ends_at_the_mean_return():
         loss = value_loss(values.expand(1, 2), v.expand(1, 2), row(1, 5), acts(1, 1), 0.2)
         v = v - 0.1 * gradient(loss, values)
     assert v.item() == pytest.approx(3.0, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------- KL from samples
+
+P, Q = numbers(0.1, 0.2, 0.7), numbers(0.3, 0.4, 0.3)          # π_old and π over three tokens
+
+
+def each_token():
+    """The estimate from each of the three tokens alone."""
+    return torch.stack([approximate_kl(row(q), row(p), acts(1)) for p, q in zip(P.log(), Q.log())])
+
+
+def test_approximate_kl_has_the_right_mean_over_what_pi_old_samples():
+    near((P * each_token()).sum(), (P * (P / Q).log()).sum())
+
+
+def test_approximate_kl_of_a_token_e_times_as_likely_as_before_is_e_minus_2():
+    near(approximate_kl(row(-1), row(-2), acts(1)), math.e - 2)
+
+
+def test_approximate_kl_of_a_token_is_never_negative():
+    assert (each_token() > 0).all()
+
+
+def test_approximate_kl_is_0_before_the_policy_has_moved():
+    near(approximate_kl(row(-1, -2), row(-1, -2), acts(1, 1)), 0.0)
+
+
+def test_approximate_kl_of_a_small_move_keeps_its_digits():
+    moved = approximate_kl(torch.tensor([[1e-4]]), torch.tensor([[0.0]]), acts(1))
+    assert moved.item() == pytest.approx(0.5e-8, rel=0.01)
+
+
+def test_approximate_kl_is_a_mean_over_the_mask_alone():
+    near(approximate_kl(row(0.5, 0, math.inf), row(0, 0, 0), acts(1, 1, 0)), (math.exp(0.5) - 1.5) / 2)
+
+
+def test_approximate_kl_sends_no_gradient():
+    assert not approximate_kl(row(-1, -2).requires_grad_(), row(-2, -1), acts(1, 1)).requires_grad
 
 
 # ----------------------------------------------------------------------------------------------- β

@@ -1,5 +1,5 @@
-"""GRPO and RLOO: their formulas against slow loops, and what their flags refuse. The stage itself is held
-against a plain loop in test_ppo.py."""
+"""GRPO and RLOO: their formulas against slow loops and by examples that can be worked out on paper, and what
+their flags refuse. The stage itself is held against a plain loop in test_ppo.py."""
 import statistics
 
 import pytest
@@ -26,8 +26,60 @@ def test_advantages_in_groups_are_those_of_a_slow_loop(seed, group):
     near(grpo.grpo(R, group, lengths, False, False), one_out * (group - 1) / group)
 
 
-def test_a_group_whose_answers_earn_the_same_teaches_nothing():
-    near(grpo.grpo(torch.full((4,), 3.0).double(), 2, torch.ones(4)), torch.zeros(4))
+def numbers(*x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+EQUAL = torch.ones(4)                                           # four answers of one token each
+
+
+def test_rloo_takes_off_what_the_other_answers_earn_on_average():
+    near(grpo.rloo(numbers(1, 2, 6), 3), numbers(-3, -1.5, 4.5))
+
+
+def test_rloo_compares_answers_to_one_prompt_and_no_others():
+    near(grpo.rloo(numbers(1, 2, 10, 30), 2), numbers(-1, 1, -20, 20))
+
+
+def test_rloo_leaves_an_answers_own_return_out_of_its_baseline():
+    """It counts in full, and not (k − 1)/k of it."""
+    near(grpo.rloo(numbers(5, 0, 0), 3) - grpo.rloo(numbers(2, 0, 0), 3), numbers(3, -1.5, -1.5))
+
+
+def test_rloo_does_not_change_if_all_answers_to_a_prompt_earn_more():
+    near(grpo.rloo(numbers(1, 2, 6) + 100, 3), numbers(-3, -1.5, 4.5))
+
+
+def test_rloo_of_equal_answers_is_0():
+    near(grpo.rloo(numbers(3, 3, 5, 5), 2), torch.zeros(4))
+
+
+def test_grpo_compares_with_the_mean_of_the_answers_to_one_prompt():
+    near(grpo.grpo(numbers(1, 3, 10, 30), 2, EQUAL, divide_by_std=False), numbers(-1, 1, -10, 10))
+
+
+def test_grpo_divides_by_the_standard_deviation_of_each_group_with_k_minus_1():
+    found = grpo.grpo(numbers(1, 3, 10, 30), 2, EQUAL)
+    torch.testing.assert_close(found, numbers(-1, 1, -1, 1) / 2 ** 0.5, rtol=1e-3, atol=0)
+
+
+def test_grpo_of_equal_answers_is_0():
+    near(grpo.grpo(torch.full((4,), 3.0).double(), 2, EQUAL), torch.zeros(4))
+
+
+def test_grpo_leaves_length_out_if_it_is_told_to():
+    lengths = torch.tensor([1, 9])
+    near(grpo.grpo(numbers(0, 2), 2, lengths, False, False), numbers(-1, 1))
+
+
+def test_grpo_gives_answers_of_any_length_the_same_weight_in_a_mean_over_tokens():
+    """The sum of an answer's tokens is A times the mean length, however long it is."""
+    lengths = torch.tensor([1, 9])
+    near(grpo.grpo(numbers(0, 2), 2, lengths, divide_by_std=False) * lengths, numbers(-5, 5))
+
+
+def test_grpo_does_not_change_if_all_answers_to_a_prompt_earn_more():
+    near(grpo.grpo(numbers(1, 3, 1, 3), 2, EQUAL, False), grpo.grpo(numbers(1, 3, 51, 53), 2, EQUAL, False))
 
 
 @pytest.mark.parametrize("flags, said", [

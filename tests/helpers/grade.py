@@ -31,6 +31,10 @@ TESTS = {
     "AdaptiveKL.update": ("formulas ppo", "adaptive_kl and not plain_loop"),
     "dpo_loss": ("formulas dpo known_answers", "dpo_loss or dpo_gradient or each_kind and 0.0"),
     "Linear": ("formulas adapters", "linear or adapter_starts or its_gradient or full_rank"),
+    "read_logprobs": ("formulas model", "read_logprobs or read_entropy or softmax_of_logits or who_asks"),
+    "approximate_kl": ("formulas", "approximate_kl"),
+    "grpo": ("grpo variants", "test_grpo_ or in_groups or best_policy and group and 8"),
+    "rloo": ("grpo variants", "test_rloo or in_groups or best_policy and rloo"),
 }
 
 
@@ -52,7 +56,7 @@ class Results:
 
 def sentence(test):
     """The name of a test as a sentence."""
-    words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td") else word
+    words = [word.upper() if word in ("sft", "kl", "gae", "dpo", "ipo", "td", "grpo", "rloo") else word
              for word in test.split("_")[1:]]
     return words[0][0].upper() + " ".join(words)[1:]
 
