@@ -329,7 +329,7 @@ class GPT(nn.Module):
         return out if entropy else out[0]
 
     def read_logprobs(self, x, chosen, W, temperature, entropy, entropy_grad):
-        """[log-probabilities (n,) of the chosen next tokens, entropies (n,)], from hidden states x (n, C)."""
+        """[log-probabilities (n,) of the chosen tokens, entropies (n,) if asked], from states x (n, C)."""
         logits = self.unembed(x, W)                                                         # (n, V)
         logp = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
         result = [logp.gather(-1, chosen[:, None])[:, 0]]

@@ -19,7 +19,7 @@ EXERCISES = {"sft_loss": "sft.py", "pairwise_loss": "reward_model.py", "ranking_
              "sample": "model.py", "kl_rewards": "ppo.py", "whiten": "ppo.py", "gae": "ppo.py",
              "policy_loss": "ppo.py", "value_loss": "ppo.py", "AdaptiveKL.update": "ppo.py",
              "dpo_loss": "dpo.py", "Linear": "model.py", "read_logprobs": "model.py",
-             "approximate_kl": "ppo.py", "grpo": "variants/grpo.py", "rloo": "variants/grpo.py"}
+             "approximate_kl": "ppo.py", "rloo": "variants/grpo.py", "grpo": "variants/grpo.py"}
 # The functions to write where there are several, and other functions whose body would give the answer away.
 PARTS = {"Linear": ["Linear.add_adapter", "Linear.forward", "Linear.matrix", "Linear.merge"],
          "read_logprobs": ["GPT.read_logprobs"]}

@@ -162,7 +162,7 @@ WRONG = {
          "Approximate KL of a small move keeps its digits"),
         ({"masked_mean(torch.expm1(log_ratio) - log_ratio, mask)":
           "masked_mean(0.5 * log_ratio ** 2, mask)"},
-         "Approximate KL has the right mean over what pi old samples"),
+         "Approximate KL has the right mean over what the old policy samples"),
         ({"(logprobs - old_logprobs).detach()": "(logprobs - old_logprobs)"},
          "Approximate KL sends no gradient")],
     "grpo": [
@@ -172,7 +172,10 @@ WRONG = {
          "GRPO divides by the standard deviation of each group with k minus 1"),
         ({"advantages = R - R.mean(1, keepdim=True)": "advantages = R - R.mean()"},
          "GRPO compares with the mean of the answers to one prompt"),
-        ({"(R.std(1, keepdim=True) + 1e-4)": "R.std(1, keepdim=True)"}, "GRPO of equal answers is 0")],
+        ({"(R.std(1, keepdim=True) + 1e-4)": "R.std(1, keepdim=True)"}, "GRPO of equal answers is 0"),
+        ({"(lengths.mean() / lengths).view(-1, group)":
+          "(lengths.view(-1, group).mean(1, keepdim=True) / lengths.view(-1, group))"},
+         "GRPO takes the mean length of the whole batch and not of a group")],
     "rloo": [
         (planted("variants/grpo.py", "an answer is in its own baseline"),
          "RLOO leaves an answers own return out of its baseline"),

@@ -341,7 +341,7 @@ def each_token():
     return torch.stack([approximate_kl(row(q), row(p), acts(1)) for p, q in zip(P.log(), Q.log())])
 
 
-def test_approximate_kl_has_the_right_mean_over_what_pi_old_samples():
+def test_approximate_kl_has_the_right_mean_over_what_the_old_policy_samples():
     near((P * each_token()).sum(), (P * (P / Q).log()).sum())
 
 

@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 import torch
-from helpers.arrays import near, seeds
+from helpers.arrays import seeds
+from test_formulas import near, numbers
 
 from variants import grpo
 
@@ -24,10 +25,6 @@ def test_advantages_in_groups_are_those_of_a_slow_loop(seed, group):
         near(whole[i], want * lengths.double().mean().item() / lengths[i].item())
     # Without its two divisions GRPO is RLOO, but for a factor.
     near(grpo.grpo(R, group, lengths, False, False), one_out * (group - 1) / group)
-
-
-def numbers(*x):
-    return torch.tensor(x, dtype=torch.float64)
 
 
 EQUAL = torch.ones(4)                                           # four answers of one token each
@@ -60,7 +57,7 @@ def test_grpo_compares_with_the_mean_of_the_answers_to_one_prompt():
 
 def test_grpo_divides_by_the_standard_deviation_of_each_group_with_k_minus_1():
     found = grpo.grpo(numbers(1, 3, 10, 30), 2, EQUAL)
-    torch.testing.assert_close(found, numbers(-1, 1, -1, 1) / 2 ** 0.5, rtol=1e-3, atol=0)
+    near(found, numbers(-1, 1, -1, 1) / 2 ** 0.5, 1e-3)
 
 
 def test_grpo_of_equal_answers_is_0():
@@ -76,6 +73,11 @@ def test_grpo_gives_answers_of_any_length_the_same_weight_in_a_mean_over_tokens(
     """The sum of an answer's tokens is A times the mean length, however long it is."""
     lengths = torch.tensor([1, 9])
     near(grpo.grpo(numbers(0, 2), 2, lengths, divide_by_std=False) * lengths, numbers(-5, 5))
+
+
+def test_grpo_takes_the_mean_length_of_the_whole_batch_and_not_of_a_group():
+    lengths = torch.tensor([1, 1, 3, 3])
+    near(grpo.grpo(numbers(0, 2, 0, 2), 2, lengths, divide_by_std=False), numbers(-2, 2, -2 / 3, 2 / 3))
 
 
 def test_grpo_does_not_change_if_all_answers_to_a_prompt_earn_more():

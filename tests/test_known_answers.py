@@ -258,7 +258,7 @@ def assert_policy_gradient_is_exact(tmp_path, advantages_of, group=1):
     off = abs(along.mean() - exact.norm()) / (along.std() / samples ** 0.5)
     assert off < 4, (
         f"the gradient is {off:.1f} standard errors from ∇E[r − β·KL]: "
-        "kl_rewards, gae or policy_loss is wrong, or maximises something else "
+        "kl_rewards, the advantages or policy_loss are wrong, or maximise something else "
         "(an estimate of the KL can have the right mean and another gradient)")
     assert along.std() / samples ** 0.5 < 0.05 * exact.norm(), "too noisy to show anything"
     cosine = torch.cosine_similarity(estimates.mean(0), exact, dim=0)
