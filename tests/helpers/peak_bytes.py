@@ -80,9 +80,9 @@ def finish(self, *args, **kwargs):
     peak = most
 
 
-def place(self, *models):
+def place(self, *models, **how):
     global loading
-    placed(self, *models)
+    placed(self, *models, **how)
     loading = loading or most                       # the reward model places another network at its end
 
 
