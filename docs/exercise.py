@@ -57,7 +57,7 @@ def make(name):
         return "homework/ exists already: move it away first"
     file = EXERCISES[name]
     stages = STAGES[:STAGES.index(file) + 1] if file in STAGES else STAGES
-    for folder in ("data", "runtime", "variants")[:2 + file.startswith("variants/")]:
+    for folder in ["data", "runtime"] + (["variants"] if file.startswith("variants/") else []):
         shutil.copytree(ROOT / folder, HOMEWORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ("model.py", "evaluate.py", *stages):
         shutil.copy(ROOT / path, HOMEWORK)
