@@ -50,7 +50,8 @@ HARD = ("Highlights", "Keywords", "Frequency", "Paragraphs", "Upper", "Lower", "
 REWRITE = ('Rewrite this text: "{}"', 'Say this again: "{}"', 'Write this in another form: "{}"')
 GENRES = ("a short story", "a letter", "an advertisement", "a blog post", "an email", "a speech", "a song",
           "a poem", "some advice", "an encyclopedia article", "a dialogue", "a review", "an essay",
-          "a news report")
+          "a news report", "a riddle", "a limerick", "a product description", "a lesson plan", "an itinerary",
+          "a proposal", "a joke", "a newsletter", "a list of questions", "a template")
 TOPICS = ("bees", "a rainy day", "an old bicycle", "learning to cook", "a lost dog", "the history of bread",
           "a trip to the sea", "saving money", "a small bakery", "the first day at school", "a lighthouse",
           "growing tomatoes", "electric cars", "sleeping well", "a chess club", "the moon", "coffee",
@@ -110,9 +111,10 @@ def introduced(sentence, rng):
     return before + sentence[0].lower() + sentence[1:] if before else sentence
 
 
-def shortened(text, rng):
-    """The first one to six sentences of a text."""
-    return " ".join(rules.sentences_of(" ".join(text.split()))[:rng.randint(1, 6)])
+def divided(text, rng):
+    """The first one to six sentences of a text, and the rest."""
+    parts, n = rules.sentences_of(" ".join(text.split())), rng.randint(1, 6)
+    return " ".join(parts[:n]), " ".join(parts[n:])
 
 
 def whole(text, ended):
@@ -150,14 +152,21 @@ def answer_all(cfg, asked):
     return [Answered(request, text, better, worse) for ((request, better, worse), _), text in zip(fits, own)]
 
 
+def counts(n):
+    """The number of uses of each kind, as `with_rules` takes it, before n records are made. Hard kinds start
+    with a lower count, so that they are drawn more often."""
+    return dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -n // 20)
+
+
 def demonstrations_of(answered, kinds, rng):
     """Records {"prompt", "response"}. answered: a list of Answered; kinds: as in `with_rules`."""
     records = []
     for i, x in enumerate(answered):
-        short = shortened(x.own, rng)
-        cut = rng.choice([x.better, short]) if x.better else short
+        short, rest = divided(x.own, rng)
+        # A second answer, where a rule needs one, must not begin like the first.
+        cut, other = rng.choice([(x.better, x.own), (short, x.better)]) if x.better else (short, rest)
         again = [(rng.choice(REWRITE).format(cut), cut, "")] * (i % 2)
-        for asked, answer, other in [(x.request, x.own, x.better), (x.request, cut, x.own)] + again:
+        for asked, answer, other in [(x.request, x.own, x.better), (x.request, cut, other)] + again:
             if made := with_rules(asked, [answer], other, kinds, rng):
                 records.append({"prompt": made[0]["prompt"], "response": made[1][0]})
         if i % 8 == 0 and x.own:        # so that the model still answers as before where there are no rules
@@ -167,10 +176,9 @@ def demonstrations_of(answered, kinds, rng):
 
 def training_files(answered, rng):
     """{name: records} of the files for training. answered: a list of Answered."""
-    # Hard kinds start with a lower count, so they are drawn more often.
-    kinds = dict.fromkeys(KNOWN, 0) | dict.fromkeys(HARD, -len(answered) // 8)
-    demonstrations = demonstrations_of(answered, dict(kinds), rng)
-    preferences, prompts, for_preferences, for_prompts = [], [], dict(kinds), dict(kinds)
+    n = len(answered)
+    demonstrations = demonstrations_of(answered, counts(5 * n // 2), rng)
+    preferences, prompts, for_preferences, for_prompts = [], [], counts(n // 3), counts(2 * n)
     for i, x in enumerate(answered):
         for _ in range(2):                                                  # each with other rules
             if made := with_rules(x.request, [x.own], x.better, for_prompts, rng):
@@ -223,8 +231,8 @@ def make(cfg):
     if not unseen:
         raise ValueError(f"{cfg.data}: no held-out instruction that is not among those for training too")
     rng = random.Random(cfg.seed)
-    asked += longer([topic for topic in TOPICS if topic not in NEW_TOPICS], len(asked) // 4, rng)
-    unseen += longer(NEW_TOPICS, len(unseen) // 4, rng)
+    asked += longer([topic for topic in TOPICS if topic not in NEW_TOPICS], len(asked) // 2, rng)
+    unseen += longer(NEW_TOPICS, len(unseen) // 2, rng)
     answered, kept_out = answer_all(cfg, asked + unseen), {request for request, *_ in unseen}
     for_training = [x for x in answered if x.request not in kept_out]
     held_out = [x for x in answered if x.request in kept_out]

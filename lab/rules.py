@@ -182,6 +182,7 @@ class Keywords(Rule):
     wordings = ("Include the words {words}.", "The keywords {words} must appear in your {reply}.",
                 "Make sure that you use {words} somewhere.", "Mention {words} in the {reply}.",
                 "Use the keywords {words}.", "Your {reply} has to contain {words}.")
+    more = ("This also has to do with {}.", "One could speak of {} too.", "Some people would add {}.")
 
     @classmethod
     def draw(cls, rng, request, answer):
@@ -193,7 +194,7 @@ class Keywords(Rule):
 
     def repair(self, answer, other, rng):
         missing = [word for word in self.words if not re.search(word, answer, re.IGNORECASE)]
-        return f"{answer} This also has to do with {' and '.join(missing)}." if missing else answer
+        return f"{answer} {rng.choice(self.more).format(' and '.join(missing))}" if missing else answer
 
 
 @dataclass
@@ -236,8 +237,10 @@ class Forbidden(Rule):
 
     @classmethod
     def draw(cls, rng, request, answer):
+        # Words that the answer has, whose sentences go; or words that it would hardly have, so that it stays
+        # as it is. From the first alone a model learns too little that quoted words are not always wanted.
         first, *rest = sentences_of(answer) or [""]
-        known = content_words(" ".join(rest) or request)
+        known = rng.choice([content_words(" ".join(rest) or request), WORDS])
         known = [word for word in known if not re.search(rf"\b{word}\b", first, re.IGNORECASE)]
         return cls(rng.sample(known, min(len(known), rng.randint(1, 3)))) if known else None
 
@@ -481,12 +484,13 @@ class Choice(Rule):
     wordings = ("Your {reply} must contain one of these phrases: {options}.",
                 "Answer with {options}.", "Choose between {options}, and say it in your {reply}.")
     joint = " or "
-    sets = (["I agree.", "I disagree.", "I cannot tell."], ["Yes, I think so.", "No, I do not think so."],
-            ["It is true.", "It is false.", "It is unknown."], ["I would say yes.", "I would say no."])
+    starts = ("I say {}.", "I would guess {}.", "To me it is {}.", "So {}.", "In short: {}.", "I say: {}!")
+    ends = ("yes", "no", "perhaps", "true", "false", "unknown")
 
     @classmethod
     def draw(cls, rng, request, answer):
-        return cls(rng.choice(cls.sets))
+        start = rng.choice(cls.starts)
+        return cls([start.format(end) for end in rng.sample(cls.ends, rng.randint(2, 3))])
 
     def check(self, answer):
         return any(option in answer for option in self.options)
@@ -551,12 +555,13 @@ class End(Rule):
     wordings = ('End your {reply} with exactly "{phrase}" and nothing after it.',
                 'Finish with "{phrase}" and add nothing to it.', 'The last words must be "{phrase}".',
                 'The very end of your {reply} should read: "{phrase}"')
-    phrases = ("That is all there is to it.", "I hope that this is clear.", "Thank you for asking.", "DONE",
-               "What would you like to hear next?", "Tell me if you want to know more.")
+    # Phrases with a word that changes, so that they are copied and not learnt by heart.
+    phrases = ("That is all about the {}.", "Would you like to hear of the {} next?", "Mind the {}!", "DONE",
+               "Tell me if you want to know more of the {}.", "Thank you for the {}.", "What is a {} for?")
 
     @classmethod
     def draw(cls, rng, request, answer):
-        return cls(rng.choice(cls.phrases))
+        return cls(rng.choice(cls.phrases).format(rng.choice(WORDS)))
 
     def check(self, answer):
         return answer.strip().strip('"').lower().endswith(self.phrase.strip().lower())

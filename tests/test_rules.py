@@ -112,6 +112,30 @@ def test_without_a_second_answer_there_are_not_two():
     assert not rules.TwoAnswers().check(rules.TwoAnswers().repair(PLAIN, "", random.Random(0)))
 
 
+def test_a_second_answer_does_not_begin_like_the_first():
+    x, seen = follow.Answered(REQUEST, PLAIN, "", ""), 0
+    for seed in range(20):
+        first, rest = follow.divided(PLAIN, random.Random(seed))
+        assert first and f"{first} {rest}".split() == PLAIN.split()
+        kinds = {"TwoAnswers": 0, "NoComma": 0, "Title": 0}
+        for row in follow.demonstrations_of([x], kinds, random.Random(seed)):
+            if "******" in row["response"]:
+                one, two = row["response"].split("\n\n******\n\n")
+                seen += 1
+                assert not one.startswith(two) and not two.startswith(one)
+    assert seen > 5
+
+
+def test_hard_kinds_are_drawn_more_often_however_few_records_there_are():
+    for n in (40, 400):
+        kinds, rng = follow.counts(n), random.Random(0)
+        for _ in range(n):
+            assert follow.with_rules(REQUEST, [PLAIN], OTHER, kinds, rng)
+        assert min(kinds[name] for name in follow.KNOWN if name not in follow.HARD) > 0
+        hard = [kinds[name] + n // 20 for name in follow.HARD]
+        assert min(hard) > max(kinds[name] for name in follow.KNOWN if name not in follow.HARD) - 4
+
+
 def test_an_answer_that_was_cut_off_ends_with_its_last_whole_sentence():
     assert follow.whole("One. Two is", False) == "One." and follow.whole("One. Two is", True) == "One. Two is"
     assert follow.whole("One", False) == follow.whole("", False) == ""
@@ -129,13 +153,13 @@ def test_held_out_instructions_and_kinds_are_in_no_training_file(tmp_path, monke
     rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "out").glob("*.jsonl")}
     assert {name: len(some) for name, some in rows.items()} == {
-        "demonstrations": 45 * 2 + 22 + 6, "demonstrations_heldout": 5 * 2 + 2 + 1, "prompts": 45 * 2,
-        "preferences": 12, "prompts_heldout": 5, "prompts_new_kinds": 5}            # with 9 and 1 long texts
+        "demonstrations": 54 * 2 + 27 + 7, "demonstrations_heldout": 6 * 2 + 3 + 1, "prompts": 54 * 2,
+        "preferences": 12, "prompts_heldout": 6, "prompts_new_kinds": 6}            # with 18 and 2 long texts
     topics = {topic for topic in follow.TOPICS
               if any(f" about {topic}" in row["prompt"] for row in rows["prompts"])}
     assert topics and not topics & set(follow.NEW_TOPICS)
     assert sum(f" about {topic}" in row["prompt"] for row in rows["prompts_heldout"]
-               for topic in follow.NEW_TOPICS) == 1
+               for topic in follow.NEW_TOPICS) == 2
     held_out = {x for x in asked if any(x in row["prompt"] for row in rows["prompts_heldout"])}
     assert len(held_out) == 4 and held_out == {
         x for x in asked if any(x in row["prompt"] for row in rows["prompts_new_kinds"])}

@@ -80,9 +80,9 @@ def finish(self, *args, **kwargs):
     peak = most
 
 
-def place(self, *models, **how):
+def place(self, *models):
     global loading
-    placed(self, *models, **how)
+    placed(self, *models)
     loading = loading or most                       # the reward model places another network at its end
 
 
@@ -99,7 +99,8 @@ def warm_up(kind):
 
 finished, Run.log = Run.log, log
 left, Run.finish = Run.finish, finish
-placed, Run.place = Run.place, place
+# Not Run.place: it ends with a forward pass of policy and reference, which gathers what it needs.
+placed, compute.Compute.place = compute.Compute.place, place
 for name in SHARES:
     counted(name)
 processes.start("cpu", 60)
