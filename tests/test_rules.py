@@ -1,8 +1,11 @@
 """The rules that a program can check, and what lab/follow.py and lab/ifeval.py make of them."""
 import json
 import random
+import re
+import subprocess
 
 import pytest
+from helpers.start import ROOT
 
 from data import records
 from lab import follow, ifeval, rules
@@ -267,3 +270,13 @@ def test_the_answers_that_are_shown_are_evenly_spaced():
         f"PROMPT {i + 1}: <{i}>" for i in (0, 4, 8, 12, 16)]
     assert lines[2:6] == ["--- a keeps 1 of 1:", "A", "--- b keeps 0 of 1:", "b"]
     assert ifeval.side_by_side(records, found, answers, 0) == []
+
+
+@pytest.mark.parametrize("vendor, flags, precision", [
+    ("GenuineIntel", "avx512_bf16", "auto"), ("GenuineIntel", "avx512_bf16 amx_bf16", "bfloat16"),
+    ("AuthenticAMD", "avx512_bf16", "bfloat16"), ("AuthenticAMD", "avx2", "auto"), ("", "", "auto")])
+def test_make_follow_computes_in_bfloat16_where_that_is_fast(tmp_path, vendor, flags, precision):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\nflags : fpu {flags} sse\n" if vendor else "")
+    done = subprocess.run(["make", "-n", "follow", f"CPUINFO={tmp_path}/cpuinfo", "MODEL=m", "DATA=d",
+                           "IFEVAL=Makefile"], cwd=ROOT, capture_output=True, text=True)
+    assert set(re.findall(r"--precision (\w+)", done.stdout)) == {precision}, done.stderr
