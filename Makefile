@@ -71,14 +71,16 @@ ADAPT = --lora_rank 16 --lora_alpha 32 --micro_batch 8 --micro_tokens 1000 --pre
 METHOD ?= ppo
 EVERY ?= 3
 QUALITY ?= 0.1
-FOLLOW_ppo = ppo.py --steps 24 --critic_lr 1e-3 --lam 1
-FOLLOW_grpo = -m variants.grpo --steps 30 --group 8 --no-divide_by_std
+FOLLOW_ppo = ppo.py --steps 24 --batch 64 --lr 5e-4 --critic_lr 1e-3 --lam 1
+FOLLOW_grpo = -m variants.grpo --steps 30 --batch 64 --lr 5e-4 --group 8 --no-divide_by_std
+FOLLOW_downsample = -m variants.downsample --steps 45 --batch 32 --minibatches 1 --lr 7e-4 --group 4 \
+    --draw_answers 2 --select lab/follow.py:kept --sample_batch 64
 F = out/follow
 S = $(F)/seed$(SEED)
 RL = $(METHOD)$(if $(filter-out 0.1,$(QUALITY)),_quality_$(QUALITY))
 follow: .venv/ready
 	@test -n "$(MODEL)" -a -n "$(DATA)" -a -f "$(IFEVAL)" -a -n "$(FOLLOW_$(METHOD))" || \
-	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo or grpo"; exit 2; }
+	    { echo "make follow needs MODEL=folder, DATA=file and IFEVAL=file; METHOD is ppo, grpo or downsample"; exit 2; }
 	$(PY) -m lab.follow --model $(MODEL) --data $(DATA) --precision $(FAST)
 	$(PY) reward_model.py $(ADAPT) --init $(MODEL) --data $(F)/preferences.jsonl --lr 5e-4 --normalize 64 \
 	    --out $(F)/reward_model
@@ -86,8 +88,8 @@ follow: .venv/ready
 	    --held_out $(F)/demonstrations_heldout.jsonl --batch 8 --lr 2e-3 --warmup 10 --evals 1 --seed $(SEED) \
 	    --out $(S)/sft
 	$(PY) $(FOLLOW_$(METHOD)) $(ADAPT) --init $(S)/sft --data $(F)/prompts.jsonl \
-	    --reward lab/follow.py:kept,$(QUALITY)*lab/follow.py:Quality --batch 64 --epochs 1 --max_new_tokens 112 \
-	    --temperature 0.8 --lr 5e-4 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 \
+	    --reward lab/follow.py:kept,$(QUALITY)*lab/follow.py:Quality --epochs 1 --max_new_tokens 112 \
+	    --temperature 0.8 --warmup 1 --kl_coef 0.02 --no-adaptive_kl --no_end_score -0.5 \
 	    --seed $(SEED) --out $(S)/$(RL)
 	$(PY) -m lab.ifeval $(S)/sft $(S)/$(RL) --data $(F)/prompts_heldout.jsonl --precision $(FAST) \
 	    --out $(S)/own_$(RL)

@@ -116,7 +116,8 @@ FAULTS = {
     "reward_at_padding": Fault("score judge", replaced=[(GPT, "score", score_last_column)]),
     "dropout": Fault("approx_kl clip_fraction score", replaced=[(MLP, "forward", feed_forward_with_dropout)]),
     "mixed_groups": Fault("score judge kl", replaced=[
-        (grpo.train, "__defaults__", (None, ppo.policy_loss, advantages_across_prompts))], stage=grpo),
+        (grpo.train, "__defaults__", (None, ppo.policy_loss, advantages_across_prompts, grpo.rollout))],
+        stage=grpo),
     "longer_answers": Fault("length ended score", dict(divide_by_length=True, divide_by_std=True), [], dict(
         divide_by_length=False, divide_by_std=False) | FREE, grpo),
     "one_answer": Fault("entropy score length", dict(lr=5e-3) | FREE),

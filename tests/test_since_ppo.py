@@ -18,7 +18,7 @@ from data import loading, records
 from data.batches import Comparison
 from data.tokenizer import Tokenizer
 from model import GPT
-from variants import cispo, dapo, distill, grpo, gspo, lagged, preferences, reinforce_pp
+from variants import cispo, dapo, distill, downsample, grpo, gspo, lagged, preferences, reinforce_pp
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T = 5, 7
@@ -115,6 +115,67 @@ def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient(loss):
 def test_reinforce_pp_compares_with_all_answers_of_the_batch():
     near(reinforce_pp.global_advantages(torch.tensor([1.0, 2.0, 3.0, 6.0]).double()),
          torch.tensor([-2.0, -1.0, 0.0, 3.0]).double() / (math.sqrt(14 / 3) + 1e-4))
+
+
+# --------------------------------------------------------------------------------------- down-sampling
+
+def test_the_answers_at_both_ends_of_the_prompts_that_differ_most_are_chosen():
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.9, 0.4, 0.3], [0.0, 0.2, 1.0, 0.5]])
+    assert downsample.informative(scores, 2, 2).tolist() == [8, 10, 4, 5]
+    assert downsample.informative(scores, 3, 1).tolist() == [8, 11, 10]     # one of the worst
+    assert downsample.informative(scores, 4, 1).tolist() == [8, 9, 11, 10]
+
+
+@seeds
+def test_no_other_pair_and_no_other_half_of_right_and_wrong_answers_differs_more(seed):
+    torch.manual_seed(seed)
+    pairs = torch.rand(1, 6).double()
+    chosen = pairs.flatten()[downsample.informative(pairs, 2, 1)]
+    assert chosen.var() == max(torch.stack(some).var() for some in itertools.combinations(pairs[0], 2))
+    right = torch.tensor([[0.0, 0.0, 1.0, 1.0, *torch.randint(2, (4,)).tolist()]])[:, torch.randperm(8)]
+    chosen = right.flatten()[downsample.informative(right, 4, 1)]
+    assert chosen.var() == max(torch.stack(some).var() for some in itertools.combinations(right[0], 4))
+
+
+def test_without_more_draws_it_is_grpo(trained):
+    """But for the order of the answers, in which float64 sums round differently."""
+    how = SMALL | dict(batch=12, minibatches=1, lr=1e-2, divide_by_std=False)
+    _, model, lines, _ = trained(downsample, **how, draw_prompts=1, draw_answers=1)
+    _, plain, others, _ = trained(grpo, **how)
+    plainly.assert_same_weights(model, plain)
+    assert [line["score"] for line in lines] == pytest.approx([line["score"] for line in others], abs=1e-6)
+
+
+def test_of_all_answers_those_are_learnt_from_that_the_program_chooses(trained, monkeypatch):
+    """They are read by the reference and the reward after they are chosen, each with its own prompt."""
+    (Path.cwd() / "select.py").write_text("def size(messages, answer):\n    return len(answer)\n")
+    seen, rollout = [], downsample.rollout
+
+    def watched(run, tokenizer, prompts, policy, reference, score):
+        sample = run.sample
+        monkeypatch.setattr(run, "sample", lambda *args, **how: seen.append(sample(*args, **how)) or seen[-1])
+        asked, answers, batch = rollout(run, tokenizer, prompts, policy, reference, score)
+        everything = seen.pop()
+        texts = [tokenizer.decode(ids[mask].tolist())
+                 for ids, mask in zip(everything["tokens"], everything["mask"])]
+        lengths = torch.tensor([len(text) if ended else -3.0
+                                for text, ended in zip(texts, everything["ended"])])
+        rows = downsample.informative(lengths.view(-1, 6), 2, 4)
+        assert len(lengths) == 2 * 3 * 8 and len(asked) == len(answers) == len(rows) == 8
+        assert answers == [texts[i] for i in rows]
+        for prompt, ids, mask in zip(asked, batch["tokens"], batch["mask"]):
+            assert ids[:mask.int().argmax()].tolist() == tokenizer.prompt(prompt)
+        near(batch["ref_logprobs"], run.logprobs(reference, batch, run.cfg.temperature))
+        return asked, answers, batch
+    monkeypatch.setattr(downsample, "rollout", watched)
+    _, _, lines, _ = trained(downsample, **SMALL | dict(batch=8), group=2, draw_answers=3,
+                             select="select.py:size")
+    assert len(lines) == 4 and all("sampled_score" in line for line in lines)
+
+
+def test_a_reward_model_cannot_select(trained):
+    with pytest.raises(ValueError, match="a program is needed"):
+        trained(downsample, **SMALL | dict(batch=8), select="out/reward_model")
 
 
 # --------------------------------------------------------------------------------------------------- lag
@@ -338,7 +399,8 @@ def test_flags_of_another_loss_are_refused(flags, said):
 
 # ------------------------------------------------------------------------------------- what the files say
 
-@pytest.mark.parametrize("variant", [gspo, cispo, dapo, reinforce_pp], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("variant", [gspo, cispo, dapo, reinforce_pp, downsample],
+                         ids=lambda module: module.__name__)
 def test_the_changed_lines_that_a_file_shows_are_true(variant):
     """Each line with a minus is in a parent, and each with a plus in the file itself."""
     parents = [line.strip() for name in ("ppo.py", "variants/grpo.py")

@@ -85,9 +85,17 @@ def advantages_in_groups(returns, mask, cfg):
     return grpo(returns, cfg.group, mask.sum(1), cfg.divide_by_std, cfg.divide_by_length)
 
 
-def train(cfg, reward=None, policy_loss=ppo.policy_loss, advantages_of=advantages_in_groups):
-    """reward: as in ppo.train. policy_loss and advantages_of: functions to use in place of these two, which
-    variants beside this one bring."""
+def rollout(run, tokenizer, prompts, policy, reference):
+    """Draw prompts, and sample a group of answers to each. Returns the prompts, one for each answer, with the
+    texts and the batch of ppo.rollout. The answers to one prompt stand together."""
+    asked = run.rng.choices(prompts, k=run.cfg.batch // run.cfg.group)
+    asked = [prompt for prompt in asked for _ in range(run.cfg.group)]
+    return asked, *ppo.rollout(run, tokenizer, asked, policy, reference)
+
+
+def train(cfg, reward=None, policy_loss=ppo.policy_loss, advantages_of=advantages_in_groups, rollout=rollout):
+    """reward: as in ppo.train. policy_loss, advantages_of, rollout: functions to use in place of these three,
+    which variants beside this one bring."""
     tokenizer = Tokenizer.load(cfg.init, cfg.system)
     policy = load(cfg.init, "lm", tokenizer.vocab_size)
     reference = load(cfg.init, "lm", tokenizer.vocab_size).requires_grad_(False)
@@ -100,10 +108,8 @@ def train(cfg, reward=None, policy_loss=ppo.policy_loss, advantages_of=advantage
     run.resume(policy=policy, optimizer=optimizer, controller=controller)
     run.show_answers(policy, tokenizer, prompts)
     while run.step < cfg.steps:
-        # 1. Rollout: the answers to one prompt stand together.
-        asked = run.rng.choices(prompts, k=cfg.batch // cfg.group)
-        asked = [prompt for prompt in asked for _ in range(cfg.group)]
-        answers, batch = ppo.rollout(run, tokenizer, asked, policy, reference)
+        # 1. Rollout: several answers to each prompt
+        asked, answers, batch = rollout(run, tokenizer, prompts, policy, reference)
         mask = batch["mask"]
 
         # 2. Rewards
