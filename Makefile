@@ -74,7 +74,7 @@ QUALITY ?= 0.1
 FOLLOW_ppo = ppo.py --steps 24 --batch 64 --lr 5e-4 --critic_lr 1e-3 --lam 1
 FOLLOW_grpo = -m variants.grpo --steps 30 --batch 64 --lr 5e-4 --group 8 --no-divide_by_std
 FOLLOW_downsample = -m variants.downsample --steps 45 --batch 32 --minibatches 1 --lr 7e-4 --group 4 \
-    --draw_answers 2 --select lab/follow.py:kept --sample_batch 64
+    --no-divide_by_std --select lab/follow.py:kept --sample_batch 64
 F = out/follow
 S = $(F)/seed$(SEED)
 RL = $(METHOD)$(if $(filter-out 0.1,$(QUALITY)),_quality_$(QUALITY))

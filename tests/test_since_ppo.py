@@ -139,8 +139,9 @@ def test_no_other_pair_and_no_other_half_of_right_and_wrong_answers_differs_more
 
 def test_without_more_draws_it_is_grpo(trained):
     """But for the order of the answers, in which float64 sums round differently."""
-    how = SMALL | dict(batch=12, minibatches=1, lr=1e-2, divide_by_std=False)
-    _, model, lines, _ = trained(downsample, **how, draw_prompts=1, draw_answers=1)
+    (Path.cwd() / "select.py").write_text("def size(messages, answer):\n    return len(answer)\n")
+    how = SMALL | dict(batch=12, minibatches=1, lr=1e-2)
+    _, model, lines, _ = trained(downsample, **how, draw_prompts=1, draw_answers=1, select="select.py:size")
     _, plain, others, _ = trained(grpo, **how)
     plainly.assert_same_weights(model, plain)
     assert [line["score"] for line in lines] == pytest.approx([line["score"] for line in others], abs=1e-6)
@@ -173,9 +174,10 @@ def test_of_all_answers_those_are_learnt_from_that_the_program_chooses(trained, 
     assert len(lines) == 4 and all("sampled_score" in line for line in lines)
 
 
-def test_a_reward_model_cannot_select(trained):
-    with pytest.raises(ValueError, match="a program is needed"):
-        trained(downsample, **SMALL | dict(batch=8), select="out/reward_model")
+def test_a_reward_model_cannot_select():
+    for name in ("", "out/reward_model"):
+        with pytest.raises(ValueError, match="--select needs a program"):
+            downsample.Config(select=name)
 
 
 # --------------------------------------------------------------------------------------------------- lag

@@ -993,13 +993,12 @@ MISTAKES = {
     ],
     "variants/downsample.py": [
         ("the prompts whose answers score alike", "topk(n).indices", "topk(n, largest=False).indices"),
-        ("the worst answers alone", "order[:, scores.shape[1] - (group - group // 2):]",
+        ("the worst answers alone", "order[:, -(group - group // 2):]",
          "order[:, group // 2:group]"),
         ("answers of another prompt", "prompts[:, None] * scores.shape[1]", "prompts[:, None] * group"),
         ("answers that do not end are scored", "torch.where(batch[\"ended\"], score(run",
          "torch.where(batch[\"mask\"].any(1), score(run"),
         ("prompts of other answers", "[asked[i] for i in rows], [answers", "asked[:len(rows)], [answers"),
-        ("a reward model that nobody places", "if any(network not in reward.networks", "if False and any(0"),
     ],
     "variants/reinforce_pp.py": [
         ("the standard deviation is left out", " / (returns.std() + 1e-4)\n\n\n", "\n\n\n"),
