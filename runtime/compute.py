@@ -224,11 +224,11 @@ class Compute:
                         p.data = x
                 self.fetched.clear()
 
-    def passes(self, rows, lengths, micro_batch):
+    def passes(self, rows, lengths, micro_batch, micro_tokens):
         """Return this process's micro-batches as (row indices, is_filler); a filler is the shortest row."""
         if lengths is None:
             lengths = rows["lengths"] if isinstance(rows, dict) else [row.lengths for row in rows]
-        everyone = distribute(as_list(lengths), micro_batch, self.cfg.micro_tokens, world_size())
+        everyone = distribute(as_list(lengths), micro_batch, micro_tokens, world_size())
         mine = [(indices, False) for indices in everyone[rank()]]
         missing = max(map(len, everyone)) - len(mine)
         return mine + [(everyone[0][0][:1], True)] * missing
@@ -246,20 +246,24 @@ class Compute:
         only if nothing but the `for` refers to the generator: never assign it to a variable."""
         weights = as_list(weights)
         with self.computing():
-            for indices, is_filler in self.passes(rows, lengths, self.cfg.micro_batch):
+            for indices, is_filler in self.passes(rows, lengths, self.cfg.micro_batch,
+                                                 self.cfg.micro_tokens):
                 share = 0.0 if is_filler else sum(weights[i] for i in indices) / sum(weights)
                 yield select(rows, indices), share
 
     @torch.no_grad()
-    def map(self, function, rows, lengths=None, micro_batch=None):
+    def map(self, function, rows, lengths=None, micro_batch=None, micro_tokens=None):
         """Apply a function to all rows. Returns its results in the order of the rows, on every process.
 
         function: takes b of the rows, as a list or a batch, and returns a dict of tensors (b,) or (b, t).
-        rows, lengths: as in micro_batches. micro_batch: sequences per forward pass, by default the flag's.
+        rows, lengths: as in micro_batches. micro_batch, micro_tokens: most sequences and most tokens per
+        forward pass, by default the flags'.
         Returns a dict of tensors (B,) or (B, T), right-padded with 0."""
+        micro_batch = self.cfg.micro_batch if micro_batch is None else micro_batch
+        micro_tokens = self.cfg.micro_tokens if micro_tokens is None else micro_tokens
         order, parts = [], []
         with self.computing():
-            for indices, is_filler in self.passes(rows, lengths, micro_batch or self.cfg.micro_batch):
+            for indices, is_filler in self.passes(rows, lengths, micro_batch, micro_tokens):
                 result = function(select(rows, indices))
                 if not is_filler:
                     order += indices
@@ -287,7 +291,9 @@ class Compute:
             return {"tokens": tokens, "mask": mask, "logprobs": logprobs, "lengths": lengths,
                     "ended": last == (-1 if stop_token is None else stop_token)}        # no id is −1
         room = [len(prompt) + max_new_tokens for prompt in prompts]
-        return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch)
+        # micro_tokens keeps activations small. Sampling keeps none, and its passes of one token per row take
+        # nearly as long for few rows as for many.
+        return self.map(answer, list(zip(prompts, seeds)), room, self.cfg.sample_batch, micro_tokens=0)
 
     def note(self, **numbers):
         """Where a Run keeps numbers for the metrics of its step. An evaluation has no steps."""

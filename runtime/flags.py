@@ -28,7 +28,8 @@ class Settings:
     precision: str = flag("auto", "of matrix products; auto is bfloat16 on GPUs that have units for it, else "
                           "float32. Trained weights stay float32", choices=("auto", "float32", "bfloat16"))
     micro_batch: int = flag(32, "sequences per forward pass: lower it if memory runs out", 1)
-    micro_tokens: int = flag(0, "most tokens per forward pass, padding included; 0 sets no bound", 0)
+    micro_tokens: int = flag(0, "most tokens per forward pass, padding included, other than in sampling; "
+                              "0 sets no bound", 0)
     sample_batch: int = flag(256, "answers sampled at once, each of which needs its part of the KV cache", 1)
     parallel: str = flag("auto", "under torchrun: ddp keeps the whole training state in each process, fsdp "
                          "shards it; auto takes fsdp if the state would fill more than half of a GPU",

@@ -744,9 +744,8 @@ MISTAKES = {
          "            return {\"tokens\": tokens, \"mask\": mask, \"logprobs\": logprobs, \"lengths\":"
          " lengths,\n"
          "                    \"ended\": mask.sum(1) < max_new_tokens}\n"),
-        ("the bound on tokens forgets the answers to be sampled",
-         "room = [len(prompt) + max_new_tokens for prompt in prompts]",
-         "room = [len(prompt) for prompt in prompts]"),
+        ("the bound on tokens also splits what is sampled",
+         "self.cfg.sample_batch, micro_tokens=0)", "self.cfg.sample_batch)"),
         ("a batch's mask begins one token too late",
          "mask = (column >= starts[:, None]) & ",
          "mask = (column > starts[:, None]) & "),
@@ -996,8 +995,8 @@ MISTAKES = {
         ("the worst answers alone", "order[:, -(group - group // 2):]",
          "order[:, group // 2:group]"),
         ("answers of another prompt", "prompts[:, None] * scores.shape[1]", "prompts[:, None] * group"),
-        ("answers that do not end are scored", "torch.where(batch[\"ended\"], score(run",
-         "torch.where(batch[\"mask\"].any(1), score(run"),
+        ("answers that do not end are scored", "\n    scores = torch.where(batch[\"ended\"], ",
+         "\n    scores = torch.where(batch[\"mask\"].any(1), "),
         ("prompts of other answers", "[asked[i] for i in rows], [answers", "asked[:len(rows)], [answers"),
     ],
     "variants/reinforce_pp.py": [
